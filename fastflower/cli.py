@@ -1,0 +1,260 @@
+"""The command line: parses, builds, calls one function.
+
+Nothing heavy (torch, DALI) is imported before a command runs, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+from rich.console import Console
+from rich.text import Text
+from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
+
+from fastflower import config as configuration
+from fastflower.config import Config
+from fastflower.errors import UserError
+
+DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
+_NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a network: fastflower train --amp
+
+    Settings come from the defaults, then --config (or the run that is resumed), then the options given here.
+    """
+
+    settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    config: Path | None = None
+    """YAML file of settings, or the name of one that comes with fastflower (demo, flowers102_64, plain34, resnet34,
+    resnet50)."""
+    run: Path | None = None
+    """Folder for the configuration, logs and checkpoints; none = runs/CONFIG-DATE-TIME."""
+    resume: Path | None = None
+    """Go on from a run folder (its last checkpoint), a checkpoint file of it, or auto = the run in --run (else the
+    newest of this configuration) if there is one, or a new run."""
+    overwrite: bool = False
+    """Replace the run that --run already holds."""
+    print_config: bool = False
+    """Print the settings as YAML and stop."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Evaluate a trained run: fastflower eval runs/NAME --split val"""
+
+    run: Positional[Path]
+    """Run folder (its best checkpoint) or a checkpoint file."""
+    root: Annotated[Path | None, arg(name="data.root")] = None
+    """Data folder; none = the run's."""
+    split: Literal["train", "val", "test"] = "val"
+    """Which split; it must have classes."""
+    device: Literal["run", "auto", "cpu", "cuda"] = "run"
+    """Where the network runs; run = as in training."""
+    json: bool = False
+    """Print one JSON object: split, n, loss, accuracy, top5, macro_f1."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class DemoCommand:
+    """Draw the synthetic flowers in the Kaggle layout: fastflower data demo DIR"""
+
+    dir: Positional[Path]
+    """Folder to make."""
+    sizes: tuple[int, ...] = (64,)
+    """Stored sizes (pixels)."""
+    train: int = 2400
+    """Pictures in the training split."""
+    val: int = 480
+    """Pictures in the validation split."""
+    test: int = 480
+    """Pictures in the test split (without classes)."""
+    seed: int = 0
+    """Of the drawing."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class StatsCommand:
+    """Measure the training split's pixels, for data.mean and data.std: fastflower data stats ROOT"""
+
+    root: Positional[Path]
+    """Data folder."""
+    sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
+    """Stored sizes to measure (pixels), as data.sizes."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class DataCommand:
+    """Draw or measure data sets."""
+
+    command: Annotated[DemoCommand, subcommand("demo")] | Annotated[StatsCommand, subcommand("stats")]
+
+
+Command = TrainCommand | EvalCommand | DataCommand
+
+
+def main() -> None:
+    """Entry point. Exit code 2 for a user's mistake, 128 + n after signal n."""
+    argv = sys.argv[1:]
+    try:
+        sys.exit(run(parse(argv)))
+    except UserError as error:
+        if "--debug" in argv:
+            raise
+        if os.environ.get("RANK", "0") == "0":  # the other processes of a run fail with the same sentence
+            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """The command and its options; what --config or --resume say are the defaults of a training run.
+
+    Raises:
+        UserError: a bad configuration file or value.
+    """
+    argv = ["--train.compile=off" if word in _NO_COMPILE else word for word in argv]
+    settings, checkpoint = _training_defaults(argv) if argv[:1] == ["train"] else (Config(), None)
+    commands: Any = (
+        Annotated[TrainCommand, subcommand("train", default=TrainCommand(settings))]
+        | Annotated[EvalCommand, subcommand("eval")]
+        | Annotated[DataCommand, subcommand("data", description=DataCommand.__doc__)]
+    )
+    command = tyro.cli(
+        commands,
+        prog="fastflower",
+        description=DESCRIPTION,
+        args=argv,
+        use_underscores=True,
+        config=(OmitSubcommandPrefixes,),
+    )
+    if isinstance(command, TrainCommand):
+        checked = configuration.build(asdict(command.settings), "command line")
+        command = replace(command, settings=checked, resume=checkpoint)
+    return command
+
+
+def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
+    """Settings before the command line's own, and the checkpoint to resume.
+
+    The settings are those of the resumed run, then of --config; the demo's where neither they nor data are named.
+    """
+    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--config", "--resume", "--run"):
+        known.add_argument(option)
+    known.add_argument("--data.root", dest="root")
+    given, _ = known.parse_known_args(argv)
+    settings: dict[str, Any] = {}
+    source, checkpoint = "defaults", None
+    if given.resume:
+        from fastflower.engine.checkpoint import load_checkpoint
+        from fastflower.engine.run import find_checkpoint
+
+        run = Path(given.run) if given.run else None
+        checkpoint = find_checkpoint(given.resume, run, _run_name(given.config, given.root))
+        if checkpoint:
+            source, settings = str(checkpoint), load_checkpoint(checkpoint)["config"]
+    if given.config or not (given.root or settings):
+        path = _config_file(given.config or "demo")
+        source = str(path)
+        settings = configuration.merge(settings, configuration.load_yaml(path))
+    return configuration.build(settings, source), checkpoint
+
+
+def _config_file(given: str) -> Path:
+    """A path, or the name of a file that comes with fastflower."""
+    path = Path(given)
+    if not path.suffix and not path.exists():
+        found = importlib.resources.files("fastflower.configs").joinpath(f"{given}.yaml")
+        with importlib.resources.as_file(found) as bundled:
+            if bundled.is_file():
+                return bundled
+    return path
+
+
+def _run_name(config: str | Path | None, root: str | Path | None) -> str:
+    return Path(config).stem if config else "train" if root else "demo"
+
+
+def run(command: Command) -> int:
+    """Carry out a command; the exit code."""
+    if isinstance(command, TrainCommand):
+        return _train(command)
+    if isinstance(command, EvalCommand):
+        return _eval(command)
+    if isinstance(command.command, DemoCommand):
+        return _demo(command.command)
+    return _stats(command.command)
+
+
+def _train(command: TrainCommand) -> int:
+    if command.print_config:
+        print(configuration.to_yaml(command.settings), end="")
+        return 0
+    from fastflower.engine.setup import train_run
+
+    name = _run_name(command.config, command.settings.data.root)
+    received = train_run(
+        command.settings,
+        name=name,
+        run=command.run,
+        checkpoint=command.resume,
+        overwrite=command.overwrite,
+        console=Console(),
+    )
+    return 128 + received if received else 0
+
+
+def _eval(command: EvalCommand) -> int:
+    from fastflower.engine.setup import evaluate_run
+
+    evaluation = evaluate_run(command.run, command.root, command.split, command.device, Console(stderr=True))
+    figures = {"split": command.split, **asdict(evaluation)}
+    if command.json:
+        print(json.dumps(figures))
+    else:
+        Console().print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()))
+    return 0
+
+
+def _demo(command: DemoCommand) -> int:
+    from fastflower.data.demo import write_demo
+
+    write_demo(
+        command.dir, sizes=command.sizes, train=command.train, val=command.val, test=command.test, seed=command.seed
+    )
+    Console().print(f"Synthetic flowers: {command.dir}", soft_wrap=True)
+    return 0
+
+
+def _stats(command: StatsCommand) -> int:
+    from fastflower.data.pipeline import Engine
+    from fastflower.data.records import load_split
+    from fastflower.data.stats import pixel_statistics
+
+    records = load_split(command.root, "train", sizes=command.sizes)
+    found = pixel_statistics(records, Engine(threads=len(os.sched_getaffinity(0))))
+    print(yaml.safe_dump({"data": {"mean": list(found.mean), "std": list(found.std)}}, default_flow_style=None), end="")
+    return 0

@@ -1,0 +1,198 @@
+"""A data set as a training run needs it: both splits, the classes, the normalization, and loaders over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from nvidia.dali.backend import GetCUDADeviceCount
+
+from fastflower.config import Data
+from fastflower.data.demo import write_demo
+from fastflower.data.loader import Batch, Loader
+from fastflower.data.pipeline import Engine, Normalization, View
+from fastflower.data.records import Records, class_names, load_split
+from fastflower.data.sampler import evaluation_requests, training_requests
+from fastflower.data.stats import pixel_statistics
+from fastflower.engine.distributed import Ranks
+from fastflower.errors import UserError
+from fastflower.files import cache_dir
+
+
+def builtin_root() -> Path:
+    """Where the built-in synthetic flowers are, or will be."""
+    return cache_dir() / "synthetic-flowers"
+
+
+def ensure_builtin() -> Path:
+    """Draw the built-in synthetic flowers unless they are there.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    root = builtin_root()
+    if not root.is_dir():
+        try:
+            write_demo(root)
+        except OSError as error:
+            raise UserError(
+                f"{root} cannot be written ({error.strerror}): set FASTFLOWER_CACHE to a folder that can."
+            ) from error
+    return root
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The training and validation splits."""
+
+    train: Records
+    val: Records
+    classes: list[str]
+
+
+def open_dataset(data: Data) -> Dataset:
+    """Index both splits and check that every record has an image and a class in range.
+
+    Raises:
+        UserError: names the file, record or key.
+    """
+    assert data.root is not None
+    train = load_split(data.root, "train", sizes=data.sizes, scale_min=data.scale[0])
+    val = load_split(data.root, "val", sizes=data.sizes, scale_min=data.scale[0])
+    classes = class_names(data.root, train)
+    for records in (train, val):
+        records.require_classes(len(classes))
+    return Dataset(train, val, classes)
+
+
+def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
+    """DALI's device and resources on this machine.
+
+    Raises:
+        UserError: the GPU is asked for and DALI or torch does not find it.
+    """
+    gpu = device.type == "cuda" and GetCUDADeviceCount() > 0
+    if data.decoder == "gpu" and not gpu:
+        raise UserError("data.decoder is gpu, but the network does not run on a GPU that DALI finds: give auto or cpu.")
+    cores = len(os.sched_getaffinity(0))
+    on_gpu = gpu and data.decoder != "cpu"
+    return Engine(
+        device="gpu" if on_gpu else "cpu",
+        device_id=device.index if on_gpu else None,
+        threads=data.threads or max(1, cores // ranks.local_world_size),
+        prefetch=data.prefetch,
+        hw_decoder_load=data.hw_decoder_load,
+    )
+
+
+def choose_normalization(data: Data, train: Records, engine: Engine) -> Normalization:
+    """The given constants, else those of the training split's pixels."""
+    if data.mean and data.std:
+        return Normalization(data.mean, data.std)
+    return pixel_statistics(train, engine)
+
+
+@dataclass(frozen=True)
+class TrainingBatches:
+    """This rank's training batches of any epoch."""
+
+    loader: Loader
+    scale: tuple[int, int]
+    seed: int
+    global_batch: int
+    ranks: Ranks
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch; the incomplete last batch is dropped."""
+        return len(self.loader.records) // self.global_batch
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of `epoch` (from 0) from position `start` of its order."""
+        requests = training_requests(
+            len(self.loader.records),
+            seed=self.seed,
+            epoch=epoch,
+            scale=self.scale,
+            global_batch=self.global_batch,
+            start=start,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+        return self.loader.batches(requests)
+
+
+@dataclass(frozen=True)
+class EvaluationBatches:
+    """This rank's share of a split, each record once."""
+
+    loader: Loader
+    shorter: int
+    ranks: Ranks
+
+    @property
+    def steps(self) -> int:
+        """Batches of the pass."""
+        return len(range(self.ranks.rank, len(self.loader.records), self.ranks.world_size * self.loader.batch))
+
+    def once(self) -> Iterator[Batch]:
+        """One pass; the last batch may be short."""
+        requests = evaluation_requests(
+            len(self.loader.records),
+            shorter=self.shorter,
+            batch=self.loader.batch,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+        )
+        return self.loader.batches(requests)
+
+
+def training_batches(
+    data: Data,
+    records: Records,
+    normalization: Normalization,
+    engine: Engine,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    seed: int,
+) -> TrainingBatches:
+    """Random scale, crop and flip in an order that changes each epoch.
+
+    A split smaller than `batch_size` (over all ranks) is trained in one batch of its size.
+
+    Raises:
+        UserError: the batch cannot be split over the ranks, or there are fewer records than ranks.
+    """
+    share = ranks.share_of(batch_size)
+    if len(records) < batch_size:
+        share = len(records) // ranks.world_size
+        if not share:
+            raise UserError(
+                f"the training split has {len(records)} records for {ranks.world_size} processes: start fewer."
+            )
+    loader = Loader(
+        records, View(data.crop, "random"), normalization, engine, device, batch=share, read_ahead=data.prefetch
+    )
+    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, ranks)
+
+
+def evaluation_batches(
+    data: Data,
+    records: Records,
+    normalization: Normalization,
+    engine: Engine,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+) -> EvaluationBatches:
+    """Center crop of the resized (or stored) picture; `batch_size` is over all ranks."""
+    share = max(1, min(batch_size, len(records)) // ranks.world_size)
+    view = View(data.crop, "center", resize=data.val_resize is not None)
+    loader = Loader(records, view, normalization, engine, device, batch=share, read_ahead=data.prefetch)
+    return EvaluationBatches(loader, data.val_resize or 0, ranks)

@@ -1,0 +1,198 @@
+"""Batches of normalized pictures: a thread owns the DALI pipeline, reads ahead and hands its memory to torch."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from nvidia.dali import pipeline_def
+
+from fastflower.data import pipeline as graph
+from fastflower.data.pipeline import Engine, Normalization, View
+from fastflower.data.records import Records, read_image
+from fastflower.data.sampler import Request
+from fastflower.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures ready for the network."""
+
+    images: torch.Tensor  # [N, 3, S, S] channels-last, normalized: float32, or float16 where DALI normalizes (GPU)
+    labels: torch.Tensor  # [N] int64
+    indices: np.ndarray  # [N] int64, which records they are
+
+
+class Loader:
+    """Turns requests into batches on `device`.
+
+    It may be used for any number of epochs, one at a time. Each `batches` call runs a thread that is gone when the
+    iteration ends or is left.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        view: View,
+        normalization: Normalization,
+        engine: Engine,
+        device: torch.device,
+        batch: int,
+        read_ahead: int = 2,
+    ) -> None:
+        """Prepare; the pipeline is built when the first batch is asked for.
+
+        Args:
+            records: the split.
+            view: geometry of the pictures.
+            normalization: of the pixels.
+            engine: where DALI works; "gpu" needs `device` to be that GPU.
+            device: where batches are handed out.
+            batch: most pictures in a batch.
+            read_ahead: finished batches that wait for the consumer, beside those that DALI has in work.
+        """
+        self.records, self.view, self.engine, self.device = records, view, engine, device
+        self.normalization, self.batch, self.read_ahead = normalization, batch, read_ahead
+        self._mean = torch.tensor(normalization.mean, device=device).view(1, 3, 1, 1) * 255
+        self._std = torch.tensor(normalization.std, device=device).view(1, 3, 1, 1) * 255
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pipeline: graph.Pipeline | None = None
+        self._requests: Iterator[Request] = iter(())
+        self._in_work: deque[Request] = deque()
+        self._failure: UserError | None = None
+
+    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
+        """Yield a batch for each request, in order.
+
+        On a GPU a batch's memory stays valid until the work queued up to the next step of the iteration is done.
+
+        Raises:
+            UserError: a record cannot be read or decoded; names file and record. Earlier batches come first.
+        """
+        ready: queue.Queue[_Ready] = queue.Queue(maxsize=self.read_ahead)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._produce, args=(iter(requests), ready, stop), name="loader", daemon=True)
+        thread.start()
+        in_use: deque[tuple[torch.cuda.Event, Batch]] = deque()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield (batch := self._hand_over(*item))
+                if self._stream:
+                    # DALI takes the memory back when we drop it, so hold it until the consumer's queued work is past it.
+                    in_use.append((torch.cuda.current_stream(self.device).record_event(), batch))
+                    while in_use[0][0].query():
+                        in_use.popleft()
+                        if not in_use:
+                            break
+        finally:
+            stop.set()
+            while thread.is_alive():  # it may be waiting for room in the queue
+                try:
+                    ready.get(timeout=0.05)
+                except queue.Empty:
+                    continue
+            thread.join()
+            for event, _ in in_use:
+                event.synchronize()
+
+    def _hand_over(self, images: torch.Tensor, labels: torch.Tensor, indices: np.ndarray, made: _Event) -> Batch:
+        if made:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(made)
+            labels.record_stream(stream)
+        if images.dtype == torch.uint8:
+            images = normalize(images, self._mean, self._std)
+        return Batch(images, labels, indices)
+
+    def _produce(self, requests: Iterator[Request], ready: queue.Queue[_Ready], stop: threading.Event) -> None:
+        """The loader thread: run the pipeline until the requests end, `stop` is set or something fails."""
+        self._requests = _until(requests, stop)
+        self._failure = None
+        self._in_work.clear()
+        try:
+            if self._pipeline is None:
+                normalization = self.normalization if self.engine.device == "gpu" else None
+                self._pipeline = graph.build_pipeline(self._next_inputs, self.view, self.engine, self.batch, normalization)
+            with torch.cuda.stream(self._stream):
+                while True:
+                    try:
+                        (pictures,) = self._pipeline.run(self._stream)
+                    except StopIteration:
+                        self._pipeline.reset()
+                        break
+                    ready.put(self._to_torch(pictures, self._in_work.popleft()))
+            ready.put(self._failure)
+        except Exception as error:
+            self._pipeline = None  # after an error its batches no longer match our requests
+            ready.put(self._explain(error))
+
+    def _next_inputs(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+        """DALI's source: called on the loader thread, some batches ahead of the outputs."""
+        request = next(self._requests, None)
+        if request is None:
+            raise StopIteration
+        try:
+            images = [read_image(self.records, index) for index in request.indices]
+        except UserError as error:
+            self._failure = error  # an exception would cross DALI's native code: end the data and raise it after
+            raise StopIteration from error
+        self._in_work.append(request)
+        return images, request.shorter, request.crop_yx, request.mirror
+
+    def _to_torch(self, pictures: graph.Pictures, request: Request) -> _Item:
+        images = torch.from_dlpack(pictures.as_tensor()).permute(0, 3, 1, 2)  # the same memory, channels-last as it is
+        labels = torch.from_numpy(self.records.labels[request.indices])
+        if not self._stream:
+            return images, labels, request.indices, None
+        images = images.to(self.device, non_blocking=True)
+        labels = labels.pin_memory().to(self.device, non_blocking=True)
+        return images, labels, request.indices, self._stream.record_event()
+
+    def _explain(self, error: Exception) -> Exception:
+        """The record behind a failed batch: DALI names none, so decode those in work one by one."""
+        for request in self._in_work:
+            for index in request.indices:
+                if not decodable(read_image(self.records, index)):
+                    return UserError(
+                        f"{self.records.describe(index)} cannot be decoded as a picture "
+                        f"({self.records.length[index]} bytes): replace the record or leave it out."
+                    )
+        return error
+
+
+_Event = torch.cuda.Event | None
+_Item = tuple[torch.Tensor, torch.Tensor, np.ndarray, _Event]
+_Ready = _Item | Exception | None
+
+
+def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(images - mean) / std of uint8 [N, 3, S, S]; mean and std are [1, 3, 1, 1] on the scale 0..255. Gives float32."""
+    return images.float().sub_(mean).div_(std)
+
+
+def decodable(encoded: np.ndarray) -> bool:
+    """Whether the decoder can read encoded image bytes ([length] uint8)."""
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def one_picture() -> graph.DataNode:
+        return graph.decode(graph.fn.external_source(source=lambda: [encoded], batch=True), Engine())
+
+    try:
+        one_picture().run()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _until(requests: Iterator[Request], stop: threading.Event) -> Iterator[Request]:
+    for request in requests:
+        if stop.is_set():
+            return
+        yield request

@@ -1,0 +1,138 @@
+"""The DALI graph: encoded bytes in, cropped pictures out. One definition for GPU and CPU.
+
+Resizing, cropping and flipping are one operator that computes only the region that is kept.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from nvidia.dali import fn, math, pipeline_def, types
+from nvidia.dali.backend import TensorListCPU, TensorListGPU
+from nvidia.dali.pipeline import DataNode, Pipeline
+
+Pictures = TensorListCPU | TensorListGPU
+Source = Callable[[], tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel mean and standard deviation of RGB values in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+# Of the ImageNet training set, as torchvision's pretrained models expect it.
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class View:
+    """The geometry of one kind of batch."""
+
+    crop: int  # pixels, side of the square that the network sees
+    place: Literal["random", "center"] = "center"
+    resize: bool = True  # False: crop from the stored picture, enlarged only where it is smaller than the crop
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where and how DALI works."""
+
+    device: Literal["cpu", "gpu"] = "cpu"
+    device_id: int | None = None  # the GPU's number; None on a CPU
+    threads: int = 2
+    prefetch: int = 2  # batches that DALI keeps in work
+    hw_decoder_load: float = 0.65  # share of the pictures for the hardware JPEG decoder, on GPUs that have one
+
+
+def build_pipeline(
+    source: Source, view: View, engine: Engine, batch: int, normalization: Normalization | None = None
+) -> Pipeline:
+    """A built pipeline whose single output is a batch of RGB pictures in [N, H, W, C] layout.
+
+    Args:
+        source: called once a batch for the inputs: encoded images, shorter sides, crop positions, flips
+            (`fastflower.data.sampler.Request` says which); raises StopIteration at the end.
+        view: geometry.
+        engine: device and resources.
+        batch: most pictures in a batch.
+        normalization: None gives uint8, right for a CPU, where DALI's conversion to floating point costs 0.5 ms a
+            picture; else float16, normalized, right for a GPU.
+    """
+    pipeline = _definition(
+        source,
+        view,
+        engine,
+        normalization,
+        batch_size=batch,
+        num_threads=engine.threads,
+        device_id=engine.device_id,
+        prefetch_queue_depth=engine.prefetch,
+    )
+    with warnings.catch_warnings():  # a center crop has no use for the positions and flips that a random one takes
+        warnings.filterwarnings("ignore", message="The external source node .* produces")
+        pipeline.build()
+    return pipeline
+
+
+@pipeline_def
+def _definition(source: Source, view: View, engine: Engine, normalization: Normalization | None) -> DataNode:
+    encoded, shorter, crop_yx, mirror = fn.external_source(source=source, num_outputs=4, batch=True)
+    pictures = decode(encoded, engine)
+    size, position = _geometry(pictures.shape()[0:2], shorter, crop_yx, view)
+    pictures = fn.resize_crop_mirror(
+        pictures,
+        size=size,
+        crop=(view.crop, view.crop),
+        crop_pos_y=position[0],
+        crop_pos_x=position[1],
+        mirror=mirror,
+        interp_type=types.INTERP_LINEAR,
+        antialias=True,
+    )
+    if normalization is None:
+        return pictures
+    return fn.crop_mirror_normalize(
+        pictures,
+        dtype=types.FLOAT16,
+        output_layout="HWC",
+        mean=[255 * value for value in normalization.mean],
+        std=[255 * value for value in normalization.std],
+    )
+
+
+def decode(encoded: DataNode, engine: Engine) -> DataNode:
+    """Encoded bytes to RGB uint8 [H, W, C], turned upright by EXIF."""
+    if engine.device == "cpu":
+        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+    return fn.decoders.image(
+        encoded,
+        device="mixed",
+        output_type=types.RGB,
+        hw_decoder_load=engine.hw_decoder_load,
+        jpeg_fancy_upsampling=True,  # as CPU decoders do; without it chroma differs visibly
+    )
+
+
+def _geometry(shape: DataNode, shorter: DataNode, crop_yx: DataNode, view: View) -> tuple[DataNode, DataNode]:
+    """Height and width after resizing, and the crop's place as DALI takes it (share of the free pixels).
+
+    The longer side and the center crop round as torchvision's Resize and CenterCrop do.
+    """
+    hw = fn.cast(shape, dtype=types.INT32)
+    shortest = fn.reductions.min(hw)
+    target = shorter if view.resize else math.max(shortest, view.crop)
+    size = (hw * target) // shortest
+    free = size - view.crop
+    if view.place == "center":
+        start = (free + free // 2 % 2) // 2  # half of it, a half rounded to the even number
+    else:
+        start = math.min(fn.cast(math.floor(crop_yx * (free + 1)), dtype=types.INT32), free)
+    position = fn.cast(start, dtype=types.FLOAT) / fn.cast(math.max(free, 1), dtype=types.FLOAT)
+    return fn.cast(size, dtype=types.FLOAT), position

@@ -1,0 +1,227 @@
+"""A split of a data set as a table of records: find the files, index them once, read a record's bytes.
+
+A picture is an id; a record is an id at a stored size. The Kaggle layout holds each picture at several sizes:
+ROOT/tfrecords-jpeg-SxS/{train,val,test}/*.tfrec.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from io import BytesIO, FileIO
+from pathlib import Path
+from typing import Literal
+from zipfile import BadZipFile
+
+import numpy as np
+
+from fastflower.data.tfrecord import scan, write_tfrecord
+from fastflower.errors import UserError
+from fastflower.files import atomic_write, cache_dir
+
+__all__ = ["Records", "class_names", "find_files", "load_split", "read_image", "write_tfrecord"]
+
+Sizes = Literal["auto", "all"] | Sequence[int]
+
+INDEX_VERSION = 1
+SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
+MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
+NO_LABEL = np.iinfo(np.int64).min
+_SIZE_FOLDER = re.compile(r"tfrecords-jpeg-(\d+)x(\d+)")
+
+
+@dataclass(frozen=True)
+class Records:
+    """A split: record i is the `length[i]` image bytes at `offset[i]` of `files[file[i]]`."""
+
+    files: tuple[Path, ...]
+    file: np.ndarray  # [n] int64, index into files
+    number: np.ndarray  # [n] int64, position of the record in its file
+    offset: np.ndarray  # [n] int64, bytes; -1 where the record has no image
+    length: np.ndarray  # [n] int64, bytes
+    ids: np.ndarray  # [n] str, "" where the record has none
+    labels: np.ndarray  # [n] int64, NO_LABEL where the record has none
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def pictures(self) -> int:
+        """How many different pictures (ids) there are; records without an id count as one each."""
+        named = self.ids[self.ids != ""]
+        return len(np.unique(named)) + len(self) - len(named)
+
+    def describe(self, index: int) -> str:
+        """File, record number and id, for messages."""
+        name = f" (id {self.ids[index]})" if self.ids[index] else ""
+        return f"{self.files[self.file[index]]}, record {self.number[index]}{name}"
+
+    def select(self, indices: np.ndarray) -> Records:
+        """The records at `indices` ([m] int64 or [n] bool), in that order."""
+        columns = {name: getattr(self, name)[indices] for name in _COLUMNS + ("file",)}
+        return replace(self, **columns)
+
+    def require(self, feature: Literal["image", "id", "class"]) -> None:
+        """Raise UserError naming the first record that lacks `feature`."""
+        missing = {"image": self.offset < 0, "id": self.ids == "", "class": self.labels == NO_LABEL}[feature]
+        if missing.any():
+            where = self.describe(int(np.argmax(missing)))
+            raise UserError(f"{where} has no feature '{feature}', which this command needs: write it or drop the file.")
+
+    def require_classes(self, count: int) -> None:
+        """Raise UserError naming the first record whose class is missing or outside 0..count-1."""
+        self.require("class")
+        outside = (self.labels < 0) | (self.labels >= count)
+        if outside.any():
+            index = int(np.argmax(outside))
+            raise UserError(
+                f"{self.describe(index)} has class {self.labels[index]}, outside 0..{count - 1}: "
+                "correct the record's class or the list of class names."
+            )
+
+
+_COLUMNS = ("number", "offset", "length", "ids", "labels")
+
+
+def load_split(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> Records:
+    """Index all records of a split; each has an image (see `Records.require` for the other features).
+
+    Args:
+        root: the data set's folder (see `find_files`).
+        split: train, val or test.
+        sizes: which of the stored sizes to take (see `find_files`).
+        scale_min: pixels, the smallest shorter side that training resizes to; used by sizes="auto".
+
+    Raises:
+        UserError: no such files, or one of them is refused (`fastflower.data.tfrecord.scan`).
+    """
+    files = find_files(root, split, sizes=sizes, scale_min=scale_min)
+    tables = [_index(path) for path in files]
+    columns = {name: np.concatenate([table[name] for table in tables]) for name in _COLUMNS}
+    file = np.repeat(np.arange(len(files)), [len(table["labels"]) for table in tables])
+    records = Records(files=tuple(files), file=file, **columns)
+    records.require("image")
+    return records
+
+
+def find_files(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> list[Path]:
+    """TFRecord files of a split, sorted by size folder and name.
+
+    `root` holds `tfrecords-jpeg-SxS` folders, or is one of them, or holds the split's folder itself.
+    sizes "auto" takes the smallest stored size that is at least `scale_min` pixels, else the largest; "all" takes each;
+    a list takes those named.
+
+    Raises:
+        UserError: the folder, the split or a named size is missing.
+    """
+    if not root.is_dir():
+        raise UserError(f"--data.root {root} is not a folder: give the one that holds tfrecords-jpeg-SxS folders.")
+    stored = {int(m[1]): path for path in root.iterdir() if (m := _SIZE_FOLDER.fullmatch(path.name)) and path.is_dir()}
+    if stored:
+        folders = [stored[size] / split for size in _choose_sizes(root, sorted(stored), sizes, scale_min)]
+    else:
+        folders = [root / split]
+    files: list[Path] = []
+    for folder in folders:
+        found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES) if folder.is_dir() else []
+        if not found:
+            raise UserError(
+                f"{folder} holds no TFRecord files ({', '.join(SUFFIXES)}): "
+                f"give a --data.root with tfrecords-jpeg-SxS/{split}/ in it."
+            )
+        files += found
+    return files
+
+
+def _choose_sizes(root: Path, stored: list[int], sizes: Sizes, scale_min: int) -> list[int]:
+    if sizes == "all":
+        return stored
+    if sizes == "auto":
+        return [next((size for size in stored if size >= scale_min), stored[-1])]
+    missing = [size for size in sizes if size not in stored]
+    if missing:
+        raise UserError(
+            f"data.sizes: {root} has no size {', '.join(map(str, missing))}; it has {', '.join(map(str, stored))}."
+        )
+    return sorted(int(size) for size in sizes)
+
+
+def class_names(root: Path, train: Records | None = None) -> list[str]:
+    """Class names by index: `class_names.json` of the data folder, else the numbers 0..C-1 seen in `train`.
+
+    Raises:
+        UserError: the file is not a JSON list of names, or there is neither file nor training split.
+    """
+    path = (root.parent if _SIZE_FOLDER.fullmatch(root.name) else root) / "class_names.json"
+    if path.is_file():
+        try:
+            names = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be read as JSON ({error}): write a list of class names.") from error
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path} is not a JSON list of class names: write one name for each class, by index.")
+        return names
+    if train is None:
+        raise UserError(f"{root} has no class_names.json, and no training split was read to count the classes.")
+    train.require_classes(MAX_CLASSES)
+    return [str(label) for label in range(int(train.labels.max()) + 1)]
+
+
+def read_image(records: Records, index: int) -> np.ndarray:
+    """The encoded image of a record, [length] uint8.
+
+    A plain read: a file that shrinks or vanishes while it is used is an error here, where a memory map would crash.
+
+    Raises:
+        UserError: names file and record.
+    """
+    path = records.files[records.file[index]]
+    length = int(records.length[index])
+    try:
+        data = os.pread(_open(path).fileno(), length, int(records.offset[index]))
+    except OSError as error:
+        raise UserError(f"{records.describe(index)} cannot be read ({error.strerror}).") from error
+    if len(data) < length:
+        raise UserError(f"{records.describe(index)} cannot be read: the file has become shorter since it was indexed.")
+    return np.frombuffer(data, np.uint8)
+
+
+@functools.lru_cache(maxsize=256)  # bounded, since a process may hold about 1,024 open files; an evicted one closes itself
+def _open(path: Path) -> FileIO:
+    return open(path, "rb", buffering=0)
+
+
+def _index(path: Path) -> dict[str, np.ndarray]:
+    """The columns of one file, from the cache when path, size and mtime are those of an earlier scan."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
+    key = f"{INDEX_VERSION}\0{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
+    cached = cache_dir() / "index" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+    try:
+        with np.load(cached, allow_pickle=False) as table:
+            return {name: table[name] for name in _COLUMNS}
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        pass  # absent, or not written by us: scan again
+    examples = list(scan(path))
+    table = {
+        "number": np.arange(len(examples)),
+        "offset": np.array([e.image[0] if e.image else -1 for e in examples], np.int64),
+        "length": np.array([e.image[1] if e.image else 0 for e in examples], np.int64),
+        "ids": np.array([e.id or "" for e in examples], np.str_),
+        "labels": np.array([NO_LABEL if e.label is None else e.label for e in examples], np.int64),
+    }
+    buffer = BytesIO()
+    np.savez(buffer, **table)
+    try:
+        with atomic_write(cached) as file:
+            file.write(buffer.getbuffer())
+    except OSError:
+        pass  # a cache that cannot be written costs a scan each time, nothing else
+    return table

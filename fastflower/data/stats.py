@@ -1,0 +1,89 @@
+"""Mean and standard deviation of a split's pixels, by streaming; cached."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+
+import numpy as np
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.pipeline import DataNode
+
+from fastflower.data.loader import decodable
+from fastflower.data.pipeline import Engine, Normalization, decode
+from fastflower.data.records import Records, read_image
+from fastflower.errors import UserError
+from fastflower.files import atomic_write, cache_dir
+
+BATCH = 64
+
+
+def pixel_statistics(records: Records, engine: Engine) -> Normalization:
+    """Mean and standard deviation over all pixels of all records, per channel, of values in [0, 1].
+
+    A large picture counts more than a small one, and the deviation is that of the pixels, not a mean of the pictures'
+    deviations. The result is kept in the user's cache folder for the same files.
+
+    Raises:
+        UserError: a record cannot be decoded; names file and record.
+    """
+    cached = cache_dir() / "statistics" / f"{_fingerprint(records)}.json"
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        known = json.loads(cached.read_text())
+        return Normalization(tuple(known["mean"]), tuple(known["std"]))
+    found = _measure(records, engine)
+    with contextlib.suppress(OSError), atomic_write(cached) as file:
+        file.write(json.dumps({"mean": found.mean, "std": found.std}).encode())
+    return found
+
+
+def _measure(records: Records, engine: Engine) -> Normalization:
+    chunks = iter(np.split(np.arange(len(records)), range(BATCH, len(records), BATCH)))
+    in_work: list[np.ndarray] = []
+
+    def source() -> list[np.ndarray]:
+        in_work.append(next(chunks))
+        return [read_image(records, index) for index in in_work[-1]]
+
+    @pipeline_def(batch_size=BATCH, num_threads=engine.threads, device_id=engine.device_id)
+    def moments() -> tuple[DataNode, ...]:
+        pictures = decode(fn.external_source(source=source, batch=True), engine)
+        mean, square = fn.reductions.mean(pictures, axes=[0, 1]), fn.reductions.mean_square(pictures, axes=[0, 1])
+        return mean.cpu(), square.cpu(), pictures.shape()
+
+    sums = np.zeros((2, 3))
+    pixels = 0
+    pipeline = moments()
+    try:
+        while True:
+            mean, square, shape = (output.as_array().astype(np.float64) for output in pipeline.run())
+            area = shape[:, :1] * shape[:, 1:2]
+            sums += [(mean * area).sum(axis=0), (square * area).sum(axis=0)]
+            pixels += area.sum()
+    except StopIteration:
+        pass
+    except RuntimeError as error:
+        for index in np.concatenate(in_work):
+            if not decodable(read_image(records, index)):
+                raise UserError(
+                    f"{records.describe(index)} cannot be decoded as a picture: replace the record or leave it out."
+                ) from error
+        raise
+    mean = sums[0] / pixels
+    std = np.sqrt(np.maximum(sums[1] / pixels - mean**2, 0))
+    if not (std > 0).all():
+        raise UserError(
+            "the pictures have a channel without any variation, so normalization would divide by zero: "
+            "give data.mean and data.std."
+        )
+    return Normalization(tuple((mean / 255).tolist()), tuple((std / 255).tolist()))
+
+
+def _fingerprint(records: Records) -> str:
+    digest = hashlib.sha256()
+    for path in records.files:
+        stat = path.stat()
+        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    digest.update(records.file.tobytes() + records.offset.tobytes())
+    return digest.hexdigest()[:32]

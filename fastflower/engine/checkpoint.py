@@ -1,0 +1,66 @@
+"""Checkpoints: tensors and plain Python values, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_safetensors
+
+from fastflower.errors import UserError
+from fastflower.files import atomic_write
+
+FORMAT = 1
+
+
+def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """Write `state` to `path`, atomically.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written; an earlier checkpoint at `path` is intact.
+    """
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, **state}, file)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote, onto the CPU.
+
+    Raises:
+        UserError: the file is missing, damaged or of another kind.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give a run folder or one of its checkpoints.") from error
+    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a checkpoint or is damaged: give a run's checkpoints/last.pt or best.pt.") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of fastflower: give a run's checkpoints/last.pt or best.pt.")
+    return state
+
+
+def save_weights(path: Path, model: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write a model's state_dict as safetensors, with metadata as JSON strings, atomically."""
+    data = to_safetensors(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()},
+        {name: json.dumps(value) for name, value in metadata.items()},
+    )
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+def first_non_finite(state: Mapping[str, Any], prefix: str = "") -> str | None:
+    """The name of the first floating-point tensor in nested `state` that holds NaN or infinity."""
+    for key, value in state.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            if found := first_non_finite(value, f"{name}."):
+                return found
+        elif isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+            return name
+    return None

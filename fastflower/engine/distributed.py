@@ -1,0 +1,173 @@
+"""The processes of a run: one alone, or those that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from fastflower.errors import UserError
+
+T = TypeVar("T")
+
+# What a process says before each step; the highest value over the ranks is what all do.
+_END, _GO, _STOP, _FAILED = range(4)
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user asked to stop
+    """Some rank was asked to stop (Ctrl-C or SIGTERM); every rank raises this at the same step."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def share_of(self, batch_size: int) -> int:
+        """This rank's pictures of a global batch.
+
+        Raises:
+            UserError: it cannot be split evenly.
+        """
+        if batch_size % self.world_size:
+            below = batch_size // self.world_size * self.world_size
+            fits = f"{below} or {below + self.world_size}" if below else f"{self.world_size}"
+            raise UserError(
+                f"train.batch_size {batch_size} cannot be split over {self.world_size} processes: {fits} would fit."
+            )
+        return batch_size // self.world_size
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, value: int) -> int:
+        """Greatest value over the ranks. Host memory only: it waits for the other processes, not for a GPU."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's value, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_buffers(self, model: torch.nn.Module) -> None:
+        """Give every rank the main rank's buffers (BatchNorm's running statistics)."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the block on every rank; if it fails with a UserError on any, it fails with that on all."""
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        self._raise_first(failure)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the block on the main rank, then on the others, which find what it put into caches."""
+        if not self.is_main:
+            self._raise_first(None)
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        if self.is_main:
+            self._raise_first(failure)
+        self._raise_first(None if self.is_main else failure)
+
+    def lockstep(self, batches: Iterable[T], signals: Signals) -> Iterator[T]:
+        """Yield batches while every rank can go on; ranks may have unequal numbers of them.
+
+        Raises:
+            Interrupted: some rank got a signal.
+            UserError: some rank's batches failed; its sentence, on every rank.
+        """
+        iterator = iter(batches)
+        while True:
+            batch, failure, status = None, None, _GO
+            try:
+                batch = next(iterator, None)
+            except UserError as error:
+                failure, status = error, _FAILED
+            if status == _GO:
+                status = _STOP if signals.received else _END if batch is None else _GO
+            verdict = self.max(status)
+            if verdict == _FAILED:
+                self._raise_first(failure)
+            if verdict == _STOP:
+                raise Interrupted
+            if verdict == _END:
+                return
+            if batch is not None:
+                yield batch
+
+    def _raise_first(self, failure: UserError | None) -> None:
+        sentences = [sentence for sentence in self.gather(str(failure) if failure else None) if sentence]
+        if failure:
+            raise failure
+        if sentences:
+            raise UserError(sentences[0])
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[Ranks]:
+    """Join the processes that torchrun started, if it did, until the block ends."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
+        yield Ranks()
+        return
+    ranks = Ranks(*(int(os.environ[f"{name}"]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    yield ranks
+    dist.destroy_process_group()  # only after success: after a failure it could wait for a process that is gone
+
+
+class Signals:
+    """Notes Ctrl-C and SIGTERM while its `with` block runs; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> Signals:
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number

@@ -1,0 +1,54 @@
+"""Figures of a network on a split: every record counts once, whatever the ranks and the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from fastflower.data.loader import Batch
+from fastflower.engine.distributed import Ranks, Signals
+from fastflower.engine.meters import Evaluation, EvaluationSums
+from fastflower.engine.precision import Precision
+
+
+@torch.no_grad()
+def evaluate(
+    network: torch.nn.Module,
+    batches: Iterable[Batch],
+    *,
+    classes: int,
+    device: torch.device,
+    precision: Precision,
+    ranks: Ranks,
+    signals: Signals,
+    pad_to: int | None = None,
+) -> Evaluation:
+    """Loss, top-1, top-5 and macro F1 of `network` over this rank's batches and those of the others.
+
+    Args:
+        network: gives logits [N, classes] for images [N, 3, S, S].
+        batches: this rank's.
+        classes: how many there are.
+        device: where the network and the batches are.
+        precision: of the forward pass.
+        ranks: over which the figures are taken.
+        signals: asked before each batch.
+        pad_to: a short batch is filled up to this many pictures, whose outputs are cut off again: a compiled network
+            then sees one shape and compiles once.
+
+    Raises:
+        Interrupted: a rank got a signal.
+        UserError: a record of some rank cannot be read or decoded.
+    """
+    network.eval()
+    sums = EvaluationSums(classes, device)
+    for images, labels in ((b.images, b.labels) for b in ranks.lockstep(batches, signals)):
+        n = len(labels)
+        if pad_to and n < pad_to:
+            images = torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 0, 0, pad_to - n))
+            images = images.contiguous(memory_format=torch.channels_last)
+        with precision.autocast(device):
+            logits = network(images if precision.dtype else images.float())
+        sums.add(logits[:n], labels)
+    return sums.result(ranks)

@@ -1,0 +1,114 @@
+"""What a run says on screen: a moving line and one table row an epoch; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+T = TypeVar("T")
+
+_HEADER = (
+    f"{'epoch':>5} {'lr':>9} │ {'train loss':>10} {'acc':>6} │ {'val loss':>8} {'acc':>6} {'top-5':>6} {'F1':>6} │ "
+    f"{'images/s':>8} {'wait':>5} {'time':>7}"
+)
+
+
+PLAIN_LINE_S = 10  # a log file wants a sign of life, not a line a second
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What is known at a logging interval."""
+
+    loss: float  # mean of the epoch so far
+    lr: float
+    images_per_s: float
+    data_wait: float  # share of the time
+    eta_s: float  # to the end of the run
+
+
+class Display:
+    """Progress of a run on the main rank; silent on the others."""
+
+    def __init__(self, console: Console, *, shown: bool, epochs: int) -> None:
+        self._console, self._shown, self._epochs = console, shown, epochs
+        self._live = shown and console.is_terminal
+        self._header_due = True
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            transient=True,
+            disable=not self._live,
+        )
+        self._task = self._progress.add_task("", figures="")
+        self._last_line = 0.0
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        if self._shown:
+            self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def phase(self, epoch: int, what: str, total: int, completed: int = 0) -> None:
+        """Begin a pass of `total` steps."""
+        self._progress.reset(
+            self._task,
+            description=f"epoch {epoch + 1}/{self._epochs} {what}",
+            total=total,
+            completed=completed,
+            figures="",
+        )
+
+    def advance(self) -> None:
+        """One step is done (or on its way to the device)."""
+        self._progress.advance(self._task)
+
+    def counted(self, items: Iterable[T]) -> Iterator[T]:
+        """The same items; each is a step done."""
+        for item in items:
+            yield item
+            self.advance()
+
+    def figures(self, epoch: int, step: int, steps: int, *, figures: Figures) -> None:
+        """The state at a logging interval, `step` steps into `epoch`."""
+        text = (
+            f"loss {figures.loss:.4f}  lr {figures.lr:.2g}  {figures.images_per_s:,.0f} images/s  "
+            f"data wait {figures.data_wait:.0%}  ETA {_clock(figures.eta_s)}"
+        )
+        if self._live:
+            self._progress.update(self._task, figures=text)
+        elif time.monotonic() - self._last_line > PLAIN_LINE_S:
+            self._last_line = time.monotonic()
+            self.say(f"epoch {epoch + 1}/{self._epochs} step {step}/{steps}  {text}")
+
+    def row(self, row: dict[str, float]) -> None:
+        """The table row of a finished epoch."""
+        if self._header_due:
+            self.say(_HEADER)
+            self._header_due = False
+        self.say(
+            f"{row['epoch'] + 1:>5} {row['lr']:>9.2g} │ {row['train_loss']:>10.4f} {row['train_accuracy']:>6.1%} │ "
+            f"{row['val_loss']:>8.4f} {row['val_accuracy']:>6.1%} {row['val_top5']:>6.1%} {row['val_macro_f1']:>6.3f} │ "
+            f"{row['images_per_s']:>8,.0f} {row['data_wait']:>5.0%} {_clock(row['epoch_s']):>7}"
+        )
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

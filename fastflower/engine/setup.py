@@ -1,0 +1,218 @@
+"""From a configuration to the objects that train and evaluate work with."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastflower.config import Config, build
+from fastflower.data.dataset import (
+    Dataset,
+    choose_engine,
+    choose_normalization,
+    ensure_builtin,
+    evaluation_batches,
+    open_dataset,
+    training_batches,
+)
+from fastflower.data.pipeline import Normalization
+from fastflower.data.records import Records, load_split
+from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.engine.distributed import Ranks, Signals, processes
+from fastflower.engine.evaluate import evaluate
+from fastflower.engine.meters import Evaluation
+from fastflower.engine.precision import Precision, choose_device, choose_precision
+from fastflower.engine.progress import Display
+from fastflower.engine.run import RunFolder, changes, new_run
+from fastflower.engine.train import Setup, State, compiles, new_state, train
+from fastflower.errors import UserError
+from fastflower.models import create_model
+
+
+def prepare(config: Config, device: torch.device, ranks: Ranks, display: Display) -> tuple[Setup, State]:
+    """Index the data, measure it where needed, build the network: all that a run needs before its first step.
+
+    Raises:
+        UserError: bad data or settings that do not fit it or this machine.
+    """
+    ranks.share_of(config.train.batch_size)
+    with ranks.main_first():
+        config, dataset = _open(config, display)
+        engine = choose_engine(config.data, device, ranks)
+        normalization = choose_normalization(config.data, dataset.train, engine)
+    precision = choose_precision(config.amp, config.amp_dtype, device)
+    if precision.note:
+        display.say(precision.note)
+    batch_size = config.train.batch_size
+    train = training_batches(
+        config.data, dataset.train, normalization, engine, device, ranks, batch_size=batch_size, seed=config.seed
+    )
+    val = evaluation_batches(config.data, dataset.val, normalization, engine, device, ranks, batch_size=batch_size)
+    if train.global_batch < batch_size:
+        display.say(f"The training split is smaller than a batch of {batch_size}: a batch is {train.global_batch} pictures.")
+    if train.loader.batch == 1 and config.data.crop <= 32:
+        raise UserError(
+            "one picture a process and data.crop of at most 32 pixels leave BatchNorm a single value: "
+            "raise train.batch_size or data.crop."
+        )
+    network = build_network(config, len(dataset.classes), device)
+    state = new_state(network, config, device, precision)
+    saved_with = {
+        "classes": dataset.classes,
+        "normalization": {"mean": list(normalization.mean), "std": list(normalization.std)},
+        "train_records": len(dataset.train),
+    }
+    setup = Setup(config, device, precision, ranks, train, val, saved_with)
+    _introduce(setup, dataset, display)
+    return setup, state
+
+
+def _open(config: Config, display: Display) -> tuple[Config, Dataset]:
+    root = config.data.root
+    if root is None:
+        display.say("No data.root given: the built-in synthetic flowers are used (drawn once into the cache folder).")
+        root = ensure_builtin()
+        display.say(f"Synthetic flowers: {root}")
+    config = replace(config, data=replace(config.data, root=root.absolute()))
+    return config, open_dataset(config.data)
+
+
+def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
+    config = setup.config
+    for name, records in (("train", dataset.train), ("val", dataset.val)):
+        sizes = sorted({path.parent.parent.name.rpartition("-")[2] for path in records.files})
+        display.say(f"{name:>5}: {records.pictures} pictures, {len(records)} records ({', '.join(sizes)})")
+    compiled = ", compiled" if compiles(setup) else ""
+    processes = f", {setup.ranks.world_size} processes" if setup.ranks.world_size > 1 else ""
+    display.say(f"{config.model.name}, {len(dataset.classes)} classes, {setup.precision} on {setup.device}{compiled}{processes}")
+
+
+def build_network(config: Config, classes: int, device: torch.device) -> torch.nn.Module:
+    """The configured network with seeded weights, channels-last, on `device`."""
+    torch.manual_seed(config.seed)
+    network = create_model(num_classes=classes, **asdict(config.model))
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any], display: Display) -> str:
+    """Go on from a checkpoint that `load_checkpoint` read; the note to record beside the configuration.
+
+    Raises:
+        UserError: the network, the classes or, in mid-epoch, the records are not those of the checkpoint.
+    """
+    config, before = setup.config, saved["config"]
+    if before["model"] != asdict(config.model):
+        raise UserError(f"{checkpoint} holds another network ({before['model']}): a resumed run keeps its model settings.")
+    for what, key in (("classes", "classes"), ("training records", "train_records")):
+        if saved[key] != setup.saved_with[key]:
+            raise UserError(f"{checkpoint} was trained on other {what} than {config.data.root} has: give its data.root.")
+    state.load(saved, setup.ranks, lr=config.train.lr if before["train"]["lr"] != config.train.lr else None)
+    changed = changes(before, config)
+    where = f"epoch {state.epoch + 1}, step {state.step}"
+    display.say(f"Resuming {checkpoint} at {where}" + (f"; changed: {', '.join(changed)}" if changed else ""))
+    return f"resumed at {where}" + (f": {', '.join(changed)}" if changed else "")
+
+
+def train_run(
+    config: Config, *, name: str, run: Path | None, checkpoint: Path | None, overwrite: bool, console: Console
+) -> int | None:
+    """Train from a configuration into a run folder; new, or going on from a checkpoint.
+
+    Args:
+        config: the settings, with a resumed run's already in them.
+        name: of a new folder under runs/.
+        run: the folder, or None for a new one (or the checkpoint's).
+        checkpoint: where to go on from; None starts anew.
+        overwrite: clear a run that is already in `run`.
+        console: where progress is shown.
+
+    Returns:
+        None when all epochs are done, else the number of the signal that ended it.
+
+    Raises:
+        UserError: see `prepare`, `restore` and `fastflower.engine.train.train`; or `run` already holds a run.
+    """
+    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    with processes(device) as ranks:
+        display = Display(console, shown=ranks.is_main, epochs=config.train.epochs)
+        with ranks.main_first():
+            folder = _choose_folder(name, run, checkpoint, overwrite)
+        folder = ranks.gather(folder)[0]  # a new folder is named by the main rank's clock
+        saved = load_checkpoint(checkpoint) if checkpoint else None
+        setup, state = prepare(config, device, ranks, display)
+        note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None
+        if ranks.is_main:
+            if overwrite and not checkpoint:
+                folder.clear()
+            folder.write_config(setup.config, note)
+        display.say(f"Run folder: {folder.path}")
+        if state.epoch >= config.train.epochs:
+            display.say(f"All {config.train.epochs} epochs are done; give a larger --train.epochs to go on.")
+            return None
+        with display:
+            received = train(setup, state, folder, display)
+        if received:
+            display.say(f"Stopped by {signal.Signals(received).name} and saved. Go on with: fastflower train --resume {folder.path}")
+        else:
+            display.say(f"Done. Best validation loss {state.best:.4f}: {folder.best}")
+        return received
+
+
+def _choose_folder(name: str, run: Path | None, checkpoint: Path | None, overwrite: bool) -> RunFolder:
+    if checkpoint:
+        return RunFolder(run or checkpoint.parents[1])
+    folder = RunFolder(run) if run else new_run(name)
+    if folder.exists and not overwrite:
+        raise UserError(f"{folder.path} already holds a run: give --resume {folder.path}, --overwrite or another --run.")
+    return folder
+
+
+def evaluate_run(run: Path, root: Path | None, split: str, device_setting: str, console: Console) -> Evaluation:
+    """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
+
+    Precision and batch are those of the run, so that the validation figures that it logged come out again.
+
+    Raises:
+        UserError: no such run, or the data does not fit it.
+    """
+    path = run if run.is_file() else RunFolder(run).best
+    if not path.is_file():
+        raise UserError(f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file.")
+    saved = load_checkpoint(path)
+    config = build(saved["config"], str(path))
+    if root:
+        config = replace(config, data=replace(config.data, root=root.absolute()))
+    device = choose_device(config.device if device_setting == "run" else device_setting)  # type: ignore[arg-type]
+    ranks = Ranks()
+    records = load_split(config.data.root, split, sizes=config.data.sizes, scale_min=config.data.scale[0])  # type: ignore[arg-type]
+    records.require_classes(len(saved["classes"]))
+    normalization = Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
+    network = build_network(config, len(saved["classes"]), device)
+    network.load_state_dict(saved["model"])
+    batches = evaluation_batches(
+        config.data,
+        records,
+        normalization,
+        choose_engine(config.data, device, ranks),
+        device,
+        ranks,
+        batch_size=config.train.batch_size,
+    )
+    display = Display(console, shown=True, epochs=1)
+    display.phase(0, "evaluate", batches.steps)
+    with Signals() as signals, display:
+        return evaluate(
+            network,
+            display.counted(batches.once()),
+            classes=len(saved["classes"]),
+            device=device,
+            precision=choose_precision(config.amp, config.amp_dtype, device),
+            ranks=ranks,
+            signals=signals,
+        )

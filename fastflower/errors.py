@@ -1,0 +1,7 @@
+"""The one exception for a user's mistake: the command line prints its sentence without a traceback and exits with code 2."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input. Its message is one sentence that names the file, record or key and how to mend it."""

@@ -1,0 +1,55 @@
+"""Package metadata. Tool settings are in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+setup(
+    name="fastflower",
+    version="0.1.0",
+    description="Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=[
+        "fastflower",
+        "fastflower.configs",
+        "fastflower.data",
+        "fastflower.engine",
+        "fastflower.kernels",
+        "fastflower.models",
+    ],
+    # `kernels` and `configs` are folders of the checkout, and parts of the package once installed
+    package_dir={"fastflower": "fastflower", "fastflower.kernels": "kernels", "fastflower.configs": "configs"},
+    package_data={"fastflower.configs": ["*.yaml"]},
+    entry_points={"console_scripts": ["fastflower = fastflower.cli:main"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton; platform_system == 'Linux'",  # the version that torch pins
+        "nvidia-dali-cuda120>=2.0",
+        "numpy>=1.26",
+        "rich>=13",
+        "tyro>=1.0",
+        "pydantic>=2.7",
+        "pyyaml>=6",
+        "pillow>=10",
+        "torchmetrics>=1.4",
+        "tensorboard>=2.16",
+        "safetensors>=0.4.3",
+        "google-crc32c>=1.5",
+    ],
+    extras_require={
+        "test": [
+            "pytest>=8",
+            "pytest-timeout",
+            "hypothesis",
+            "torchvision",
+            "tfrecord",
+            "scikit-learn",
+            "ruff==0.17.6",
+            "mypy==2.4.1",
+            "types-PyYAML",
+        ],
+    },
+)
