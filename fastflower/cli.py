@@ -235,7 +235,11 @@ def _eval(command: EvalCommand) -> int:
     if command.json:
         print(json.dumps(figures))
     else:
-        Console().print("  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()))
+        Console().print(
+            "  ".join(
+                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
+            )
+        )
     return 0
 
 

@@ -225,7 +225,8 @@ def _check_together(config: Config, source: str) -> None:
     low, high = data.scale
     problems = {
         f"data.scale is {low} {high}: give the smaller size first": low > high,
-        f"data.scale starts at {low} pixels, below data.crop ({data.crop}): raise it or lower data.crop": low < data.crop,
+        f"data.scale starts at {low} pixels, below data.crop ({data.crop}): raise it or lower data.crop": low
+        < data.crop,
         f"data.val_resize is {data.val_resize} pixels, below data.crop ({data.crop}): raise it or lower data.crop": (
             data.val_resize is not None and data.val_resize < data.crop
         ),

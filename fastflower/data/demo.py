@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import colorsys
 import json
-import itertools
+import math
+import os
 import shutil
-import uuid
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -20,7 +21,6 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.errors import UserError
-from fastflower.files import atomic_write
 
 PICTURES_A_FILE = 400
 SPLITS = ("train", "val", "test")
@@ -66,7 +66,9 @@ KINDS = (
     Kind("synthetic star lily", 6, 0.36, 1.5, spots=True, colors=("orange", "pink", "white"), center=0.12),
     Kind("synthetic striped crocus", 6, 0.52, 1.0, stripes=3, colors=("purple", "white", "blue"), center=0.15),
     Kind("synthetic ruffled poppy", 6, 0.95, 0.6, ruffle=0.25, colors=("red", "orange", "pink"), center=0.26),
-    Kind("synthetic windmill jasmine", 8, 0.30, 1.2, colors=("white", "yellow", "blue"), center=0.16, round_leaves=True),
+    Kind(
+        "synthetic windmill jasmine", 8, 0.30, 1.2, colors=("white", "yellow", "blue"), center=0.16, round_leaves=True
+    ),
     Kind("synthetic button coneflower", 13, 0.24, 0.7, colors=("pink", "purple", "orange"), center=0.42),
     Kind("synthetic moon daisy", 18, 0.20, 0.7, colors=("white", "yellow", "pink"), center=0.28),
     Kind("synthetic double dahlia", 10, 0.34, 1.2, layers=3, colors=("red", "yellow", "purple"), center=0.10),
@@ -84,291 +86,230 @@ def write_demo(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Write the data set to `root`, which appears only when it is complete.
-
-    It holds tfrecords-jpeg-SxS/{train,val,test}/NN-SxS-COUNT.tfrec for each size S, and class_names.json. Classes are
-    balanced and shuffled. A picture depends on (seed, split, index) only: other counts and sizes leave it as it is, and
-    the same arguments give the same bytes (with the same numpy and Pillow). Several processes may write the same set
-    at once; the first to finish puts it in place.
+    """Draw a data set of synthetic flowers; `root` appears when it is complete.
 
     Args:
-        root: a folder that does not exist or is empty.
-        sizes: pixels, sides of the square pictures; an id is the same picture at every size.
-        train: number of pictures; so are `val` and `test` (whose records have no class).
-        seed: not negative.
-        progress: called with (pictures written, of how many) after each one, every size counting.
+        root: folder to make: tfrecords-jpeg-SxS/{train,val,test}/NN-SxS-COUNT.tfrec and class_names.json.
+        sizes: stored sizes in pixels; an id is the same picture at each.
+        train: pictures in the split; likewise `val` and `test`, whose records have no class.
+        val: see `train`.
+        test: see `train`.
+        seed: of the drawing.
+        progress: called with the number of pictures done and to do.
 
     Raises:
-        UserError: `root` is not empty or cannot be made, or an argument is out of range.
+        UserError: `root` exists and is not empty, or a number is not positive.
+        OSError: the folder cannot be written.
     """
-    root = root.resolve()  # renaming needs a name, which "." has not
     counts = dict(zip(SPLITS, (train, val, test), strict=True))
-    _check(root, sizes, counts, seed)
-    done, total = itertools.count(1), len(sizes) * sum(counts.values())
-
-    def examples(split: str, indices: range, size: int) -> Iterator[dict[str, bytes | int]]:
-        for index in indices:
-            yield _example(seed, split, index, size)
-            if progress:
-                progress(next(done), total)
-
-    building = root.parent / f".{root.name}.{uuid.uuid4().hex}"
+    if not sizes or min(*sizes, *counts.values()) < 1:
+        raise UserError("sizes and numbers of pictures must be at least 1.")
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"{root} exists already: give a folder that is empty or not there yet.")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
     try:
-        building.mkdir(parents=True)
-    except OSError as error:
-        raise UserError(f"{root} cannot be made ({error.strerror}): choose a folder that can be written.") from error
-    try:
-        with atomic_write(building / "class_names.json") as file:
-            file.write(json.dumps([kind.name for kind in KINDS], indent=2).encode() + b"\n")
-        for size, (split, count) in itertools.product(sizes, counts.items()):
-            folder = building / f"tfrecords-jpeg-{size}x{size}" / split
-            folder.mkdir(parents=True)
-            for number, start in enumerate(range(0, count, PICTURES_PER_FILE)):
-                indices = range(start, min(start + PICTURES_PER_FILE, count))
-                path = folder / f"{number:02d}-{size}x{size}-{len(indices)}.tfrec"
-                write_tfrecord(path, examples(split, indices, size))
-        _put_in_place(building, root)
+        done = 0
+        for split, count in counts.items():
+            for file, first in enumerate(range(0, count, PICTURES_A_FILE)):
+                indices = range(first, min(first + PICTURES_A_FILE, count))
+                examples: dict[int, list[dict[str, bytes | int]]] = {size: [] for size in sizes}
+                for index in indices:
+                    for size, example in _examples(seed, split, index, sizes):
+                        examples[size].append(example)
+                    done += 1
+                    if progress:
+                        progress(done, sum(counts.values()))
+                for size in sizes:
+                    name = f"{file:02}-{size}x{size}-{len(indices)}.tfrec"
+                    write_tfrecord(partial / f"tfrecords-jpeg-{size}x{size}" / split / name, examples[size])
+        names = json.dumps([kind.name for kind in KINDS], indent=1)
+        (partial / "class_names.json").write_text(names + "\n", encoding="utf-8")
+        partial.chmod(0o755)
+        try:
+            os.replace(partial, root)
+        except OSError:
+            if not (root / "class_names.json").is_file():  # else another process was faster, with the same pictures
+                raise
     finally:
-        shutil.rmtree(building, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check(root: Path, sizes: Sequence[int], counts: dict[str, int], seed: int) -> None:
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        raise UserError(f"{root} exists and is not an empty folder: name a new one or remove it.")
-    if not sizes or len(set(sizes)) < len(sizes) or min(sizes) < 16:
-        raise UserError(f"sizes {list(sizes)}: give one or more different sizes of at least 16 pixels.")
-    for split, count in counts.items():
-        if count < 0:
-            raise UserError(f"{split} {count}: give a number of pictures that is not negative.")
-    if seed < 0:
-        raise UserError(f"seed {seed}: give a number that is not negative.")
+def _examples(seed: int, split: str, index: int, sizes: Sequence[int]) -> Iterator[tuple[int, dict[str, bytes | int]]]:
+    """The records of one picture, one a size."""
+    number = SPLITS.index(split)
+    label = label_of(seed, split, index)
+    rng = np.random.default_rng([seed, number, index])
+    picture = draw_flower(rng, label, max(CANVAS, 2 * max(sizes)))
+    quality = int(rng.integers(80, 96))
+    for size in sizes:
+        buffer = BytesIO()
+        picture.resize((size, size), Image.Resampling.BOX).save(buffer, "JPEG", quality=quality)
+        example: dict[str, bytes | int] = {"id": f"{split}-{index:06}".encode(), "image": buffer.getvalue()}
+        if split != "test":
+            example["class"] = label
+        yield size, example
 
 
-def _put_in_place(building: Path, root: Path) -> None:
-    """Rename, which replaces nothing but an empty folder; another process may have been faster with the same set."""
-
-    def contents(folder: Path) -> set[tuple[Path, int]]:
-        return {(path.relative_to(folder), path.stat().st_size) for path in folder.rglob("*") if path.is_file()}
-
-    try:
-        building.rename(root)
-    except OSError as error:
-        if not root.is_dir() or contents(root) != contents(building):
-            raise UserError(f"{root} cannot be put in place ({error.strerror}): name a new folder.") from error
-
-
-def _example(seed: int, split: str, index: int, size: int) -> dict[str, bytes | int]:
-    """The features of one record."""
+def label_of(seed: int, split: str, index: int) -> int:
+    """The class of a picture: each run of len(KINDS) pictures has every class once, in random order."""
     block, place = divmod(index, len(KINDS))
-    stream = (seed, SPLITS.index(split))
-    # Every block of twelve has each class once, so that any count is balanced.
-    label = int(np.random.default_rng((*stream, block, 1)).permutation(len(KINDS))[place])
-    picture = draw_flower(np.random.default_rng((*stream, index)), label, size)
-    buffer = BytesIO()
-    picture.save(buffer, "JPEG", quality=JPEG_QUALITY)
-    name = hashlib.blake2b(f"{seed} {split} {index}".encode(), digest_size=8).hexdigest()
-    example: dict[str, bytes | int] = {"id": name.encode(), "image": buffer.getvalue()}
-    return example if split == "test" else example | {"class": label}
+    rng = np.random.default_rng([seed, SPLITS.index(split), block, 1])
+    return int(rng.permutation(len(KINDS))[place])
 
 
 def draw_flower(rng: np.random.Generator, label: int, size: int) -> Image.Image:
-    """An RGB picture of size x size pixels of a flower of KINDS[label].
-
-    All that chance decides is drawn before `size` matters (but for the grain), so that generators in the same state
-    give the same picture at any size.
-    """
+    """A flower of class `label` as an RGB picture of `size` pixels a side, with all that makes it hard to tell."""
+    picture = _background(rng, size)
     kind = KINDS[label]
-    picture = _background(rng, size).resize((size * SUPERSAMPLING,) * 2, Image.Resampling.BICUBIC)
-    canvas = Canvas(picture)
-    at, radius = rng.uniform(0.36, 0.64, 2), rng.uniform(0.2, 0.36)
-    if rng.random() < 0.25:
-        direction = rng.uniform(0, 2 * np.pi)
-        away = radius * rng.uniform(1.3, 1.8) * np.array([np.cos(direction), np.sin(direction)])
-        _plant(canvas, rng, kind, at + away, radius * rng.uniform(0.6, 0.9))
-    _plant(canvas, rng, kind, at, radius)
-    _blades(canvas, rng, rng.integers(0, 3))
-    picture = picture.resize((size, size), Image.Resampling.BOX)
-    picture = picture.filter(ImageFilter.GaussianBlur(size * 0.012 * rng.random() ** 2))
-    return _expose(picture, rng)
-
-
-class Canvas:
-    """Draws in pictures' coordinates: x to the right and y down, both 0..1; colors are RGB or RGBA in 0..1."""
-
-    def __init__(self, picture: Image.Image) -> None:
-        self._draw = ImageDraw.Draw(picture, "RGBA")  # RGBA: paint that lets the ground through
-        self._side = picture.width
-
-    def polygon(self, points: np.ndarray, color: np.ndarray) -> None:
-        """Fill; points is [n, 2]."""
-        self._draw.polygon((points * self._side).ravel().tolist(), _ink(color))
-
-    def line(self, points: np.ndarray, color: np.ndarray, width: float) -> None:
-        """Join points [n, 2] by a line `width` wide."""
-        self._draw.line((points * self._side).ravel().tolist(), _ink(color), max(1, round(width * self._side)), "curve")
-
-
-def _ink(color: np.ndarray) -> tuple[int, ...]:
-    return tuple((np.clip(color, 0, 1) * 255).astype(int).tolist())
-
-
-def _jitter(rng: np.random.Generator, color: Sequence[float] | np.ndarray, amount: float) -> np.ndarray:
-    """A color like `color`: lighter or darker, and a little of another hue."""
-    return np.clip(np.asarray(color) * (1 + amount * rng.standard_normal()) + amount / 2 * rng.standard_normal(3), 0, 1)
+    radius = size * rng.uniform(0.22, 0.44)
+    middle = size * rng.uniform(0.34, 0.66, 2)
+    draw = ImageDraw.Draw(picture)
+    for _ in range(rng.integers(1, 5)):
+        _leaf(draw, rng, middle, radius * rng.uniform(0.9, 1.6), kind.round_leaves)
+    _flower(draw, rng, kind, middle, radius)
+    if rng.random() < 0.4:  # something in front
+        angle = rng.uniform(0, 2 * math.pi)
+        offset = radius * rng.uniform(0.8, 1.2) * np.array([math.cos(angle), math.sin(angle)])
+        _leaf(draw, rng, middle + offset, radius * rng.uniform(0.6, 1.1), bool(rng.random() < 0.5))
+    return _light(rng, picture)
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Out-of-focus ground with stones, grass and other flowers."""
-    grounds = np.array([(0.16, 0.30, 0.10), (0.30, 0.38, 0.16), (0.33, 0.25, 0.17), (0.42, 0.44, 0.42), (0.10, 0.14, 0.10)])
-    tone = rng.dirichlet(np.full(len(grounds), 0.6)) @ grounds
-    patches = tone * (1 + 0.35 * rng.standard_normal((5, 5, 1))) + 0.04 * rng.standard_normal((5, 5, 3))
-    picture = Image.fromarray((np.clip(patches, 0, 1) * 255).astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-    canvas = Canvas(picture)
+    """Soil, grass, stones and other flowers, out of focus."""
+    base = _hsv(rng, (0.08, 0.42), (0.15, 0.6), (0.15, 0.6))
+    picture = Image.new("RGB", (size, size), base)
+    draw = ImageDraw.Draw(picture)
+    for _ in range(rng.integers(4, 14)):  # stones and patches of light
+        x, y = rng.uniform(0, size, 2)
+        a, b = size * rng.uniform(0.04, 0.3, 2)
+        draw.ellipse((x - a, y - b, x + a, y + b), fill=_hsv(rng, (0.0, 0.6), (0.0, 0.5), (0.1, 0.8)))
+    for _ in range(rng.integers(0, 25)):  # grass
+        x, y = rng.uniform(0, size, 2)
+        end = (x + size * rng.uniform(-0.2, 0.2), y - size * rng.uniform(0.1, 0.5))
+        draw.line((x, y, *end), fill=_hsv(rng, (0.2, 0.4), (0.3, 0.9), (0.2, 0.8)), width=max(1, size // 80))
     for _ in range(rng.integers(0, 4)):
-        stone = _circle(10) * rng.uniform(0.04, 0.14, 2) + rng.random(2)
-        canvas.polygon(stone, _jitter(rng, (0.5, 0.48, 0.45), 0.2))
-    _blades(canvas, rng, rng.integers(3, 9))
-    for _ in range(rng.integers(0, 4)):
-        kind = KINDS[rng.integers(len(KINDS))]
-        _flower(canvas, rng, kind, rng.random(2), rng.uniform(0.08, 0.2))
-    return picture.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.015, 0.05)))
+        other = KINDS[rng.integers(len(KINDS))]
+        _flower(draw, rng, other, rng.uniform(0, size, 2), size * rng.uniform(0.06, 0.14))
+    return picture.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.006, 0.03)))
 
 
-def _blades(canvas: Canvas, rng: np.random.Generator, count: int) -> None:
-    """Blades of grass that grow from somewhere below the picture's middle."""
-    for _ in range(count):
-        foot, tip = rng.uniform((-0.1, 0.7), (1.1, 1.3)), rng.uniform((-0.2, 0.0), (1.2, 0.8))
-        bend = rng.uniform(-0.15, 0.15)
-        points = LANCE.points(8) * (1, rng.uniform(0.3, 0.9))
-        points[:, 1] += bend * np.sin(np.pi * points[:, 0])
-        along = tip - foot
-        canvas.polygon(foot + points @ np.array([along, (-along[1], along[0])]), _jitter(rng, (0.30, 0.45, 0.16), 0.25))
-
-
-def _plant(canvas: Canvas, rng: np.random.Generator, kind: Kind, at: np.ndarray, radius: float) -> None:
-    """Stem, leaves and flower, in focus."""
-    green = _jitter(rng, (0.26, 0.44, 0.18), 0.15)
-    root = at + (rng.uniform(-0.3, 0.3), 1.0)
-    canvas.line(np.stack([at, (at + root) / 2 + (rng.uniform(-0.1, 0.1), 0), root]), green * 0.8, radius * 0.1)
-    for turn in rng.uniform(0, 2 * np.pi, rng.integers(2, 5)):
-        leaf, rib = kind.leaf.points(), np.array([[0, 0], [0.9, 0]])
-        along = radius * rng.uniform(1.1, 1.7) * np.array([np.cos(turn), np.sin(turn)])
-        axes = np.array([along, (-along[1], along[0])])
-        shade = green * rng.uniform(0.75, 1.25)
-        canvas.polygon(at + leaf @ axes, shade)
-        canvas.line(at + rib @ axes, shade * 1.25, radius * 0.03)
-    _flower(canvas, rng, kind, at, radius)
-
-
-def _flower(canvas: Canvas, rng: np.random.Generator, kind: Kind, at: np.ndarray, radius: float) -> None:
-    """Petals by layers, from the outermost, and the center; tilted in space and seen in perspective."""
-    view = _view(rng)
-
-    def project(points: np.ndarray) -> np.ndarray:
-        """[..., 3] in petal lengths to [..., 2] in the picture."""
-        turned = points @ view
-        return at + radius * turned[..., :2] / (1.6 - 0.6 * turned[..., 2:]) * 1.6
-
-    color = _jitter(rng, COLORS[kind.colors[rng.integers(len(kind.colors))]], 0.08)
-    accent = _jitter(rng, COLORS["ycrmvw"[rng.integers(6)]], 0.08)
-    light = rng.uniform(0, 2 * np.pi)
-    width = rng.uniform(0.88, 1.12)
+def _flower(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: Kind, middle: np.ndarray, radius: float) -> None:
+    color = _hsv(rng, *COLORS[kind.colors[rng.integers(len(kind.colors))]])
+    tilt = _tilt(rng)
+    turn = rng.uniform(0, 2 * math.pi)
     for layer in range(kind.layers):
-        length = 0.72**layer
-        cup = kind.cup + 0.35 * layer + rng.uniform(-0.1, 0.1)
-        turns = (np.arange(kind.petals) + layer / 2 + 0.1 * rng.standard_normal(kind.petals)) * 2 * np.pi / kind.petals
-        lengths = length * (1 + 0.05 * rng.standard_normal(kind.petals))
-        _petals(canvas, kind, project, turns, lengths, width, cup, light, color, accent)
-    _center(canvas, rng, kind, project, accent, color)
+        scale = radius * (1 - 0.28 * layer)
+        for i in range(kind.petals):
+            angle = turn + 2 * math.pi * (i + 0.5 * layer) / kind.petals + rng.normal(0, 0.25 / kind.petals)
+            if rng.random() < 0.04:
+                continue  # a petal has fallen
+            length, shade = scale * rng.uniform(0.88, 1.08), rng.uniform(0.82, 1.1) * (1 - 0.08 * layer)
+            _petal(draw, rng, kind, middle, angle, length, tilt, _shade(color, shade))
+    _center(draw, rng, middle, radius * kind.center * rng.uniform(0.85, 1.15), tilt)
 
 
-def _view(rng: np.random.Generator) -> np.ndarray:
-    """[3, 3]: turn in the flower's plane, tilt by up to 55 degrees, turn in the picture's plane."""
-    spin, tilt, lean = rng.uniform(0, 2 * np.pi), np.radians(55) * rng.random() ** 1.3, rng.uniform(0, 2 * np.pi)
-    return _turn(spin) @ _turn(tilt)[[2, 0, 1]][:, [2, 0, 1]] @ _turn(lean)
+def _petal(
+    draw: ImageDraw.ImageDraw,
+    rng: np.random.Generator,
+    kind: Kind,
+    middle: np.ndarray,
+    angle: float,
+    length: float,
+    tilt: np.ndarray,
+    color: Color,
+) -> None:
+    def place(points: np.ndarray) -> list[tuple[float, float]]:
+        return _to_canvas(_turn(points * length, angle), middle, tilt)
+
+    outline = _outline(kind)
+    draw.polygon(place(outline), fill=color, outline=_shade(color, 0.65))
+    draw.polygon(place(outline * [0.62, 0.55]), fill=_shade(color, 0.86))
+    dark = _shade(color, 0.5)
+    line_width = max(1, round(length / 30))
+    for stripe in range(kind.stripes):
+        side = (stripe - (kind.stripes - 1) / 2) * kind.width * 0.28
+        draw.line(place(np.array([[0.2, side * 0.4], [0.8, side]])), fill=dark, width=line_width)
+    if kind.spots:
+        for t, side in rng.uniform((0.3, -0.12), (0.8, 0.12), (5, 2)):
+            x, y = place(np.array([[t, side]]))[0]
+            r = length * 0.045
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=dark)
 
 
-def _turn(angle: float) -> np.ndarray:
-    c, s = np.cos(angle), np.sin(angle)
-    return np.array([(c, s, 0), (-s, c, 0), (0, 0, 1)])
+def _outline(kind: Kind) -> np.ndarray:
+    """[n, 2] corners of a petal of length 1 that points along x."""
+    t = np.linspace(0, 1, 15)
+    half = kind.width / 2 * np.sin(math.pi * t ** (0.75 / min(kind.tip, 1))) ** kind.tip
+    half *= 1 + kind.ruffle * np.sin(t * 9 * math.pi)
+    x = t.copy()
+    tip = [[1 - kind.notch, 0.0]] if kind.notch else []
+    if kind.notch:  # two lobes beside the cut
+        half[-1] = kind.width * 0.18
+    return np.array([*zip(x, half, strict=True), *tip, *zip(x[::-1], -half[::-1], strict=True)])
 
 
-def _circle(n: int) -> np.ndarray:
-    """[n, 2] points of the unit circle."""
-    angles = np.arange(n) * (2 * np.pi / n)
-    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+def _center(
+    draw: ImageDraw.ImageDraw, rng: np.random.Generator, middle: np.ndarray, r: float, tilt: np.ndarray
+) -> None:
+    circle = np.linspace(0, 2 * math.pi, 20, endpoint=False)
+    ring = np.stack([np.cos(circle), np.sin(circle)], axis=1) * r
+    color = _hsv(rng, (0.05, 0.17), (0.5, 1.0), (0.25, 0.95))
+    draw.polygon(_to_canvas(ring, middle, tilt), fill=color, outline=_shade(color, 0.6))
+    for x, y in _to_canvas(ring[::2] * rng.uniform(0.3, 0.8, (10, 1)), middle, tilt):  # stamens
+        s = max(1.0, r * 0.1)
+        draw.ellipse((x - s, y - s, x + s, y + s), fill=_shade(color, rng.uniform(0.5, 1.5)))
 
 
-def _petals(canvas, kind, project, turns, lengths, width, cup, light, color, accent) -> None:
-    edge = kind.outline.points()
-    n = len(edge)
-    flat = [edge, edge * 0.8 + (0.02, 0), edge * (0.5, 0.55)]
-    template = np.concatenate(flat) * (1, width)
-    marks = []
-    if kind.marking == "stripes":
-        marks = [np.array([(0.1, 0), (0.5, s * kind.outline.width * 0.2), (0.85, s * kind.outline.width * 0.24)]) for s in (-1, 0, 1)]
-    elif kind.marking == "spots":
-        dots = [(0.35, 0.0), (0.5, 0.12), (0.5, -0.12), (0.65, 0.05), (0.75, -0.1), (0.8, 0.1)]
-        marks = [np.array(dot) + _circle(5) * 0.045 for dot in dots]
-    if marks:
-        template = np.concatenate([template, *marks])
-    c, s = np.cos(turns)[:, None], np.sin(turns)[:, None]
-    x, y = template.T * lengths[:, None, None] if False else (template[:, 0] * lengths[:, None], template[:, 1] * lengths[:, None])
-    points = np.stack([c * x - s * y, s * x + c * y, cup * np.hypot(x, y) ** 2], axis=-1)
-    points = project(points)
-    dark, rim = color * 0.62, (accent if kind.marking == "edge" else color)
-    heart = accent if kind.marking == "eye" else color * 0.8
-    for petal, turn in zip(points, turns):
-        shade = 1 + 0.14 * np.cos(turn - light)
-        outer, inner, foot = petal[:n], petal[n : 2 * n], petal[2 * n : 3 * n]
-        canvas.polygon(outer, rim * shade)
-        canvas._draw.line((outer * canvas._side).ravel().tolist(), _ink(dark), max(1, round(canvas._side / 190)))
-        canvas.polygon(inner, np.append(color * shade * 1.06, 1))
-        canvas.polygon(foot, np.append(heart * shade, 0.85 if kind.marking == "eye" else 0.6))
-        rest = petal[3 * n :]
-        if kind.marking == "stripes":
-            for mark in rest.reshape(3, 3, 2):
-                canvas.line(mark, np.append(accent * 0.6, 0.8), 0.008)
-        elif kind.marking == "spots":
-            for mark in rest.reshape(6, 5, 2):
-                canvas.polygon(mark, accent * 0.4)
+def _leaf(draw: ImageDraw.ImageDraw, rng: np.random.Generator, start: np.ndarray, length: float, rounded: bool) -> None:
+    t = np.linspace(0, 1, 10)
+    half = (0.3 if rounded else 0.12) * np.sin(math.pi * t) ** (0.7 if rounded else 1.2)
+    points = np.concatenate([np.stack([t, half], 1), np.stack([t, -half], 1)[::-1]]) * length
+    color = _hsv(rng, (0.22, 0.42), (0.3, 0.9), (0.2, 0.65))
+    placed = _to_canvas(_turn(points, rng.uniform(0, 2 * math.pi)), start, np.eye(2))
+    draw.polygon(placed, fill=color, outline=_shade(color, 0.7))
+    draw.line([placed[0], placed[9]], fill=_shade(color, 1.25))
 
 
-def _center(canvas, rng, kind, project, accent, color) -> None:
-    def flat(points, height=0.05):
-        return project(np.column_stack([points, np.full(len(points), height)]))
-    r = kind.center * rng.uniform(0.88, 1.12)
-    gold = _jitter(rng, [(0.93, 0.75, 0.2), (0.35, 0.22, 0.12), (0.7, 0.72, 0.3)][rng.integers(3)], 0.1)
-    if kind.texture == "stamens":
-        canvas.polygon(flat(_circle(10) * r * 0.7), gold * 0.7)
-        for tip in _circle(6):
-            canvas.line(flat(np.array([(0, 0), tip * r * 2.4]), 0.2), gold * 0.8, 0.008)
-            canvas.polygon(flat(tip * r * 2.4 + _circle(6) * 0.06, 0.2), gold)
-    elif kind.texture == "star":
-        star = _circle(10) * np.where(np.arange(10) % 2, 1.0, 0.4)[:, None]
-        canvas.polygon(flat(star * r * 1.7), gold)
-    elif kind.texture == "trumpet":
-        wave = _circle(24) * (1 + 0.08 * np.cos(np.arange(24) * 2 * np.pi / 3))[:, None]
-        canvas.polygon(flat(wave * r, 0.35), gold)
-        canvas.polygon(flat(wave * r * 0.85, 0.3), gold * 0.8)
-        canvas.polygon(flat(_circle(14) * r * 0.55, 0.1), gold * 0.4)
-    else:
-        canvas.polygon(flat(_circle(16) * r), gold * 0.75)
-        canvas.polygon(flat(_circle(16) * r * 0.7 , 0.1), gold)
-        if kind.texture == "seeds":
-            k = np.arange(1, 26)
-            seeds = (r * np.sqrt(k / 26))[:, None] * np.stack([np.cos(k * 2.4), np.sin(k * 2.4)], axis=1)
-            spots = flat((seeds[:, None] + _circle(4) * 0.03 ).reshape(-1, 2), 0.08).reshape(25, 4, 2)
-            for i, spot in enumerate(spots):
-                canvas.polygon(spot, gold * (0.5 if i % 2 else 1.3))
-
-
-def _expose(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Light from a side, exposure, color cast and grain."""
+def _light(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
+    """A gradient of light, exposure, a color cast, blur and noise."""
     size = picture.width
-    direction, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.35)
-    ramp = np.linspace(-strength, strength, size)
-    gain = np.exp(0.18 * rng.standard_normal()) * (1 + 0.06 * rng.standard_normal(3))
-    light = 1 + np.cos(direction) * ramp[None, :, None] + np.sin(direction) * ramp[:, None, None]
-    grain = rng.uniform(0, 8) * rng.standard_normal((size, size, 3), np.float32)
-    return Image.fromarray(np.clip(np.asarray(picture) * (light * gain) + grain, 0, 255).astype(np.uint8))
+    blurred = picture.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.0, 0.008)))
+    pixels = np.asarray(blurred, np.float32)
+    angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0.0, 0.5)
+    ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
+    light = 1 + strength * (math.cos(angle) * ramp[None, :] + math.sin(angle) * ramp[:, None])
+    gain = rng.uniform(0.65, 1.3) * rng.uniform(0.9, 1.1, 3)
+    noise = rng.standard_normal((size, size, 1), np.float32) * rng.uniform(2, 14)
+    lit = pixels * light[..., None] * gain.astype(np.float32) + noise
+    return Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8))
+
+
+def _tilt(rng: np.random.Generator) -> np.ndarray:
+    """[2, 2]: a flat flower seen from a direction that is not quite its front."""
+    axis, squeeze = rng.uniform(0, math.pi), rng.uniform(0.55, 1.0)
+    turn = np.array([[math.cos(axis), -math.sin(axis)], [math.sin(axis), math.cos(axis)]])
+    return turn @ np.diag([1.0, squeeze]) @ turn.T
+
+
+def _turn(points: np.ndarray, angle: float) -> np.ndarray:
+    cos, sin = math.cos(angle), math.sin(angle)
+    return points @ np.array([[cos, sin], [-sin, cos]])
+
+
+def _to_canvas(points: np.ndarray, middle: np.ndarray, tilt: np.ndarray) -> list[tuple[float, float]]:
+    return [(x, y) for x, y in (points @ tilt.T + middle).tolist()]
+
+
+def _hsv(rng: np.random.Generator, hue: Sequence[float], saturation: Sequence[float], value: Sequence[float]) -> Color:
+    h, s, v = (rng.uniform(low, high) for low, high in (hue, saturation, value))
+    return _to_color(255 * channel for channel in colorsys.hsv_to_rgb(h % 1.0, s, v))
+
+
+def _shade(color: Color, factor: float) -> Color:
+    return _to_color(channel * factor for channel in color)
+
+
+def _to_color(channels: Iterator[float] | Sequence[float]) -> Color:
+    r, g, b = (int(min(255, max(0, channel))) for channel in channels)
+    return r, g, b

@@ -119,7 +119,9 @@ class Loader:
         try:
             if self._pipeline is None:
                 normalization = self.normalization if self.engine.device == "gpu" else None
-                self._pipeline = graph.build_pipeline(self._next_inputs, self.view, self.engine, self.batch, normalization)
+                self._pipeline = graph.build_pipeline(
+                    self._next_inputs, self.view, self.engine, self.batch, normalization
+                )
             with torch.cuda.stream(self._stream):
                 while True:
                     try:

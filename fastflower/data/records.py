@@ -191,7 +191,9 @@ def read_image(records: Records, index: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8)
 
 
-@functools.lru_cache(maxsize=256)  # bounded, since a process may hold about 1,024 open files; an evicted one closes itself
+@functools.lru_cache(
+    maxsize=256
+)  # bounded, since a process may hold about 1,024 open files; an evicted one closes itself
 def _open(path: Path) -> FileIO:
     return open(path, "rb", buffering=0)
 

@@ -59,9 +59,7 @@ def evaluation_requests(
     for first in range(0, len(mine), batch):
         indices = mine[first : first + batch]
         n = len(indices)
-        yield Request(
-            indices, np.full(n, shorter, np.int32), np.full((n, 2), 0.5, np.float32), np.zeros(n, np.int32)
-        )
+        yield Request(indices, np.full(n, shorter, np.int32), np.full((n, 2), 0.5, np.float32), np.zeros(n, np.int32))
 
 
 def permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:

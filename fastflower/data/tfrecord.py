@@ -49,7 +49,9 @@ def scan(path: Path) -> Iterator[Example]:
         size = path.stat().st_size
         data = memoryview(np.memmap(path, np.uint8, "r")) if size else memoryview(b"")  # type: ignore[arg-type]
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check that it exists and its permissions.") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): check that it exists and its permissions."
+        ) from error
     if not size:
         raise UserError(f"{path} holds no records (0 bytes): copy or download it again.")
     position = number = 0

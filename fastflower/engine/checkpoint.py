@@ -34,11 +34,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         UserError: the file is missing, damaged or of another kind.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        file = path.open("rb")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give a run folder or one of its checkpoints.") from error
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is not a checkpoint or is damaged: give a run's checkpoints/last.pt or best.pt.") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): give a run folder or one of its checkpoints."
+        ) from error
+    try:
+        with file:
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"{path} is not a checkpoint or is damaged: give a run's checkpoints/last.pt or best.pt."
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of fastflower: give a run's checkpoints/last.pt or best.pt.")
     return state

@@ -59,7 +59,8 @@ def choose_precision(amp: bool, dtype: Literal["auto", "bf16", "fp16"], device: 
     if cpu_has_bf16():
         return Precision(torch.bfloat16)
     return Precision(
-        None, "--amp: this CPU has no bf16 instructions, which would make AMP slower, so this runs in fp32 (force it with --amp_dtype bf16)."
+        None,
+        "--amp: this CPU has no bf16 instructions, which would make AMP slower, so this runs in fp32 (force it with --amp_dtype bf16).",
     )
 
 

@@ -51,15 +51,25 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def environment(self) -> Path:
+        """Versions and hardware of each start of the run, one JSON object a line."""
+        return self.path / "environment.jsonl"
+
+    @property
     def exists(self) -> bool:
-        """Whether a run has written here."""
-        return any(path.exists() for path in (self.config, self.metrics, self.path / "checkpoints"))
+        """Whether a run has left results here."""
+        return any(path.exists() for path in (self.metrics, self.last, self.best))
 
     def clear(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        for path in (self.config, self.metrics, *self.path.glob("events.out.tfevents.*")):
+        for path in (self.config, self.metrics, self.environment, *self.path.glob("events.out.tfevents.*")):
             path.unlink(missing_ok=True)
+
+    def write_environment(self, environment: Mapping[str, Any]) -> None:
+        """Add what this start of the run runs on."""
+        with self.environment.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(environment) + "\n")
 
     def write_config(self, config: Config, note: str | None = None) -> None:
         """Write the configuration; the notes on earlier changes stay above it, and `note` joins them."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,16 @@ from fastflower.data.dataset import (
     training_batches,
 )
 from fastflower.data.pipeline import Normalization
-from fastflower.data.records import Records, load_split
+from fastflower.data.records import load_split
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.distributed import Ranks, Signals, processes
 from fastflower.engine.evaluate import evaluate
 from fastflower.engine.meters import Evaluation
-from fastflower.engine.precision import Precision, choose_device, choose_precision
+from fastflower.engine.precision import choose_device, choose_precision
 from fastflower.engine.progress import Display
 from fastflower.engine.run import RunFolder, changes, new_run
 from fastflower.engine.train import Setup, State, compiles, new_state, train
+from fastflower.environment import environment
 from fastflower.errors import UserError
 from fastflower.models import create_model
 
@@ -55,7 +56,9 @@ def prepare(config: Config, device: torch.device, ranks: Ranks, display: Display
     )
     val = evaluation_batches(config.data, dataset.val, normalization, engine, device, ranks, batch_size=batch_size)
     if train.global_batch < batch_size:
-        display.say(f"The training split is smaller than a batch of {batch_size}: a batch is {train.global_batch} pictures.")
+        display.say(
+            f"The training split is smaller than a batch of {batch_size}: a batch is {train.global_batch} pictures."
+        )
     if train.loader.batch == 1 and config.data.crop <= 32:
         raise UserError(
             "one picture a process and data.crop of at most 32 pixels leave BatchNorm a single value: "
@@ -90,7 +93,9 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
         display.say(f"{name:>5}: {records.pictures} pictures, {len(records)} records ({', '.join(sizes)})")
     compiled = ", compiled" if compiles(setup) else ""
     processes = f", {setup.ranks.world_size} processes" if setup.ranks.world_size > 1 else ""
-    display.say(f"{config.model.name}, {len(dataset.classes)} classes, {setup.precision} on {setup.device}{compiled}{processes}")
+    display.say(
+        f"{config.model.name}, {len(dataset.classes)} classes, {setup.precision} on {setup.device}{compiled}{processes}"
+    )
 
 
 def build_network(config: Config, classes: int, device: torch.device) -> torch.nn.Module:
@@ -108,10 +113,14 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
     """
     config, before = setup.config, saved["config"]
     if before["model"] != asdict(config.model):
-        raise UserError(f"{checkpoint} holds another network ({before['model']}): a resumed run keeps its model settings.")
+        raise UserError(
+            f"{checkpoint} holds another network ({before['model']}): a resumed run keeps its model settings."
+        )
     for what, key in (("classes", "classes"), ("training records", "train_records")):
         if saved[key] != setup.saved_with[key]:
-            raise UserError(f"{checkpoint} was trained on other {what} than {config.data.root} has: give its data.root.")
+            raise UserError(
+                f"{checkpoint} was trained on other {what} than {config.data.root} has: give its data.root."
+            )
     state.load(saved, setup.ranks, lr=config.train.lr if before["train"]["lr"] != config.train.lr else None)
     changed = changes(before, config)
     where = f"epoch {state.epoch + 1}, step {state.step}"
@@ -148,9 +157,10 @@ def train_run(
         setup, state = prepare(config, device, ranks, display)
         note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None
         if ranks.is_main:
-            if overwrite and not checkpoint:
+            if not checkpoint:
                 folder.clear()
             folder.write_config(setup.config, note)
+            folder.write_environment(environment(device) | {"world_size": ranks.world_size, "step": state.step})
         display.say(f"Run folder: {folder.path}")
         if state.epoch >= config.train.epochs:
             display.say(f"All {config.train.epochs} epochs are done; give a larger --train.epochs to go on.")
@@ -158,7 +168,9 @@ def train_run(
         with display:
             received = train(setup, state, folder, display)
         if received:
-            display.say(f"Stopped by {signal.Signals(received).name} and saved. Go on with: fastflower train --resume {folder.path}")
+            display.say(
+                f"Stopped by {signal.Signals(received).name} and saved. Go on with: fastflower train --resume {folder.path}"
+            )
         else:
             display.say(f"Done. Best validation loss {state.best:.4f}: {folder.best}")
         return received
@@ -169,7 +181,9 @@ def _choose_folder(name: str, run: Path | None, checkpoint: Path | None, overwri
         return RunFolder(run or checkpoint.parents[1])
     folder = RunFolder(run) if run else new_run(name)
     if folder.exists and not overwrite:
-        raise UserError(f"{folder.path} already holds a run: give --resume {folder.path}, --overwrite or another --run.")
+        raise UserError(
+            f"{folder.path} already holds a run: give --resume {folder.path}, --overwrite or another --run."
+        )
     return folder
 
 

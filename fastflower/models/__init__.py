@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 
 MODEL_NAMES = ("plain18", "plain34", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
+Shortcut = Literal["A", "B", "C"]
+BottleneckStride = Literal["3x3", "1x1"]
+
 
 def create_model(
     name: str,
     num_classes: int,
     *,
-    shortcut: Literal["A", "B", "C"] = "B",
-    bottleneck_stride: Literal["3x3", "1x1"] = "3x3",
+    shortcut: Shortcut = "B",
+    bottleneck_stride: BottleneckStride = "3x3",
     zero_init_gamma: bool = False,
 ) -> nn.Module:
     """A network with fresh weights, which gives logits [N, num_classes] for images [N, 3, H, W].
@@ -30,8 +33,8 @@ def create_model(
     """
     if name not in MODEL_NAMES:
         near = difflib.get_close_matches(name, MODEL_NAMES, n=1)
-        hint = f"did you mean {near[0]}?" if near else ""
-        raise UserError(f"there is no model {name!r}; {hint} There are {', '.join(MODEL_NAMES)}.".replace(";  ", "; "))
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"model.name is {name!r}, which is unknown: {hint}There are {', '.join(MODEL_NAMES)}.")
     from fastflower.models.resnet import ResNet  # imports torch, which a list of names does not need
 
     return ResNet(

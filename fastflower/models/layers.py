@@ -10,7 +10,7 @@ from torch import nn
 class BNReLU(nn.BatchNorm2d):
     """Batch normalization, an optional residual added to it, and ReLU, as one module.
 
-    Its parameters, buffers and state_dict are BatchNorm2d's.
+    Its arguments, parameters, buffers and state_dict are BatchNorm2d's.
     """
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:

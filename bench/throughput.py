@@ -1,0 +1,384 @@
+"""Pictures a second of the input pipeline alone, or of the training step alone.
+
+    python bench/throughput.py loader --data.root DIR --peers
+    python bench/throughput.py model --models resnet18 resnet50 --peers
+
+All contenders of a run take turns, repeat by repeat, so that a machine that slows down slows all of them. Only the
+steady state is timed: the first steps do not count (compiling, starting), and as much work lies begun ahead of the
+last timed step as lay ahead of the first. Files come from the page cache once the first epoch has read them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from io import BytesIO
+from itertools import count, islice
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any, Literal, NamedTuple
+
+import nvidia.dali
+import torch
+import torch.nn.functional as F
+import tyro
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch.utils.data import DataLoader, Dataset
+from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, arg, subcommand
+
+from fastflower.config import Config, build
+from fastflower.data.dataset import choose_engine, ensure_builtin
+from fastflower.data.loader import Loader
+from fastflower.data.pipeline import IMAGENET, View
+from fastflower.data.records import Records, load_split, read_image
+from fastflower.data.sampler import Request, training_requests
+from fastflower.engine.distributed import Ranks
+from fastflower.engine.precision import Precision, choose_device
+from fastflower.engine.train import new_state
+from fastflower.errors import UserError
+from fastflower.models import create_model
+
+CLASSES = 104  # of the networks: as many as the Kaggle flowers have
+PREFETCH_FACTOR = 2  # torch's default: batches that each worker of a DataLoader makes ahead
+CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of both modes."""
+
+    batch: int = 64
+    """Pictures in a batch."""
+    steps: int = 30
+    """Timed steps of a repeat."""
+    warmup: int = 5
+    """Steps before them that do not count; more where a contender works further ahead."""
+    repeats: int = 3
+    """How often each contender is measured; reported are the median and the range."""
+    peers: bool = False
+    """Measure in turn with it what people use otherwise (needs torchvision)."""
+    out: Path | None = None
+    """File to append one JSON line a row to."""
+
+
+@dataclass(frozen=True)
+class LoaderCommand(Common):
+    """Training batches from records: read, decode, resize, crop, flip, normalize to float32; no network.
+
+    The peer is a torch DataLoader with a worker for each core, PIL and torchvision's transforms.
+    """
+
+    root: Annotated[Path | None, arg(name="data.root")] = None
+    """Folder that holds tfrecords-jpeg-SxS/train; none = the built-in synthetic flowers."""
+    sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
+    """Stored sizes to read (pixels), as data.sizes."""
+    crop: int | None = None
+    """Side of the pictures in a batch (pixels); none = 224, or 56 of the built-in ones."""
+    scale: tuple[int, int] | None = None
+    """Range of the shorter side before the crop (pixels); none = 256 480, or 64 96 of the built-in ones."""
+    threads: int | None = None
+    """DALI's CPU threads; none = one for each core."""
+
+
+@dataclass(frozen=True)
+class ModelCommand(Common):
+    """Training steps (forward, backward, SGD) on one synthetic batch that is already on the device, float32.
+
+    The peer is torchvision's network of the same name, where it has one, eager.
+    """
+
+    models: tuple[str, ...] = ("resnet18",)
+    """Networks to measure."""
+    size: int = 56
+    """Side of the pictures (pixels)."""
+    eager: bool = False
+    """Measure the network as it is; neither this nor --compile = both."""
+    compile: bool = False
+    """Measure the network compiled by torch.compile."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to measure."""
+
+    name: str
+    start: Callable[[int], Iterator[torch.Tensor]]  # begin so many steps; gives each one's [N, 3, S, S] when it is done
+    ahead: int = 0  # most steps that it begins beyond the one that it hands over
+
+
+class Timing(NamedTuple):
+    """One repeat of one contender."""
+
+    pictures: int  # delivered while the clock ran
+    seconds: float
+    first_s: float  # what the very first step took, before the clock ran
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is reported of a contender."""
+
+    mode: str
+    name: str
+    images_per_s: float  # median over the repeats
+    spread: tuple[float, float]  # images/s, lowest and highest
+    ms_per_step: float  # median
+    first_step_s: float  # of the first repeat: compiling or building the pipeline is in it
+    pictures: int  # counted, over all repeats
+
+
+def measure(contenders: Sequence[Contender], command: Common, mode: str, device: torch.device) -> list[Row]:
+    """A row for each contender, all measured `command.repeats` times in turns."""
+    turns = [contender for _ in range(command.repeats) for contender in contenders]
+    timings = [
+        time_steps(contender, command.warmup, command.steps, device)
+        for contender in track(turns, "measuring", console=Console(stderr=True), transient=True)
+    ]
+    rows = []
+    for number, contender in enumerate(contenders):
+        pictures, seconds, first_s = zip(*timings[number :: len(contenders)], strict=True)
+        rates = [n / s for n, s in zip(pictures, seconds, strict=True)]
+        ms_per_step = 1000 * median(seconds) / command.steps
+        spread = (min(rates), max(rates))
+        rows.append(Row(mode, contender.name, median(rates), spread, ms_per_step, first_s[0], sum(pictures)))
+    return rows
+
+
+def time_steps(contender: Contender, warmup: int, steps: int, device: torch.device) -> Timing:
+    """Time `steps` steps after at least `warmup` >= 1 others.
+
+    As many steps as the contender works ahead are begun before the clock starts and, for the same reason, follow after
+    it stops. They are waited for, so that they do not slow the next contender down.
+    """
+    lead = max(warmup, contender.ahead)
+    began = time.perf_counter()
+    done = contender.start(lead + steps + contender.ahead)
+    next(done)
+    _synchronize(device)
+    first_s = time.perf_counter() - began
+    _count(done, lead - 1)
+    _synchronize(device)
+    began = time.perf_counter()
+    pictures = _count(done, steps)
+    _synchronize(device)
+    seconds = time.perf_counter() - began
+    _count(done, contender.ahead)
+    return Timing(pictures, seconds, first_s)
+
+
+def _count(done: Iterator[torch.Tensor], steps: int) -> int:
+    return sum(len(images) for images in islice(done, steps))
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def loader_contenders(command: LoaderCommand, device: torch.device) -> list[Contender]:
+    """Ours and, with --peers, torch's DataLoader: the same records in the same order, float32 on `device`.
+
+    Raises:
+        UserError: no such data, settings that do not fit it or each other, or no torchvision.
+    """
+    crop, scale = (56, (64, 96)) if command.root is None else (224, (256, 480))
+    crop, scale = command.crop or crop, command.scale or scale
+    root = command.root or ensure_builtin()
+    settings = {"sizes": command.sizes, "crop": crop, "scale": scale, "threads": command.threads, "val_resize": None}
+    data = build({"data": settings}, "command line").data
+    records = load_split(root, "train", sizes=data.sizes, scale_min=scale[0])
+    if len(records) < command.batch:
+        raise UserError(f"{root} has {len(records)} training records, fewer than --batch {command.batch}: lower it.")
+    contenders = []
+    if command.peers:
+        contenders.append(dataloader(records, crop, scale, command.batch, device))  # forks, so before DALI has threads
+    engine = choose_engine(data, device, Ranks())
+    loader = Loader(records, View(crop, "random"), IMAGENET, engine, device, command.batch)
+
+    def start(steps: int) -> Iterator[torch.Tensor]:
+        for batch in loader.batches(requests(records, scale, command.batch, steps)):
+            yield batch.images.float()  # float16 where DALI normalizes
+
+    # one batch more is in the loader thread's hand, while it waits for room in the queue
+    return [Contender("fastflower", start, ahead=engine.prefetch + loader.read_ahead + 1), *contenders]
+
+
+def requests(records: Records, scale: tuple[int, int], batch: int, steps: int) -> Iterator[Request]:
+    """The first `steps` batches of training, epoch after epoch."""
+    n = len(records)
+    epochs = (training_requests(n, seed=0, epoch=epoch, scale=scale, global_batch=batch) for epoch in count())
+    return islice((request for epoch in epochs for request in epoch), steps)
+
+
+class Pictures(Dataset[tuple[torch.Tensor, int]]):
+    """Records by PIL and torchvision: a random shorter side, crop and flip; float32 [3, crop, crop], normalized."""
+
+    def __init__(self, records: Records, crop: int, scale: tuple[int, int]) -> None:
+        self.records, self.scale, self.tv = records, scale, require_torchvision().transforms
+        self.crop, self.flip = self.tv.RandomCrop(crop), self.tv.RandomHorizontalFlip()
+        self.to_tensor, self.normalize = self.tv.ToTensor(), self.tv.Normalize(IMAGENET.mean, IMAGENET.std)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        picture = Image.open(BytesIO(read_image(self.records, index).tobytes())).convert("RGB")
+        shorter = int(torch.randint(self.scale[0], self.scale[1] + 1, ()))
+        picture = self.flip(self.crop(self.tv.functional.resize(picture, [shorter])))
+        return self.normalize(self.to_tensor(picture)), int(self.records.labels[index])
+
+
+def dataloader(records: Records, crop: int, scale: tuple[int, int], batch: int, device: torch.device) -> Contender:
+    """A DataLoader over `Pictures`; its workers start here and live from repeat to repeat."""
+    schedule: list[list[int]] = []  # filled anew for each repeat: the DataLoader reads it when an iteration begins
+    loader = DataLoader(
+        Pictures(records, crop, scale),
+        batch_sampler=schedule,
+        num_workers=CORES,
+        persistent_workers=True,
+        prefetch_factor=PREFETCH_FACTOR,
+        pin_memory=device.type == "cuda",
+        multiprocessing_context="fork",
+    )
+    list(loader)
+
+    def start(steps: int) -> Iterator[torch.Tensor]:
+        schedule[:] = [request.indices.tolist() for request in requests(records, scale, batch, steps)]
+        for images, _ in loader:
+            yield images.to(device, non_blocking=True)
+
+    return Contender("DataLoader, torchvision", start, ahead=PREFETCH_FACTOR * CORES)
+
+
+def model_contenders(command: ModelCommand, device: torch.device) -> list[Contender]:
+    """Each network eager and compiled and, with --peers, torchvision's.
+
+    Raises:
+        UserError: an unknown network, or no torchvision.
+    """
+    torch.manual_seed(0)
+    torch.backends.cudnn.benchmark = True  # as in training
+    images = torch.randn(command.batch, 3, command.size, command.size).to(device, memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (command.batch,)).to(device)
+    both = command.eager == command.compile
+    contenders = []
+    for name in dict.fromkeys(command.models):
+        if command.eager or both:
+            contenders.append(training(f"{name}, eager", create_model(name, CLASSES), images, labels))
+        if command.compile or both:
+            network = create_model(name, CLASSES)
+            contenders.append(training(f"{name}, compiled", network, images, labels, compiled=True))
+        if command.peers and name in (models := require_torchvision().models).list_models(models):
+            network = models.get_model(name, num_classes=CLASSES)
+            contenders.append(training(f"{name}, torchvision", network, images, labels))
+    return contenders
+
+
+def training(
+    name: str, network: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor, *, compiled: bool = False
+) -> Contender:
+    """Training steps of `network` (moved to the images' device) on one batch, [N, 3, S, S] channels-last."""
+    network.to(images.device).to(memory_format=torch.channels_last).train()
+    optimizer = new_state(network, Config(), images.device, Precision(None)).optimizer
+    forward = torch.compile(network, dynamic=False) if compiled else network
+
+    def start(steps: int) -> Iterator[torch.Tensor]:
+        for _ in range(steps):
+            loss = F.cross_entropy(forward(images), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            yield images
+
+    return Contender(name, start)
+
+
+def require_torchvision() -> Any:
+    """The package; raises UserError where it is missing."""
+    try:
+        import torchvision
+    except ImportError as error:
+        raise UserError("--peers needs torchvision: pip install torchvision, or leave --peers out.") from error
+    return torchvision
+
+
+def circumstances(command: Common, device: torch.device) -> dict[str, Any]:
+    """What a figure depends on: settings, machine and its load before the run, versions, commit, date."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(": ")[2] for line in info if line.startswith("model name")), "unknown")
+    machine = {"cpu": cpu, "gpu": gpu, "cores": CORES, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    return {
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(command).items()},
+        "machine": machine,
+        "versions": {"torch": torch.__version__, "dali": nvidia.dali.__version__},
+        "commit": commit or None,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def show(rows: Sequence[Row], machine: dict[str, Any], console: Console) -> None:
+    """Print the rows as a table; ratios are to the first."""
+    where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, load {machine['load']:.1f} before the run"
+    table = Table(rows[0].mode, caption=where)
+    for heading in ("images/s", "range", "ms a step", "ratio", "first step s"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        spread = "-".join(f"{rate:.1f}" for rate in row.spread)
+        ratio = row.images_per_s / rows[0].images_per_s
+        figures = (f"{row.images_per_s:.1f}", spread, f"{row.ms_per_step:.1f}", f"{ratio:.2f}")
+        table.add_row(row.name, *figures, f"{row.first_step_s:.1f}")
+    console.print(table)
+
+
+def run(command: LoaderCommand | ModelCommand, console: Console) -> None:
+    """Measure, print the table, append to --out.
+
+    Raises:
+        UserError: settings that measure nothing or do not fit each other or the data; --out cannot be written.
+    """
+    for option in {"batch", "steps", "warmup", "repeats", "size"} & vars(command).keys():
+        if vars(command)[option] < 1:
+            raise UserError(f"--{option} is {vars(command)[option]}: give at least 1.")
+    if command.warmup >= command.steps:
+        raise UserError(f"--warmup {command.warmup} is not below --steps {command.steps}: lower it or raise --steps.")
+    device = choose_device("auto")
+    around = circumstances(command, device)
+    if isinstance(command, LoaderCommand):
+        rows = measure(loader_contenders(command, device), command, "loader", device)
+    else:
+        rows = measure(model_contenders(command, device), command, "model", device)
+    show(rows, around["machine"], console)
+    if command.out:
+        try:
+            with command.out.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(row) | around) + "\n" for row in rows)
+        except OSError as error:
+            raise UserError(f"--out {command.out} cannot be written ({error.strerror}): name another file.") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; the exit code, 2 for a user's mistake."""
+    commands: Any = Annotated[LoaderCommand, subcommand("loader")] | Annotated[ModelCommand, subcommand("model")]
+    conf = (OmitSubcommandPrefixes, FlagCreatePairsOff)
+    try:
+        run(tyro.cli(commands, description=__doc__, args=argv, use_underscores=True, config=conf), Console())
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

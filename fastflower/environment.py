@@ -1,0 +1,51 @@
+"""What a run ran on: written beside its results, so that its figures can be read later."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+PACKAGES = ("fastflower", "torch", "triton", "numpy")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, processor, GPU and threads."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    from nvidia import dali
+
+    return found | {
+        "dali": dali.__version__,
+        "apex": find_apex(),
+        "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "cuda": torch.version.cuda if device.type == "cuda" else None,
+    }
+
+
+def find_apex() -> Literal["nvidia", "another package"] | None:
+    """Whether a package named apex is installed, and whether it is NVIDIA's.
+
+    The one on PyPI is an unrelated project. Nothing is imported, so that it cannot do harm here.
+    """
+    try:
+        spec = importlib.util.find_spec("apex")
+    except (ImportError, ValueError):
+        return "another package"
+    if spec is None:
+        return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    is_nvidias = any((folder / "optimizers" / "fused_sgd.py").is_file() for folder in folders)
+    return "nvidia" if is_nvidias else "another package"

@@ -1,0 +1,152 @@
+"""Fixtures: small data sets made on the spot, and the real ones where they are at hand."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import BytesIO, StringIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFilter
+from torch import nn
+
+from fastflower import cli
+from fastflower.data.tfrecord import write_tfrecord
+from fastflower.models.layers import BNReLU
+
+torch.set_num_threads(1)  # the tests' networks are too small for more
+
+SHARED = Path(os.environ.get("FASTFLOWER_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test has a cache folder of its own, and never the user's."""
+    monkeypatch.setenv("FASTFLOWER_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def flowers5() -> Path:
+    """320 real photographs of 5 kinds at four sizes."""
+    return _shared("flowers5")
+
+
+@pytest.fixture(scope="session")
+def flowers102() -> Path:
+    """8,189 real photographs of 102 kinds at 64 pixels."""
+    return _shared("flowers102")
+
+
+@pytest.fixture(scope="session")
+def odd_images() -> Path:
+    """One file for each kind of trouble that real collections bring."""
+    return _shared("odd_images")
+
+
+def _shared(name: str) -> Path:
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"real data {name} is not at hand (FASTFLOWER_SHARED_DATA)")
+    return SHARED / name
+
+
+def jpeg(width: int, height: int, seed: int = 0, quality: int = 90) -> bytes:
+    """A smooth random picture as JPEG bytes."""
+    noise = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    buffer = BytesIO()
+    Image.fromarray(noise).filter(ImageFilter.GaussianBlur(3)).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()
+
+
+def example(index: int, label: int | None, image: bytes | None = None) -> dict[str, bytes | int]:
+    """A record as the Kaggle set has them; its picture has the brightness of its class."""
+    if image is None:
+        buffer = BytesIO()
+        rng = np.random.default_rng(index)
+        pixels = rng.integers(0, 100, (40, 40, 3)) + (0 if label is None else 40 * (label % 4))
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "JPEG")
+        image = buffer.getvalue()
+    record: dict[str, bytes | int] = {"id": f"{index:06}".encode(), "image": image}
+    return record if label is None else record | {"class": label}
+
+
+def write_dataset(
+    root: Path, counts: Mapping[str, int], *, classes: int = 3, size: int = 40, files: int = 2, first: int = 0
+) -> Path:
+    """A data set in the Kaggle layout; the splits' ids differ."""
+    for split, count in counts.items():
+        folder = root / f"tfrecords-jpeg-{size}x{size}" / split
+        records = [example(first + i, None if split == "test" else i % classes) for i in range(count)]
+        first += count
+        share = -(-count // files)
+        for file, start in enumerate(range(0, count, share)):
+            part = records[start : start + share]
+            write_tfrecord(folder / f"{file:02}-{size}x{size}-{len(part)}.tfrec", part)
+    return root
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    """48 + 20 tiny pictures of three classes."""
+    return write_dataset(tmp_path / "small", {"train": 48, "val": 20})
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+def fastflower(*arguments: object) -> Result:
+    """Run the command line in this process."""
+    out, err = StringIO(), StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        pytest.raises(SystemExit) as stop,
+    ):
+        patch.setattr(sys, "argv", ["fastflower", *map(str, arguments)])
+        cli.main()
+    return Result(stop.value.code if isinstance(stop.value.code, int) else 0, out.getvalue(), err.getvalue())
+
+
+def train_arguments(root: Path, run: Path | None) -> list[object]:
+    """Training settings for the tiny pictures above."""
+    geometry = ["--data.crop", 32, "--data.scale", 36, 48, "--data.val_resize", 36]
+    folder = ["--run", run] if run else []
+    training = ["--model.name", "resnet18", "--train.batch_size", 8, "--train.lr", 0.02]
+    return ["train", "--data.root", root, *folder, *geometry, *training]
+
+
+class TinyNet(nn.Module):
+    """A residual network of a few thousand weights, in place of the real ones where the loop is tested."""
+
+    def __init__(self, name: str, num_classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
+        self.bn1 = BNReLU(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.bn2 = BNReLU(8)
+        self.fc = nn.Linear(8, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] to [N, num_classes]."""
+        x = self.bn1(self.conv1(x))
+        return self.fc(self.bn2(self.conv2(x), x).mean((2, 3)))
+
+
+@pytest.fixture
+def tiny_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this test train a TinyNet, whatever the configuration names."""
+    monkeypatch.setattr(
+        "fastflower.engine.setup.create_model", lambda name, num_classes, **_: TinyNet(name, num_classes)
+    )

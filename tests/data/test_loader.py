@@ -1,0 +1,230 @@
+"""The loader thread: what it hands over, in which order, and how it fails."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastflower.data.loader import Batch, Loader
+from fastflower.data.pipeline import Engine, Normalization, View
+from fastflower.data.records import Records, load_split
+from fastflower.data.sampler import evaluation_requests, training_requests
+from fastflower.data.stats import pixel_statistics
+from fastflower.data.tfrecord import write_tfrecord
+from fastflower.errors import UserError
+from tests.conftest import example, jpeg, write_dataset
+
+CPU = torch.device("cpu")
+PLAIN = Normalization((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves 0..255
+
+
+def loader(records: Records, view: View, batch: int, **engine: int) -> Loader:
+    return Loader(records, view, PLAIN, Engine(**engine), CPU, batch)  # type: ignore[arg-type]
+
+
+def epoch(loader: Loader, number: int = 0, batch: int = 8, start: int = 0, seed: int = 0) -> list[Batch]:
+    requests = training_requests(
+        len(loader.records), seed=seed, epoch=number, scale=(36, 48), global_batch=batch, start=start
+    )
+    return list(loader.batches(requests))
+
+
+def test_batches_are_channels_last_floats_in_dalis_own_order(small: Path) -> None:
+    records = load_split(small, "train")
+    for batch in epoch(loader(records, View(32, "random"), 8)):
+        assert batch.images.shape == (8, 3, 32, 32)
+        assert batch.images.dtype == torch.float32
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.labels.tolist() == records.labels[batch.indices].tolist()
+
+
+def test_pictures_belong_to_their_labels(small: Path) -> None:
+    """The fixture's pictures are brighter the higher their class."""
+    records = load_split(small, "train")
+    for batch in epoch(loader(records, View(32, "random"), 8)):
+        brightness = batch.images.mean((1, 2, 3)).numpy()
+        assert np.abs(brightness - (49.5 + 40 * batch.labels.numpy())).max() < 12
+
+
+def test_the_memory_is_dalis_until_it_is_normalized(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No copy at the hand-over: what normalization gets shares the address of DALI's output."""
+    addresses: list[tuple[int, int]] = []
+    original = torch.from_dlpack
+
+    def spy(tensor: object) -> torch.Tensor:
+        result = original(tensor)
+        addresses.append((tensor.data_ptr(), result.data_ptr()))  # type: ignore[attr-defined]
+        return result
+
+    monkeypatch.setattr(torch, "from_dlpack", spy)
+    epoch(loader(load_split(small, "train"), View(32, "random"), 8))
+    assert len(addresses) == 6
+    assert all(dali == ours for dali, ours in addresses)
+
+
+def test_held_batches_are_not_overwritten_by_later_ones(small: Path) -> None:
+    made = loader(load_split(small, "train"), View(32, "random"), 8, prefetch=1)
+    held = epoch(made)
+    again = [batch.images.clone() for batch in made.batches(_requests(made))]
+    for batch, images in zip(held, again, strict=True):
+        assert torch.equal(batch.images, images)
+
+
+def _requests(made: Loader, start: int = 0):  # type: ignore[no-untyped-def]
+    return training_requests(len(made.records), seed=0, epoch=0, scale=(36, 48), global_batch=8, start=start)
+
+
+@pytest.mark.parametrize(("threads", "prefetch"), [(1, 1), (2, 3)])
+def test_pixels_do_not_depend_on_threads_prefetch_or_where_the_epoch_starts(
+    small: Path, threads: int, prefetch: int
+) -> None:
+    records = load_split(small, "train")
+    whole = epoch(loader(records, View(32, "random"), 8), 3)
+    other = epoch(loader(records, View(32, "random"), 8, threads=threads, prefetch=prefetch), 3, start=16)
+    for a, b in zip(whole[2:], other, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert a.indices.tolist() == b.indices.tolist()
+
+
+def test_two_ranks_see_the_pixels_of_one(small: Path) -> None:
+    records = load_split(small, "train")
+    alone = epoch(loader(records, View(32, "random"), 8))
+    shares = []
+    for rank in range(2):
+        requests = training_requests(48, seed=0, epoch=0, scale=(36, 48), global_batch=8, rank=rank, world_size=2)
+        shares.append(list(loader(records, View(32, "random"), 4).batches(requests)))
+    for whole, left, right in zip(alone, *shares, strict=True):
+        assert torch.equal(whole.images, torch.cat((left.images, right.images)))
+
+
+def test_one_picture_is_seen_differently_each_time(tmp_path: Path) -> None:
+    image = jpeg(40, 40)
+    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(i, 0, image) for i in range(16)])
+    made = loader(load_split(tmp_path, "train"), View(32, "random"), 16)
+    first, second, again = (epoch(made, n, 16)[0].images for n in (0, 1, 0))
+    views = {picture.numpy().tobytes() for picture in torch.cat((first, second))}
+    assert len(views) >= 30  # of some thousand views, two may be the same by chance
+    assert torch.equal(first, again)
+
+
+def test_every_epoch_has_its_length_after_one_was_left_early(small: Path) -> None:
+    made = loader(load_split(small, "train"), View(32, "random"), 8)
+    complete = [batch.indices.tolist() for batch in epoch(made)]
+    for _ in range(3):
+        batches = made.batches(_requests(made))
+        assert next(batches).indices.tolist() == complete[0]
+        assert next(batches).indices.tolist() == complete[1]
+        batches.close()  # type: ignore[attr-defined]
+    assert [batch.indices.tolist() for batch in epoch(made)] == complete
+    assert not [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+@pytest.mark.parametrize(("count", "batch"), [(10, 3), (9, 8), (5, 8), (1, 1)])
+def test_evaluation_sees_every_record_once(tmp_path: Path, count: int, batch: int) -> None:
+    records = load_split(write_dataset(tmp_path, {"val": count}), "val")
+    made = loader(records, View(32), batch)
+    for _ in range(2):
+        batches = list(made.batches(evaluation_requests(count, shorter=36, batch=batch)))
+        assert np.concatenate([b.indices for b in batches]).tolist() == list(range(count))
+        assert [len(b.labels) for b in batches] == [len(b.images) for b in batches]
+
+
+def test_a_picture_that_cannot_be_decoded_is_named_after_the_good_batches(tmp_path: Path) -> None:
+    records = [example(i, 0) for i in range(12)]
+    records[9]["image"] = jpeg(40, 40)[:200]
+    write_tfrecord(tmp_path / "val" / "a.tfrec", records)
+    made = loader(load_split(tmp_path, "val"), View(32), 4)
+    seen = []
+    with pytest.raises(UserError, match=r"a\.tfrec, record 9 \(id 000009\) cannot be decoded as a picture"):
+        for batch in made.batches(evaluation_requests(12, shorter=36, batch=4)):
+            seen += batch.indices.tolist()
+    assert seen == list(range(8))
+    good = made.batches(evaluation_requests(8, shorter=36, batch=4))
+    assert sum(len(batch.labels) for batch in good) == 8  # the loader is usable again
+
+
+@pytest.mark.parametrize("image", [b"", b"<html>not found</html>"])
+def test_bytes_that_are_no_picture_are_named(tmp_path: Path, image: bytes) -> None:
+    write_tfrecord(tmp_path / "val" / "a.tfrec", [example(0, 0), example(1, 0, image)])
+    made = loader(load_split(tmp_path, "val"), View(32), 2)
+    with pytest.raises(UserError, match="record 1 .* cannot be decoded"):
+        list(made.batches(evaluation_requests(2, shorter=36, batch=2)))
+
+
+def test_a_file_that_shrinks_is_a_sentence(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, {"val": 8}, files=1)
+    records = load_split(root, "val")
+    os.truncate(records.files[0], int(records.offset[5]) + 10)
+    made = loader(records, View(32), 2)
+    with pytest.raises(UserError, match="record 5 .* has become shorter"):
+        list(made.batches(evaluation_requests(8, shorter=36, batch=2)))
+
+
+def test_the_pipeline_warns_of_nothing(small: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        made = loader(load_split(small, "train"), View(32), 8)
+        list(made.batches(evaluation_requests(48, shorter=36, batch=8)))
+
+
+def test_statistics_are_those_of_all_pixels(tmp_path: Path) -> None:
+    """A large black and a small white picture: the mean of two deviations would be 0."""
+    images = []
+    for level, side in ((0, 60), (255, 30)):
+        pixels = np.full((side, side, 3), level, np.uint8)
+        images.append((pixels, _png(pixels)))
+    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(i, 0, data) for i, (_, data) in enumerate(images)])
+    found = pixel_statistics(load_split(tmp_path, "train"), Engine())
+    everything = np.concatenate([pixels.reshape(-1, 3) for pixels, _ in images]) / 255
+    np.testing.assert_allclose(found.mean, everything.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(found.std, everything.std(0), rtol=1e-6)
+
+
+def test_statistics_are_cached_and_name_a_bad_picture(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = load_split(small, "train")
+    first = pixel_statistics(records, Engine())
+    with monkeypatch.context() as patch:
+        patch.setattr("fastflower.data.stats._measure", lambda *_: pytest.fail("measured again"))
+        assert pixel_statistics(records, Engine()) == first
+    write_tfrecord(small / "tfrecords-jpeg-40x40" / "bad" / "a.tfrec", [example(0, 0), example(1, 0, b"no picture")])
+    with pytest.raises(UserError, match="record 1 .* cannot be decoded"):
+        pixel_statistics(load_split(small, "bad"), Engine())
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    from io import BytesIO
+
+    from PIL import Image
+
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.slow
+def test_memory_stays_level(tmp_path: Path) -> None:
+    """Resident memory after 20 epochs is within 5 % of that after 5, in a process of its own."""
+    write_dataset(tmp_path, {"train": 200})
+    code = f"""
+import re, torch
+from pathlib import Path
+from fastflower.data.records import load_split
+from tests.data.test_loader import epoch, loader, View
+def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+made = loader(load_split(Path({str(tmp_path)!r}), "train"), View(32, "random"), 8)
+after = []
+for number in range(20):
+    epoch(made, number)
+    after.append(resident())
+print(after)
+assert after[19] < 1.05 * after[4], after
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

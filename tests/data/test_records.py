@@ -1,0 +1,328 @@
+"""Splits as tables of records: which files, which numbers, class names, and reading image bytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tfrecord.reader import tfrecord_loader
+
+from fastflower.data.records import NO_LABEL, class_names, find_files, load_split, read_image
+from fastflower.data.tfrecord import write_tfrecord
+from fastflower.errors import UserError
+from tests.conftest import example, write_dataset
+
+
+def sentence(caught: pytest.ExceptionInfo[UserError]) -> str:
+    text = str(caught.value)
+    assert text.endswith(".")
+    assert "\n" not in text
+    return text
+
+
+@pytest.fixture
+def four_sizes(tmp_path: Path) -> Path:
+    """The same 6 ids at four sizes, in the Kaggle layout."""
+    for size in (192, 224, 331, 512):
+        write_dataset(tmp_path / "four", {"train": 6}, size=size)
+    return tmp_path / "four"
+
+
+def size_of(files: list[Path]) -> list[int]:
+    return sorted({int(path.parent.parent.name.rpartition("x")[2]) for path in files})
+
+
+# Which files
+
+
+@pytest.mark.parametrize(
+    ("scale_min", "size"),
+    [(1, 192), (192, 192), (193, 224), (256, 331), (331, 331), (332, 512), (512, 512), (600, 512)],
+)
+def test_auto_takes_the_smallest_size_that_suffices(four_sizes: Path, scale_min: int, size: int) -> None:
+    assert size_of(find_files(four_sizes, "train", scale_min=scale_min)) == [size]
+
+
+def test_sizes_are_numbers_not_names(tmp_path: Path) -> None:
+    for size in (64, 128, 1024):  # as text, 1024 would come first
+        write_dataset(tmp_path, {"train": 2}, size=size)
+    assert size_of(find_files(tmp_path, "train", scale_min=65)) == [128]
+    assert size_of(find_files(tmp_path, "train", scale_min=5000)) == [1024]
+
+
+def test_all_sizes_and_named_ones(four_sizes: Path) -> None:
+    assert size_of(find_files(four_sizes, "train", sizes="all")) == [192, 224, 331, 512]
+    assert size_of(find_files(four_sizes, "train", sizes=[512, 192])) == [192, 512]
+    everything = load_split(four_sizes, "train", sizes="all")
+    assert (len(everything), everything.pictures) == (24, 6)
+    assert (len(load_split(four_sizes, "train")), load_split(four_sizes, "train").pictures) == (6, 6)
+
+
+def test_a_missing_size_is_named_with_what_there_is(four_sizes: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        find_files(four_sizes, "train", sizes=[224, 256, 300])
+    text = sentence(caught)
+    assert "no size 256, 300;" in text
+    assert "192, 224, 331, 512" in text
+    assert str(four_sizes) in text
+
+
+def test_root_may_be_a_size_folder_or_hold_the_split(four_sizes: Path, tmp_path: Path) -> None:
+    folder = four_sizes / "tfrecords-jpeg-224x224"
+    assert find_files(folder, "train") == find_files(four_sizes, "train", sizes=[224])
+    shutil.copytree(folder / "train", tmp_path / "plain" / "train")
+    records = load_split(tmp_path / "plain", "train")
+    assert records.ids.tolist() == load_split(folder, "train").ids.tolist()
+
+
+def test_other_files_and_folders_are_left_alone(small: Path) -> None:
+    before = find_files(small, "train")
+    folder = before[0].parent
+    (folder / "README.txt").write_text("no records")
+    (folder / ".00-40x40-24.tfrec.x1.tmp").write_bytes(b"a writer's temporary file")
+    (small / "tfrecords-png-99x99").mkdir()
+    (small / "tfrecords-jpeg-99x98.zip").touch()
+    assert find_files(small, "train", sizes="all") == before
+
+
+def test_several_files_come_sorted(tmp_path: Path) -> None:
+    folder = tmp_path / "train"
+    for name in ("b.tfrecord", "a.tfrec", "c.tfrecords", "10.tfrec", "02.tfrec"):
+        write_tfrecord(folder / name, [example(0, 0) | {"id": name.encode()}])
+    order = ["02.tfrec", "10.tfrec", "a.tfrec", "b.tfrecord", "c.tfrecords"]
+    assert [path.name for path in find_files(tmp_path, "train")] == order
+    assert load_split(tmp_path, "train").ids.tolist() == order
+
+
+def test_missing_folder_split_and_records(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "hollow" / "tfrecords-jpeg-40x40" / "train").mkdir(parents=True)
+    for root, split, where in [
+        (tmp_path / "nowhere", "train", tmp_path / "nowhere"),
+        (small, "test", small / "tfrecords-jpeg-40x40" / "test"),
+        (tmp_path / "hollow", "train", tmp_path / "hollow" / "tfrecords-jpeg-40x40" / "train"),
+        (tmp_path / "hollow" / "tfrecords-jpeg-40x40" / "train", "train", tmp_path / "hollow"),
+    ]:
+        with pytest.raises(UserError) as caught:
+            load_split(root, split)
+        assert str(where) in sentence(caught)
+        assert "tfrecords-jpeg-SxS" in sentence(caught)
+
+
+def test_a_size_without_the_split_is_named(four_sizes: Path) -> None:
+    shutil.rmtree(four_sizes / "tfrecords-jpeg-331x331" / "train")
+    with pytest.raises(UserError, match="tfrecords-jpeg-331x331/train holds no TFRecord files"):
+        load_split(four_sizes, "train", sizes="all")
+
+
+# The table
+
+
+def test_columns(small: Path) -> None:
+    records = load_split(small, "train")
+    assert len(records) == records.pictures == 48
+    assert [path.name for path in records.files] == ["00-40x40-24.tfrec", "01-40x40-24.tfrec"]
+    assert records.file.tolist() == [0] * 24 + [1] * 24
+    assert records.number.tolist() == [*range(24), *range(24)]
+    assert records.ids.tolist() == [f"{i:06}" for i in range(48)]
+    assert records.labels.tolist() == [i % 3 for i in range(48)]
+    assert {getattr(records, name).dtype for name in ("file", "number", "offset", "length", "labels")} == {
+        np.dtype(np.int64)
+    }
+    assert records.describe(25) == f"{records.files[1]}, record 1 (id 000025)"
+
+
+def test_records_without_an_id_are_a_picture_each(tmp_path: Path) -> None:
+    write_tfrecord(tmp_path / "train" / "a.tfrec", [{"image": b"x"}, {"image": b"x", "id": b"i"}, {"image": b"x"}])
+    records = load_split(tmp_path, "train")
+    assert records.pictures == 3
+    assert records.ids.tolist() == ["", "i", ""]
+    assert records.describe(2) == f"{records.files[0]}, record 2"
+
+
+def test_records_without_a_class_have_none(tmp_path: Path) -> None:
+    write_dataset(tmp_path, {"test": 3})
+    assert load_split(tmp_path, "test").labels.tolist() == [NO_LABEL] * 3
+
+
+@pytest.mark.parametrize("by", ["indices", "mask"])
+def test_select(small: Path, by: str) -> None:
+    records = load_split(small, "train")
+    chosen = np.array([3, 25, 40]) if by == "indices" else np.isin(np.arange(48), [3, 25, 40])
+    part = records.select(chosen)
+    assert (len(part), part.files) == (3, records.files)
+    for i, whole in enumerate([3, 25, 40]):
+        assert part.describe(i) == records.describe(whole)
+        assert part.labels[i] == records.labels[whole]
+        np.testing.assert_array_equal(read_image(part, i), read_image(records, whole))
+
+
+def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "train" / "a.tfrec"
+    write_tfrecord(path, [example(0, 0), {"id": b"000001", "class": 1}, {"class": 2}])
+    with pytest.raises(UserError) as caught:
+        load_split(tmp_path, "train")
+    assert sentence(caught).startswith(f"{path}, record 1 (id 000001) has no feature 'image'")
+
+
+def test_missing_class_and_id_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "train" / "a.tfrec"
+    write_tfrecord(path, [example(0, 0), example(1, None), {"image": b"x", "class": 0}])
+    records = load_split(tmp_path, "train")
+    records.require("image")
+    with pytest.raises(UserError) as caught:
+        records.require("class")
+    assert sentence(caught).startswith(f"{path}, record 1 (id 000001) has no feature 'class'")
+    with pytest.raises(UserError) as caught:
+        records.require("id")
+    assert sentence(caught).startswith(f"{path}, record 2 has no feature 'id'")
+    with pytest.raises(UserError, match="has no feature 'class'"):
+        records.require_classes(3)
+
+
+@pytest.mark.parametrize("label", [3, 104, -1, 2**62, -(2**63) + 1])
+def test_a_class_outside_the_list_is_named(tmp_path: Path, label: int) -> None:
+    write_dataset(tmp_path, {"train": 6})
+    path = tmp_path / "tfrecords-jpeg-40x40" / "train" / "99.tfrec"
+    write_tfrecord(path, [example(10, 2), example(11, label), example(12, 77)])
+    records = load_split(tmp_path, "train")
+    with pytest.raises(UserError) as caught:
+        records.require_classes(3)
+    assert sentence(caught).startswith(f"{path}, record 1 (id 000011) has class {label}, outside 0..2")
+
+
+def test_classes_inside_the_list_pass(small: Path) -> None:
+    load_split(small, "train").require_classes(3)
+    with pytest.raises(UserError, match=r"has class 2, outside 0\.\.1"):
+        load_split(small, "train").require_classes(2)
+
+
+# Class names
+
+
+def test_class_names_from_json(small: Path) -> None:
+    names = ["rose", "wild geranium", "Löwenzahn 蒲公英"]
+    (small / "class_names.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+    assert class_names(small) == names
+    assert class_names(small / "tfrecords-jpeg-40x40") == names
+
+
+def test_class_names_from_numbers(tmp_path: Path) -> None:
+    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(0, 0), example(1, 11), example(2, 3)])
+    assert class_names(tmp_path, load_split(tmp_path, "train")) == [str(i) for i in range(12)]
+
+
+@pytest.mark.parametrize("label", [-1, 100_000, 2**40])
+def test_class_numbers_that_are_no_classes_are_refused(tmp_path: Path, label: int) -> None:
+    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(0, 0), example(1, label)])
+    with pytest.raises(UserError, match=rf"a\.tfrec, record 1 \(id 000001\) has class {label}, outside"):
+        class_names(tmp_path, load_split(tmp_path, "train"))
+
+
+def test_class_names_without_a_source(small: Path) -> None:
+    with pytest.raises(UserError, match=r"has no class_names\.json") as caught:
+        class_names(small)
+    assert str(small) in sentence(caught)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[", b"rose\ndaisy\n", b"\xff\xfe", b"[]", b'{"0": "rose"}', b'["rose", 1]', b'"rose"']
+)
+def test_broken_class_names_are_refused(small: Path, text: bytes) -> None:
+    path = small / "class_names.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError) as caught:  # never falls back to numbers
+        class_names(small, load_split(small, "train"))
+    assert str(path) in str(caught.value)
+    assert "list of class names" in str(caught.value)
+
+
+# Image bytes
+
+
+def test_image_bytes(small: Path) -> None:
+    records = load_split(small, "train")
+    for index in (47, 0, 23, 24, 1):
+        data = read_image(records, index)
+        assert data.dtype == np.uint8
+        assert data.tobytes() == example(index, index % 3)["image"]
+
+
+def test_a_file_that_shrank_is_an_error_with_a_name(small: Path) -> None:
+    records = load_split(small, "train")
+    path = records.files[1]
+    read_image(records, 47)
+    cut = int(records.offset[47]) + 10
+    os.truncate(path, cut)
+    with pytest.raises(UserError) as caught:
+        read_image(records, 47)
+    text = sentence(caught)
+    assert text.startswith(f"{path}, record 23 (id 000047) cannot be read")
+    assert "shorter" in text
+    assert read_image(records, 46).tobytes() == example(46, 46 % 3)["image"]  # what is still there is read
+    os.truncate(path, 0)
+    with pytest.raises(UserError, match=r"record 0 .*shorter"):
+        read_image(records, 24)
+
+
+def test_a_file_that_vanished_is_an_error_with_a_name(small: Path) -> None:
+    records = load_split(small, "train")
+    records.files[0].unlink()
+    with pytest.raises(UserError) as caught:
+        read_image(records, 5)
+    assert f"{records.files[0]}, record 5 (id 000005) cannot be read (No such file" in sentence(caught)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_more_files_than_are_held_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTFLOWER_CACHE", os.devnull + "/none")  # 300 synced index files would take seconds
+    write_tfrecord(tmp_path / "template", [{"image": b"<000>"}])
+    template = (tmp_path / "template").read_bytes()
+    (tmp_path / "train").mkdir()
+    for i in range(300):
+        (tmp_path / "train" / f"{i:03}.tfrec").write_bytes(template.replace(b"<000>", b"<%03d>" % i))
+    records = load_split(tmp_path, "train")
+    assert len(records.files) == 300
+    for _ in range(2):
+        for index in range(300):
+            assert read_image(records, index).tobytes() == b"<%03d>" % index
+    assert len(os.listdir("/proc/self/fd")) < 290
+
+
+# Real data
+
+
+def test_flowers102(flowers102: Path) -> None:
+    splits = {split: load_split(flowers102, split) for split in ("train", "val", "test")}
+    assert {split: (len(r), r.pictures) for split, r in splits.items()} == {
+        "train": (6552, 6552),
+        "val": (818, 818),
+        "test": (819, 819),
+    }
+    assert len(class_names(flowers102)) == 102
+    for split in ("train", "val"):
+        splits[split].require_classes(102)
+        assert len(np.unique(splits[split].labels)) == 102
+    assert set(splits["test"].labels.tolist()) == {NO_LABEL}
+
+
+def test_flowers102_agrees_with_the_other_package(flowers102: Path) -> None:
+    records = load_split(flowers102, "val")
+    expected = [r for path in records.files for r in tfrecord_loader(str(path), None)]
+    assert len(expected) == len(records)
+    assert records.ids.tolist() == [r["id"].decode() for r in expected]
+    assert records.labels.tolist() == [int(r["class"][0]) for r in expected]
+    for index, r in enumerate(expected):
+        assert read_image(records, index).tobytes() == r["image"]
+
+
+def test_flowers5_at_all_sizes(flowers5: Path) -> None:
+    records = load_split(flowers5, "train", sizes="all")
+    assert (len(records), records.pictures) == (880, 220)
+    records.require_classes(len(class_names(flowers5)))
+    labels = {name: set(records.labels[records.ids == name].tolist()) for name in np.unique(records.ids)}
+    assert {len(found) for found in labels.values()} == {1}  # one picture has one class at every size
+    assert size_of(find_files(flowers5, "train", scale_min=256)) == [331]

@@ -1,0 +1,474 @@
+"""The networks against torchvision's, against hand-written references and against the paper."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from fastflower.errors import UserError
+from fastflower.models import MODEL_NAMES, Shortcut, create_model
+from fastflower.models.layers import BNReLU
+from fastflower.models.resnet import BOTTLENECKS, DEPTHS, BasicBlock, Bottleneck, ResNet, ZeroPad
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+PLAIN = ("plain18", "plain34")
+
+# torchvision's published counts, 1000 classes.
+PARAMETERS = {
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # at these sizes more threads wait for each other longer than they work
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+def make(name: str, num_classes: int = 10, **options: Any) -> ResNet:
+    model = create_model(name, num_classes, **options)
+    assert isinstance(model, ResNet)
+    return model
+
+
+def theirs(name: str, num_classes: int = 10) -> nn.Module:
+    return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+
+
+def randomize_norms(model: nn.Module) -> None:
+    """Distinct values in every BatchNorm, so that a swapped or skipped one shows in the logits.
+
+    The last gamma of a block is what scales its branch; 0.2 to 0.6 keeps 50 summed blocks in range.
+    """
+    for norm in norms(model).values():
+        nn.init.uniform_(norm.weight, 0.2, 0.6)
+        nn.init.normal_(norm.bias, 0, 0.2)
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        norm.running_mean.normal_(0, 0.2)
+        norm.running_var.uniform_(0.5, 1.5)
+
+
+def norms(model: nn.Module) -> dict[str, nn.BatchNorm2d]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+
+
+def convs(model: nn.Module) -> dict[str, nn.Conv2d]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d)}
+
+
+def blocks(model: nn.Module) -> Iterator[tuple[str, BasicBlock | Bottleneck]]:
+    for name, module in model.named_modules():
+        if isinstance(module, BasicBlock | Bottleneck):
+            yield name, module
+
+
+def last_norm(block: BasicBlock | Bottleneck) -> nn.BatchNorm2d:
+    return block.bn3 if isinstance(block, Bottleneck) else block.bn2
+
+
+def projection_of(block: BasicBlock | Bottleneck) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    assert isinstance(block.downsample, nn.Sequential)
+    conv, norm = block.downsample
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(norm, nn.BatchNorm2d)
+    assert not isinstance(norm, BNReLU), "nothing is cut off before the sum"
+    return conv, norm
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert len(found) == len(list(model.parameters()))
+    return found
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to 1e-5 of the largest value: the same kernels in the same order differ by rounding at most."""
+    assert expected.isfinite().all()
+    scale = expected.abs().max().item()
+    assert scale > 0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * scale)
+
+
+class TestAgainstTorchvision:
+    @pytest.mark.parametrize("name", RESNETS)
+    @torch.no_grad()
+    def test_weights_load_strictly_both_ways_and_give_the_same_logits(self, name: str) -> None:
+        ours, reference = make(name).eval(), theirs(name).eval()
+        x = torch.randn(2, 3, 64, 64)
+
+        randomize_norms(reference)
+        ours.load_state_dict(reference.state_dict(), strict=True)
+        first = ours(x)
+        assert_close(first, reference(x))
+
+        randomize_norms(ours)
+        reference.load_state_dict(ours.state_dict(), strict=True)
+        second = ours(x)
+        assert_close(second, reference(x))
+        assert not torch.allclose(first, second, rtol=0.01), "the norms' values must reach the logits"
+
+    @pytest.mark.parametrize("name", RESNETS)
+    def test_state_dict_has_the_same_keys_shapes_and_types_in_the_same_order(self, name: str) -> None:
+        def layout(model: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:
+            return [(key, value.shape, value.dtype) for key, value in model.state_dict().items()]
+
+        with torch.device("meta"):
+            ours, reference = make(name), theirs(name)
+        assert layout(ours) == layout(reference)
+        # an optimizer's state is stored by the position of its parameter
+        assert [n for n, _ in ours.named_parameters()] == [n for n, _ in reference.named_parameters()]
+
+    @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+    def test_training_gives_the_same_gradients_and_running_statistics(self, name: str) -> None:
+        ours, reference = make(name).double(), theirs(name).double()
+        ours.load_state_dict(reference.state_dict())
+        x, target = torch.randn(4, 3, 32, 32, dtype=torch.double), torch.arange(4)
+        for model in (ours, reference):
+            F.cross_entropy(model(x), target).backward()
+        torch.testing.assert_close(gradients(ours), gradients(reference))
+        torch.testing.assert_close(dict(ours.named_buffers()), dict(reference.named_buffers()))
+
+    @torch.no_grad()
+    def test_v1_is_torchvisions_network_with_the_strides_moved(self) -> None:
+        ours, reference = make("resnet50", bottleneck_stride="1x1").eval(), theirs("resnet50").eval()
+        for stage in ("layer2", "layer3", "layer4"):
+            first = reference.get_submodule(f"{stage}.0")
+            first.get_submodule("conv1").stride, first.get_submodule("conv2").stride = (2, 2), (1, 1)  # type: ignore[assignment]
+        randomize_norms(reference)
+        ours.load_state_dict(reference.state_dict(), strict=True)
+        x = torch.randn(2, 3, 64, 64)
+        assert_close(ours(x), reference(x))
+
+    @pytest.mark.parametrize("name", RESNETS)
+    def test_parameter_count(self, name: str) -> None:
+        with torch.device("meta"):
+            model = make(name, num_classes=1000)
+        assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+class TestShortcuts:
+    @pytest.mark.parametrize("name", RESNETS)
+    def test_a_has_no_parameters(self, name: str) -> None:
+        with torch.device("meta"):
+            a, b = make(name, shortcut="A"), make(name)
+        assert not [key for key in a.state_dict() if "downsample" in key]
+        assert list(a.state_dict()) == [key for key in b.state_dict() if "downsample" not in key]
+
+    @pytest.mark.parametrize(
+        ("name", "block", "inputs", "outputs", "stride"),
+        [
+            ("resnet18", "layer2.0", 64, 128, 2),
+            ("resnet50", "layer1.0", 64, 256, 1),
+            ("resnet50", "layer3.0", 512, 1024, 2),
+        ],
+    )
+    @torch.no_grad()
+    def test_a_subsamples_and_pads_with_zero_channels(
+        self, name: str, block: str, inputs: int, outputs: int, stride: int
+    ) -> None:
+        # a branch of zeros leaves relu(shortcut); 7 x 8 has an odd side, which the 3x3 convolution rounds up
+        module = make(name, shortcut="A", zero_init_gamma=True).get_submodule(block)
+        x = torch.randn(2, inputs, 7, 8)
+        expected = torch.zeros(2, outputs, math.ceil(7 / stride), math.ceil(8 / stride))
+        for row in range(expected.shape[2]):
+            for column in range(expected.shape[3]):
+                expected[:, :inputs, row, column] = x[:, :, stride * row, stride * column].clamp(min=0)
+        assert torch.equal(module(x), expected)
+
+    def test_a_passes_the_gradient_to_the_pixels_it_took_and_keeps_the_layout(self) -> None:
+        for layout in (torch.channels_last, torch.contiguous_format):
+            x = torch.randn(2, 4, 5, 6).to(memory_format=layout).requires_grad_()
+            grads: list[torch.Tensor] = []
+            inner = x * 1  # a leaf's gradient is restrided to the leaf's layout; an inner one shows what arrived
+            inner.register_hook(grads.append)
+            out = ZeroPad(4, 2)(inner)
+            upstream = torch.randn_like(out)
+            out.backward(upstream)
+            expected = torch.zeros(2, 4, 5, 6)
+            expected[:, :, ::2, ::2] = upstream[:, :4]
+            assert torch.equal(grads[0], expected)
+            assert out.is_contiguous(memory_format=layout)
+            assert grads[0].is_contiguous(memory_format=layout)
+
+    @pytest.mark.parametrize("name", RESNETS)
+    def test_b_projects_only_where_dimensions_grow(self, name: str) -> None:
+        with torch.device("meta"):
+            model = make(name)
+        first_stage = {"layer1.0"} if name in BOTTLENECKS else set()
+        expected = first_stage | {"layer2.0", "layer3.0", "layer4.0"}
+        assert {key.split(".downsample")[0] for key in model.state_dict() if "downsample" in key} == expected
+
+    @pytest.mark.parametrize("name", RESNETS)
+    def test_c_projects_in_every_block(self, name: str) -> None:
+        with torch.device("meta"):
+            model = make(name, shortcut="C")
+        found = list(blocks(model))
+        assert len(found) == sum(DEPTHS[name])
+        for _, block in found:
+            projection, norm = projection_of(block)
+            assert projection.kernel_size == (1, 1)
+            assert projection.bias is None
+            assert projection.in_channels == block.conv1.in_channels
+            assert projection.out_channels == norm.num_features == last_norm(block).num_features
+            assert projection.stride[0] == block.conv1.stride[0] * block.conv2.stride[0]
+
+    @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+    @torch.no_grad()
+    def test_c_with_identity_projections_is_b(self, name: str) -> None:
+        b, c = make(name).eval(), make(name, shortcut="C").eval()
+        randomize_norms(b)
+        added = c.load_state_dict(b.state_dict(), strict=False)
+        assert not added.unexpected_keys
+        for _, block in blocks(c):
+            projection, norm = projection_of(block)
+            if projection.in_channels == projection.out_channels:
+                projection.weight.copy_(torch.eye(projection.in_channels)[:, :, None, None])
+                assert norm.running_var is not None
+                norm.running_var.fill_(1 - norm.eps)
+        x = torch.randn(2, 3, 64, 64)
+        assert_close(c(x), b(x))
+
+
+def test_strides_of_v1_and_v1_5() -> None:
+    """Table 1 halves the size in the first block of stages 2 to 4 (conv3_1, conv4_1, conv5_1) and nowhere else."""
+    for where, subsampling in (("1x1", "conv1"), ("3x3", "conv2")):
+        with torch.device("meta"):
+            model = make("resnet50", bottleneck_stride=where)
+        strided = {name for name, conv in convs(model).items() if conv.stride == (2, 2)}
+        expected = {f"layer{s}.0.{conv}" for s in (2, 3, 4) for conv in (subsampling, "downsample.0")}
+        assert strided == {"conv1"} | expected
+
+
+class TestPlain:
+    @pytest.mark.parametrize("name", PLAIN)
+    def test_has_the_residual_networks_convolutions_and_nothing_else(self, name: str) -> None:
+        with torch.device("meta"):
+            plain, residual = make(name), make(name.replace("plain", "resnet"))
+        shapes = {key: value.shape for key, value in residual.state_dict().items() if "downsample" not in key}
+        assert {key: value.shape for key, value in plain.state_dict().items()} == shapes
+        strides = {key: conv.stride for key, conv in convs(residual).items() if "downsample" not in key}
+        assert {key: conv.stride for key, conv in convs(plain).items()} == strides
+
+    @pytest.mark.parametrize(("name", "depths"), [("plain18", (2, 2, 2, 2)), ("plain34", (3, 4, 6, 3))])
+    @torch.no_grad()
+    def test_is_a_chain_of_convolutions(self, name: str, depths: tuple[int, ...]) -> None:
+        model = make(name).eval()
+        randomize_norms(model)
+        weights = model.state_dict()
+
+        def conv_norm_relu(x: torch.Tensor, conv: str, norm: str, stride: int) -> torch.Tensor:
+            kernel = weights[f"{conv}.weight"]
+            x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[-1] // 2)
+            statistics = (weights[f"{norm}.{key}"] for key in ("running_mean", "running_var", "weight", "bias"))
+            return F.batch_norm(x, *statistics).clamp(min=0)
+
+        images = torch.randn(2, 3, 64, 64)
+        x = F.max_pool2d(conv_norm_relu(images, "conv1", "bn1", 2), 3, 2, 1)
+        for stage, depth in enumerate(depths, 1):
+            for i in range(depth):
+                block = f"layer{stage}.{i}"
+                x = conv_norm_relu(x, f"{block}.conv1", f"{block}.bn1", 2 if stage > 1 and i == 0 else 1)
+                x = conv_norm_relu(x, f"{block}.conv2", f"{block}.bn2", 1)
+        assert_close(model(images), F.linear(x.mean((2, 3)), weights["fc.weight"], weights["fc.bias"]))
+
+
+class TestInitialization:
+    @pytest.mark.parametrize(
+        "options", [{"name": "resnet18", "shortcut": "C"}, {"name": "resnet50"}, {"name": "plain18"}]
+    )
+    def test_he(self, options: dict[str, Any]) -> None:
+        for name, conv in convs(make(**options)).items():
+            weight = conv.weight.detach()
+            std = math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
+            # five standard errors of the estimates from n normal draws; fan_in would be off by 1.4 or more somewhere
+            n = weight.numel()
+            assert weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * n)), name
+            assert abs(weight.mean().item()) < 5 * std / math.sqrt(n), name
+
+    @pytest.mark.parametrize("shortcut", ["A", "B", "C"])
+    @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+    @torch.no_grad()
+    def test_zero_gamma_makes_every_block_its_shortcut(self, name: str, shortcut: Shortcut) -> None:
+        model = make(name, shortcut=shortcut, zero_init_gamma=True)
+        zeros = {key for key, norm in norms(model).items() if (norm.weight == 0).all()}
+        last = "bn3" if name in BOTTLENECKS else "bn2"
+        assert zeros == {f"{key}.{last}" for key, _ in blocks(model)}
+        assert all((norm.weight == 1).all() for key, norm in norms(model).items() if key not in zeros)
+        for _, block in blocks(model):
+            x = torch.randn(2, block.conv1.in_channels, 4, 4)
+            assert block.downsample is not None
+            assert torch.equal(block(x), block.downsample(x).relu())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"name": "plain18"}]
+    + [{"name": name, "shortcut": shortcut} for name in ("resnet18", "resnet50") for shortcut in ("A", "B", "C")],
+    ids=lambda options: "-".join(options.values()),
+)
+def test_channels_last_is_kept_through_every_layer(options: dict[str, Any]) -> None:
+    model = make(**options).to(memory_format=torch.channels_last)
+    seen: set[str] = set()
+
+    def watch(name: str) -> Any:
+        def check(tensor: torch.Tensor, what: str) -> None:
+            if tensor.dim() == 4 and tensor.shape[2] > 1:  # at 1 x 1 both layouts are the same
+                assert tensor.is_contiguous(memory_format=torch.channels_last), f"{what} of {name}: {tensor.stride()}"
+
+        def forward(module: nn.Module, args: tuple[torch.Tensor | None, ...], out: torch.Tensor) -> None:
+            for tensor in args:
+                if tensor is not None:  # a plain block's residual
+                    check(tensor, "input")
+            check(out, "output")
+            if isinstance(module, nn.Conv2d):  # global pooling's gradient has no layout of its own
+                out.register_hook(lambda grad: check(grad, "gradient"))
+            seen.add(name)
+
+        return forward
+
+    leaves = {name: m for name, m in model.named_modules() if not list(m.children())}
+    for name, module in leaves.items():
+        module.register_forward_hook(watch(name))
+    x = torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)  # the last stage is 2 x 2
+    F.cross_entropy(model(x), torch.tensor([0, 1])).backward()
+    assert seen == set(leaves)
+    for name, conv in convs(model).items():
+        assert conv.weight.grad is not None, name
+        assert conv.weight.grad.isfinite().all(), name
+        assert conv.weight.grad.abs().max() > 0, name
+
+
+class TestBNReLU:
+    @pytest.mark.parametrize("with_residual", [False, True])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_is_batch_norm_plus_residual_then_relu(self, training: bool, with_residual: bool) -> None:
+        module = BNReLU(6).train(training)
+        with torch.no_grad():
+            randomize_norms(module)
+        assert module.running_mean is not None
+        assert module.running_var is not None
+        mean, var = module.running_mean.clone(), module.running_var.clone()
+        x = torch.randn(3, 6, 5, 4).requires_grad_()
+        residual = torch.randn(3, 6, 5, 4).requires_grad_() if with_residual else None
+
+        normalized = F.batch_norm(x, mean, var, module.weight, module.bias, training, momentum=0.1, eps=1e-5)
+        expected = F.relu(normalized if residual is None else normalized + residual)
+        actual = module(x) if residual is None else module(x, residual)
+        assert torch.equal(actual, expected)
+        assert torch.equal(module.running_mean, mean)
+        assert torch.equal(module.running_var, var)
+        assert module.num_batches_tracked == int(training)
+
+        upstream = torch.randn_like(actual)
+        leaves = [x, module.weight, module.bias] + ([] if residual is None else [residual])
+        for ours, reference in zip(
+            torch.autograd.grad(actual, leaves, upstream), torch.autograd.grad(expected, leaves, upstream), strict=True
+        ):
+            torch.testing.assert_close(ours, reference)
+
+    def test_leaves_its_arguments_alone(self) -> None:
+        x, residual = torch.randn(2, 4, 3, 3), torch.randn(2, 4, 3, 3)
+        before = x.clone(), residual.clone()
+        BNReLU(4)(x, residual)
+        assert torch.equal(x, before[0])
+        assert torch.equal(residual, before[1])
+
+    def test_state_dict_is_batch_norms(self) -> None:
+        ours, norm = BNReLU(4), nn.BatchNorm2d(4)
+        assert list(ours.state_dict()) == list(norm.state_dict())
+        ours.load_state_dict(norm.state_dict(), strict=True)
+        norm.load_state_dict(ours.state_dict(), strict=True)
+
+
+class TestRunningStatistics:
+    @torch.no_grad()
+    def test_one_step_moves_them_once(self) -> None:
+        """Running = 0.9 * old + 0.1 * batch (unbiased variance), for every norm of the network."""
+        model = make("resnet18", shortcut="C")
+        inputs: dict[str, torch.Tensor] = {}
+        for name, norm in norms(model).items():
+            norm.register_forward_hook(lambda _m, args, _out, name=name: inputs.__setitem__(name, args[0]))
+        model(torch.randn(4, 3, 64, 64))
+        for name, norm in norms(model).items():
+            x = inputs[name]
+            torch.testing.assert_close(norm.running_mean, 0.1 * x.mean((0, 2, 3)))
+            torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * x.var((0, 2, 3)))
+            assert norm.num_batches_tracked == 1, name
+
+    def test_three_steps_compiled_are_three_steps_eager(self) -> None:
+        eager, compiled = make("resnet18"), make("resnet18")
+        compiled.load_state_dict(eager.state_dict())
+        batches = torch.randn(3, 4, 3, 64, 64)
+        torch._dynamo.reset()
+        for model, call in ((eager, eager), (compiled, torch.compile(compiled, backend="aot_eager"))):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+            for x in batches:
+                optimizer.zero_grad()
+                F.cross_entropy(call(x), torch.arange(4)).backward()
+                optimizer.step()
+        m=max(((p-q).abs().max().item()/ (q.abs().max().item()+1e-9),k) for (k,p),q in zip(compiled.named_buffers(), eager.buffers(), strict=True)); print("MAXREL",m)
+        torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()), rtol=1e-3, atol=1e-3)
+        assert all(norm.num_batches_tracked == 3 for norm in norms(compiled).values())
+
+
+class TestRegistry:
+    @pytest.mark.parametrize("name", MODEL_NAMES)
+    def test_every_name_builds_with_defaults_and_gives_logits(self, name: str) -> None:
+        with torch.device("meta"):
+            model = create_model(name, 7, shortcut="B", bottleneck_stride="3x3", zero_init_gamma=False)
+            assert model(torch.empty(2, 3, 96, 64)).shape == (2, 7)
+
+    def test_names_are_the_networks(self) -> None:
+        assert tuple(DEPTHS) == MODEL_NAMES
+
+    @pytest.mark.parametrize(
+        ("name", "nearest"),
+        [("resnet43", "resnet34"), ("ResNet50", "resnet50"), ("resnt152", "resnet152"), ("plain-18", "plain18")],
+    )
+    def test_unknown_name_suggests_the_nearest_and_lists_all(self, name: str, nearest: str) -> None:
+        with pytest.raises(UserError, match=f"did you mean {nearest}\\?") as error:
+            create_model(name, 10)
+        assert repr(name) in str(error.value)
+        assert ", ".join(MODEL_NAMES) in str(error.value)
+
+    def test_unlike_any_name_suggests_nothing(self) -> None:
+        with pytest.raises(UserError) as error:
+            create_model("zzz", 10)
+        assert "did you mean" not in str(error.value)
+        assert ", ".join(MODEL_NAMES) in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "key"),
+        [
+            ("plain18", {"shortcut": "A"}, "model.shortcut"),
+            ("plain34", {"shortcut": "C"}, "model.shortcut"),
+            ("plain34", {"zero_init_gamma": True}, "model.zero_init_gamma"),
+            ("plain18", {"bottleneck_stride": "1x1"}, "model.bottleneck_stride"),
+            ("resnet18", {"bottleneck_stride": "1x1"}, "model.bottleneck_stride"),
+            ("resnet34", {"bottleneck_stride": "1x1"}, "model.bottleneck_stride"),
+        ],
+    )
+    def test_option_without_effect_is_refused(self, name: str, options: dict[str, Any], key: str) -> None:
+        with pytest.raises(UserError, match=f"{key} .*has no effect on {name}"):
+            create_model(name, 10, **options)
+
+    def test_names_cost_no_torch_import(self) -> None:
+        code = "import sys, fastflower.models; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
