@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from io import BytesIO
 from itertools import count, islice
@@ -25,17 +26,17 @@ from statistics import median
 from typing import Annotated, Any, Literal, NamedTuple
 
 import nvidia.dali
+import PIL.Image
 import torch
 import torch.nn.functional as F
 import tyro
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, arg, subcommand
 
-from fastflower.config import Config, build
+from fastflower.config import Config, Data, build
 from fastflower.data.dataset import choose_engine, ensure_builtin
 from fastflower.data.loader import Loader
 from fastflower.data.pipeline import IMAGENET, View
@@ -48,7 +49,6 @@ from fastflower.errors import UserError
 from fastflower.models import create_model
 
 CLASSES = 104  # of the networks: as many as the Kaggle flowers have
-PREFETCH_FACTOR = 2  # torch's default: batches that each worker of a DataLoader makes ahead
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -123,21 +123,12 @@ class Timing(NamedTuple):
     first_s: float  # what the very first step took, before the clock ran
 
 
-@dataclass(frozen=True)
-class Row:
-    """What is reported of a contender."""
+def measure(contenders: Sequence[Contender], command: Common, device: torch.device) -> list[dict[str, Any]]:
+    """What is reported of each contender; all are measured `command.repeats` times in turns.
 
-    mode: str
-    name: str
-    images_per_s: float  # median over the repeats
-    spread: tuple[float, float]  # images/s, lowest and highest
-    ms_per_step: float  # median
-    first_step_s: float  # of the first repeat: compiling or building the pipeline is in it
-    pictures: int  # counted, over all repeats
-
-
-def measure(contenders: Sequence[Contender], command: Common, mode: str, device: torch.device) -> list[Row]:
-    """A row for each contender, all measured `command.repeats` times in turns."""
+    first_step_s is that of the first repeat: compiling or building the pipeline is in it. pictures are those of all
+    repeats together.
+    """
     turns = [contender for _ in range(command.repeats) for contender in contenders]
     timings = [
         time_steps(contender, command.warmup, command.steps, device)
@@ -145,11 +136,18 @@ def measure(contenders: Sequence[Contender], command: Common, mode: str, device:
     ]
     rows = []
     for number, contender in enumerate(contenders):
-        pictures, seconds, first_s = zip(*timings[number :: len(contenders)], strict=True)
-        rates = [n / s for n, s in zip(pictures, seconds, strict=True)]
-        ms_per_step = 1000 * median(seconds) / command.steps
-        spread = (min(rates), max(rates))
-        rows.append(Row(mode, contender.name, median(rates), spread, ms_per_step, first_s[0], sum(pictures)))
+        repeats = timings[number :: len(contenders)]
+        rates = [timing.pictures / timing.seconds for timing in repeats]
+        rows.append(
+            {
+                "name": contender.name,
+                "images_per_s": median(rates),
+                "spread": (min(rates), max(rates)),
+                "ms_per_step": 1000 * median(timing.seconds for timing in repeats) / command.steps,
+                "first_step_s": repeats[0].first_s,
+                "pictures": sum(timing.pictures for timing in repeats),
+            }
+        )
     return rows
 
 
@@ -184,28 +182,35 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def with_defaults(command: LoaderCommand) -> LoaderCommand:
+    """The command with data, geometry and threads filled in where they were not given."""
+    crop, scale = (224, (256, 480)) if command.root else (56, (64, 96))
+    root = command.root or ensure_builtin()
+    defaults: dict[str, Any] = {"root": root, "crop": crop, "scale": scale, "threads": CORES}
+    return replace(command, **{key: value for key, value in defaults.items() if vars(command)[key] is None})
+
+
 def loader_contenders(command: LoaderCommand, device: torch.device) -> list[Contender]:
     """Ours and, with --peers, torch's DataLoader: the same records in the same order, float32 on `device`.
 
-    Raises:
-        UserError: no such data, settings that do not fit it or each other, or no torchvision.
+    Raises UserError where there is no such data, settings do not fit it or each other, or torchvision is missing.
     """
-    crop, scale = (56, (64, 96)) if command.root is None else (224, (256, 480))
-    crop, scale = command.crop or crop, command.scale or scale
-    root = command.root or ensure_builtin()
-    settings = {"sizes": command.sizes, "crop": crop, "scale": scale, "threads": command.threads, "val_resize": None}
-    data = build({"data": settings}, "command line").data
-    records = load_split(root, "train", sizes=data.sizes, scale_min=scale[0])
+    settings = {key: vars(command)[key] for key in ("root", "sizes", "crop", "scale", "threads")}
+    data = build({"data": settings | {"val_resize": None}}, "command line").data
+    assert data.root is not None
+    records = load_split(data.root, "train", sizes=data.sizes, scale_min=data.scale[0])
     if len(records) < command.batch:
-        raise UserError(f"{root} has {len(records)} training records, fewer than --batch {command.batch}: lower it.")
+        raise UserError(
+            f"{data.root} has {len(records)} training records, fewer than --batch {command.batch}: lower it."
+        )
     contenders = []
     if command.peers:
-        contenders.append(dataloader(records, crop, scale, command.batch, device))  # forks, so before DALI has threads
+        contenders.append(dataloader(records, data, command.batch, device))  # forks, so before DALI has threads
     engine = choose_engine(data, device, Ranks())
-    loader = Loader(records, View(crop, "random"), IMAGENET, engine, device, command.batch)
+    loader = Loader(records, View(data.crop, "random"), IMAGENET, engine, device, command.batch)
 
     def start(steps: int) -> Iterator[torch.Tensor]:
-        for batch in loader.batches(requests(records, scale, command.batch, steps)):
+        for batch in loader.batches(requests(records, data.scale, command.batch, steps)):
             yield batch.images.float()  # float16 where DALI normalizes
 
     # one batch more is in the loader thread's hand, while it waits for room in the queue
@@ -228,40 +233,35 @@ class Pictures(Dataset[tuple[torch.Tensor, int]]):
         self.to_tensor, self.normalize = self.tv.ToTensor(), self.tv.Normalize(IMAGENET.mean, IMAGENET.std)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        picture = Image.open(BytesIO(read_image(self.records, index).tobytes())).convert("RGB")
+        picture = PIL.Image.open(BytesIO(read_image(self.records, index).tobytes())).convert("RGB")
         shorter = int(torch.randint(self.scale[0], self.scale[1] + 1, ()))
         picture = self.flip(self.crop(self.tv.functional.resize(picture, [shorter])))
         return self.normalize(self.to_tensor(picture)), int(self.records.labels[index])
 
 
-def dataloader(records: Records, crop: int, scale: tuple[int, int], batch: int, device: torch.device) -> Contender:
+def dataloader(records: Records, data: Data, batch: int, device: torch.device) -> Contender:
     """A DataLoader over `Pictures`; its workers start here and live from repeat to repeat."""
     schedule: list[list[int]] = []  # filled anew for each repeat: the DataLoader reads it when an iteration begins
     loader = DataLoader(
-        Pictures(records, crop, scale),
+        Pictures(records, data.crop, data.scale),
         batch_sampler=schedule,
         num_workers=CORES,
         persistent_workers=True,
-        prefetch_factor=PREFETCH_FACTOR,
         pin_memory=device.type == "cuda",
         multiprocessing_context="fork",
     )
     list(loader)
 
     def start(steps: int) -> Iterator[torch.Tensor]:
-        schedule[:] = [request.indices.tolist() for request in requests(records, scale, batch, steps)]
+        schedule[:] = [request.indices.tolist() for request in requests(records, data.scale, batch, steps)]
         for images, _ in loader:
             yield images.to(device, non_blocking=True)
 
-    return Contender("DataLoader, torchvision", start, ahead=PREFETCH_FACTOR * CORES)
+    return Contender("DataLoader, torchvision", start, ahead=CORES * (loader.prefetch_factor or 0))
 
 
 def model_contenders(command: ModelCommand, device: torch.device) -> list[Contender]:
-    """Each network eager and compiled and, with --peers, torchvision's.
-
-    Raises:
-        UserError: an unknown network, or no torchvision.
-    """
+    """Each network eager and compiled and, with --peers, torchvision's; UserError for an unknown one."""
     torch.manual_seed(0)
     torch.backends.cudnn.benchmark = True  # as in training
     images = torch.randn(command.batch, 3, command.size, command.size).to(device, memory_format=torch.channels_last)
@@ -313,40 +313,45 @@ def circumstances(command: Common, device: torch.device) -> dict[str, Any]:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     info = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((line.partition(": ")[2] for line in info if line.startswith("model name")), "unknown")
-    machine = {"cpu": cpu, "gpu": gpu, "cores": CORES, "threads": torch.get_num_threads(), "load": os.getloadavg()[0]}
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        commit = ""
+    versions = {"torch": torch.__version__, "dali": nvidia.dali.__version__}
+    if command.peers:
+        versions |= {"torchvision": require_torchvision().__version__, "pillow": PIL.__version__}
+    git = shlex.join(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"])
+    failed, commit = subprocess.getstatusoutput(git)
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(command).items()}
     return {
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(command).items()},
-        "machine": machine,
-        "versions": {"torch": torch.__version__, "dali": nvidia.dali.__version__},
-        "commit": commit or None,
+        "settings": settings,
+        "machine": {
+            "cpu": cpu,
+            "gpu": gpu,
+            "cores": CORES,
+            "threads": torch.get_num_threads(),
+            "load": os.getloadavg()[0],
+        },
+        "versions": versions,
+        "commit": None if failed else commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def show(rows: Sequence[Row], machine: dict[str, Any], console: Console) -> None:
+def show(mode: str, rows: Sequence[dict[str, Any]], machine: dict[str, Any], console: Console) -> None:
     """Print the rows as a table; ratios are to the first."""
     where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, load {machine['load']:.1f} before the run"
-    table = Table(rows[0].mode, caption=where)
+    table = Table(mode, caption=where)
     for heading in ("images/s", "range", "ms a step", "ratio", "first step s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        spread = "-".join(f"{rate:.1f}" for rate in row.spread)
-        ratio = row.images_per_s / rows[0].images_per_s
-        figures = (f"{row.images_per_s:.1f}", spread, f"{row.ms_per_step:.1f}", f"{ratio:.2f}")
-        table.add_row(row.name, *figures, f"{row.first_step_s:.1f}")
+        spread = "-".join(f"{rate:.1f}" for rate in row["spread"])
+        ratio = row["images_per_s"] / rows[0]["images_per_s"]
+        figures = f"{row['images_per_s']:.1f}", spread, f"{row['ms_per_step']:.1f}", f"{ratio:.2f}"
+        table.add_row(row["name"], *figures, f"{row['first_step_s']:.1f}")
     console.print(table)
 
 
 def run(command: LoaderCommand | ModelCommand, console: Console) -> None:
     """Measure, print the table, append to --out.
 
-    Raises:
-        UserError: settings that measure nothing or do not fit each other or the data; --out cannot be written.
+    Raises UserError for settings that measure nothing or do not fit each other or the data.
     """
     for option in {"batch", "steps", "warmup", "repeats", "size"} & vars(command).keys():
         if vars(command)[option] < 1:
@@ -354,16 +359,18 @@ def run(command: LoaderCommand | ModelCommand, console: Console) -> None:
     if command.warmup >= command.steps:
         raise UserError(f"--warmup {command.warmup} is not below --steps {command.steps}: lower it or raise --steps.")
     device = choose_device("auto")
-    around = circumstances(command, device)
     if isinstance(command, LoaderCommand):
-        rows = measure(loader_contenders(command, device), command, "loader", device)
+        command = with_defaults(command)
+        mode, contenders = "loader", loader_contenders(command, device)
     else:
-        rows = measure(model_contenders(command, device), command, "model", device)
-    show(rows, around["machine"], console)
+        mode, contenders = "model", model_contenders(command, device)
+    around = circumstances(command, device)
+    rows = measure(contenders, command, device)
+    show(mode, rows, around["machine"], console)
     if command.out:
         try:
             with command.out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(row) | around) + "\n" for row in rows)
+                file.writelines(json.dumps({"mode": mode} | row | around) + "\n" for row in rows)
         except OSError as error:
             raise UserError(f"--out {command.out} cannot be written ({error.strerror}): name another file.") from error
 

@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake: the command line prints its sentence without a traceback and exits with code 2."""
+"""The exception for a user's mistake: the command line prints its sentence, no traceback, and exits with code 2."""
 
 from __future__ import annotations
 

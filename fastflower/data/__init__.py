@@ -1,1 +1,1 @@
-"""From files on disk to batches of pictures: records (index), sampler (who and how), pipeline (DALI), loader (batches)."""
+"""From files on disk to batches: records (index), sampler (who and how), pipeline (DALI), loader (batches)."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from nvidia.dali.backend import GetCUDADeviceCount
+from nvidia.dali import backend
 
 from fastflower.config import Data
 from fastflower.data.demo import write_demo
@@ -74,7 +74,7 @@ def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
     Raises:
         UserError: the GPU is asked for and DALI or torch does not find it.
     """
-    gpu = device.type == "cuda" and GetCUDADeviceCount() > 0
+    gpu = device.type == "cuda" and backend.GetCUDADeviceCount() > 0
     if data.decoder == "gpu" and not gpu:
         raise UserError("data.decoder is gpu, but the network does not run on a GPU that DALI finds: give auto or cpu.")
     cores = len(os.sched_getaffinity(0))
@@ -97,7 +97,7 @@ def choose_normalization(data: Data, train: Records, engine: Engine) -> Normaliz
 
 @dataclass(frozen=True)
 class TrainingBatches:
-    """This rank's training batches of any epoch."""
+    """A rank's training batches of any epoch."""
 
     loader: Loader
     scale: tuple[int, int]
@@ -127,7 +127,7 @@ class TrainingBatches:
 
 @dataclass(frozen=True)
 class EvaluationBatches:
-    """This rank's share of a split, each record once."""
+    """A rank's share of a split, each record once."""
 
     loader: Loader
     shorter: int

@@ -85,7 +85,7 @@ class Loader:
                     raise item
                 yield (batch := self._hand_over(*item))
                 if self._stream:
-                    # DALI takes the memory back when we drop it, so hold it until the consumer's queued work is past it.
+                    # DALI reuses the memory that we drop, so hold it until the consumer's queued work is past it
                     in_use.append((torch.cuda.current_stream(self.device).record_event(), batch))
                     while in_use[0][0].query():
                         in_use.popleft()

@@ -63,7 +63,7 @@ class Records:
 
     def select(self, indices: np.ndarray) -> Records:
         """The records at `indices` ([m] int64 or [n] bool), in that order."""
-        columns = {name: getattr(self, name)[indices] for name in _COLUMNS + ("file",)}
+        columns = {name: getattr(self, name)[indices] for name in (*_COLUMNS, "file")}
         return replace(self, **columns)
 
     def require(self, feature: Literal["image", "id", "class"]) -> None:

@@ -27,7 +27,7 @@ class Interrupted(Exception):  # noqa: N818 - not an error: the user asked to st
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among the others."""
+    """One process among the others."""
 
     rank: int = 0
     world_size: int = 1
@@ -40,7 +40,7 @@ class Ranks:
         return self.rank == 0
 
     def share_of(self, batch_size: int) -> int:
-        """This rank's pictures of a global batch.
+        """How many pictures of a global batch are this rank's.
 
         Raises:
             UserError: it cannot be split evenly.

@@ -22,7 +22,7 @@ class Precision:
         """The context that the forward pass runs in."""
         if self.dtype is None:
             return contextlib.nullcontext()
-        return torch.autocast(device.type, self.dtype)  # type: ignore[return-value]
+        return torch.autocast(device.type, self.dtype)
 
     def __str__(self) -> str:
         return {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
@@ -60,7 +60,8 @@ def choose_precision(amp: bool, dtype: Literal["auto", "bf16", "fp16"], device: 
         return Precision(torch.bfloat16)
     return Precision(
         None,
-        "--amp: this CPU has no bf16 instructions, which would make AMP slower, so this runs in fp32 (force it with --amp_dtype bf16).",
+        "--amp: this CPU has no bf16 instructions, which makes AMP much slower than fp32, so this runs in fp32 "
+        "(--amp_dtype bf16 forces it).",
     )
 
 

@@ -103,8 +103,8 @@ class Display:
             self._header_due = False
         self.say(
             f"{row['epoch'] + 1:>5} {row['lr']:>9.2g} │ {row['train_loss']:>10.4f} {row['train_accuracy']:>6.1%} │ "
-            f"{row['val_loss']:>8.4f} {row['val_accuracy']:>6.1%} {row['val_top5']:>6.1%} {row['val_macro_f1']:>6.3f} │ "
-            f"{row['images_per_s']:>8,.0f} {row['data_wait']:>5.0%} {_clock(row['epoch_s']):>7}"
+            f"{row['val_loss']:>8.4f} {row['val_accuracy']:>6.1%} {row['val_top5']:>6.1%} {row['val_macro_f1']:>6.3f} "
+            f"│ {row['images_per_s']:>8,.0f} {row['data_wait']:>5.0%} {_clock(row['epoch_s']):>7}"
         )
 
 

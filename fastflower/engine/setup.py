@@ -102,7 +102,7 @@ def build_network(config: Config, classes: int, device: torch.device) -> torch.n
     """The configured network with seeded weights, channels-last, on `device`."""
     torch.manual_seed(config.seed)
     network = create_model(num_classes=classes, **asdict(config.model))
-    return network.to(device, memory_format=torch.channels_last)
+    return network.to(device).to(memory_format=torch.channels_last)
 
 
 def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any], display: Display) -> str:
@@ -169,7 +169,8 @@ def train_run(
             received = train(setup, state, folder, display)
         if received:
             display.say(
-                f"Stopped by {signal.Signals(received).name} and saved. Go on with: fastflower train --resume {folder.path}"
+                f"Stopped by {signal.Signals(received).name} and saved. "
+                f"Go on with: fastflower train --resume {folder.path}"
             )
         else:
             display.say(f"Done. Best validation loss {state.best:.4f}: {folder.best}")
@@ -204,7 +205,8 @@ def evaluate_run(run: Path, root: Path | None, split: str, device_setting: str, 
         config = replace(config, data=replace(config.data, root=root.absolute()))
     device = choose_device(config.device if device_setting == "run" else device_setting)  # type: ignore[arg-type]
     ranks = Ranks()
-    records = load_split(config.data.root, split, sizes=config.data.sizes, scale_min=config.data.scale[0])  # type: ignore[arg-type]
+    data = config.data
+    records = load_split(data.root or ensure_builtin(), split, sizes=data.sizes, scale_min=data.scale[0])
     records.require_classes(len(saved["classes"]))
     normalization = Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
     network = build_network(config, len(saved["classes"]), device)

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -156,10 +156,8 @@ def _wrap(network: torch.nn.Module, setup: Setup) -> tuple[torch.nn.Module, torc
     if not compiles(setup):
         return training_network, network
     # one shape each: training drops the short batch and validation fills it up
-    return (
-        torch.compile(training_network, mode=train.compile_mode, dynamic=False),
-        torch.compile(network, mode=train.compile_mode, dynamic=False),
-    )
+    wrapped = (torch.compile(net, mode=train.compile_mode, dynamic=False) for net in (training_network, network))
+    return cast(tuple[torch.nn.Module, torch.nn.Module], tuple(wrapped))
 
 
 def compiles(setup: Setup) -> bool:
@@ -276,8 +274,8 @@ def _save(
     with setup.ranks.together():
         if name := first_non_finite({"model": saved["model"], "optimizer": saved["optimizer"]["state"]}):
             raise UserError(
-                f"{name} is not finite at step {state.step} (epoch {state.epoch + 1}, lr {state.schedule.lr:g}); it was "
-                "not saved. Resume from the last checkpoint, or start again, with a lower train.lr."
+                f"{name} is not finite at step {state.step} (epoch {state.epoch + 1}, lr {state.schedule.lr:g}); "
+                "it was not saved. Resume from the last checkpoint, or start again, with a lower train.lr."
             )
         if not setup.ranks.is_main:
             return

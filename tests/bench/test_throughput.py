@@ -63,12 +63,13 @@ def test_loader_counts_pictures_and_appends_a_line(small: Path, tmp_path: Path) 
     assert first["mode"] == "loader"
     assert first["pictures"] == second["pictures"] == 2 * 4 * 20
     assert first["settings"]["scale"] == [36, 48]
+    assert first["settings"]["root"] == "small"  # no paths of one machine
     assert first["machine"]["gpu"] is None
 
 
 def test_default_data_are_the_builtin_flowers(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "ensure_builtin", lambda: small)
-    (ours,) = throughput.loader_contenders(LoaderCommand(batch=8), CPU)
+    (ours,) = throughput.loader_contenders(throughput.with_defaults(LoaderCommand(batch=8)), CPU)
     assert [images.shape for images in ours.start(2)] == [(8, 3, 56, 56)] * 2
 
 

@@ -305,6 +305,11 @@ def test_payload_that_is_no_such_example(path: Path, payload: bytes, reason: str
     assert reason.lower() in text.lower()
 
 
+def test_a_number_that_runs_on_to_the_end_of_the_file(path: Path) -> None:
+    path.write_bytes(WHOLE + frame(b"\xff")[:-4] + b"\xff" * 4)
+    assert "record 3 is not a tf.train.Example" in refusal(path)
+
+
 # Writing
 
 

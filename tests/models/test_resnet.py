@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -293,17 +294,22 @@ class TestInitialization:
     @pytest.mark.parametrize(
         "options", [{"name": "resnet18", "shortcut": "C"}, {"name": "resnet50"}, {"name": "plain18"}]
     )
-    def test_he(self, options: dict[str, Any]) -> None:
-        for name, conv in convs(make(**options)).items():
+    def test_convolutions_are_he_normal_and_norms_the_identity(self, options: dict[str, Any]) -> None:
+        model = make(**options)
+        for name, conv in convs(model).items():
             weight = conv.weight.detach()
             std = math.sqrt(2 / (conv.out_channels * conv.kernel_size[0] ** 2))
             # five standard errors of the estimates from n normal draws; fan_in would be off by 1.4 or more somewhere
             n = weight.numel()
             assert weight.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * n)), name
             assert abs(weight.mean().item()) < 5 * std / math.sqrt(n), name
+        for name, norm in norms(model).items():
+            assert (norm.weight == 1).all(), name
+            assert (norm.bias == 0).all(), name
 
-    @pytest.mark.parametrize("shortcut", ["A", "B", "C"])
-    @pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+    @pytest.mark.parametrize(
+        ("name", "shortcut"), [("resnet18", "A"), ("resnet18", "B"), ("resnet18", "C"), ("resnet50", "B")]
+    )
     @torch.no_grad()
     def test_zero_gamma_makes_every_block_its_shortcut(self, name: str, shortcut: Shortcut) -> None:
         model = make(name, shortcut=shortcut, zero_init_gamma=True)
@@ -319,8 +325,11 @@ class TestInitialization:
 
 @pytest.mark.parametrize(
     "options",
-    [{"name": "plain18"}]
-    + [{"name": name, "shortcut": shortcut} for name in ("resnet18", "resnet50") for shortcut in ("A", "B", "C")],
+    [
+        {"name": "plain18"},
+        *({"name": "resnet18", "shortcut": shortcut} for shortcut in ("A", "B", "C")),
+        {"name": "resnet50", "shortcut": "A"},  # pads without subsampling, too
+    ],
     ids=lambda options: "-".join(options.values()),
 )
 def test_channels_last_is_kept_through_every_layer(options: dict[str, Any]) -> None:
@@ -417,23 +426,25 @@ class TestRunningStatistics:
         compiled.load_state_dict(eager.state_dict())
         batches = torch.randn(3, 4, 3, 64, 64)
         torch._dynamo.reset()
-        for model, call in ((eager, eager), (compiled, torch.compile(compiled, backend="aot_eager"))):
+        one_graph = torch.compile(compiled, backend="aot_eager", fullgraph=True)
+        for model, call in ((eager, eager), (compiled, one_graph)):
             optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
             for x in batches:
                 optimizer.zero_grad()
                 F.cross_entropy(call(x), torch.arange(4)).backward()
                 optimizer.step()
-        m=max(((p-q).abs().max().item()/ (q.abs().max().item()+1e-9),k) for (k,p),q in zip(compiled.named_buffers(), eager.buffers(), strict=True)); print("MAXREL",m)
-        torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()), rtol=1e-3, atol=1e-3)
+        # the same operations in the same order; one update more or less would move them by 10 %
+        torch.testing.assert_close(dict(compiled.named_buffers()), dict(eager.named_buffers()))
         assert all(norm.num_batches_tracked == 3 for norm in norms(compiled).values())
 
 
 class TestRegistry:
     @pytest.mark.parametrize("name", MODEL_NAMES)
-    def test_every_name_builds_with_defaults_and_gives_logits(self, name: str) -> None:
+    def test_every_name_takes_the_defaults(self, name: str) -> None:
         with torch.device("meta"):
             model = create_model(name, 7, shortcut="B", bottleneck_stride="3x3", zero_init_gamma=False)
-            assert model(torch.empty(2, 3, 96, 64)).shape == (2, 7)
+        assert len(list(blocks(model))) == sum(DEPTHS[name])
+        assert model.state_dict()["fc.weight"].shape == (7, 2048 if name in BOTTLENECKS else 512)
 
     def test_names_are_the_networks(self) -> None:
         assert tuple(DEPTHS) == MODEL_NAMES
@@ -471,4 +482,4 @@ class TestRegistry:
 
     def test_names_cost_no_torch_import(self) -> None:
         code = "import sys, fastflower.models; sys.exit('torch' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+        assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], timeout=60).returncode == 0

@@ -1,0 +1,126 @@
+"""Two processes on this machine, over gloo."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastflower.data.tfrecord import write_tfrecord
+from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.engine.distributed import Ranks
+from fastflower.errors import UserError
+from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset
+from tests.engine.test_run import assert_same_run, rows
+
+ROOT = Path(__file__).parents[2]
+LIMIT_S = 150
+
+
+def torchrun(*arguments: object, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return subprocess.run(
+        [*command, "--", str(Path(__file__).with_name("tiny_worker.py")), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        check=False,
+    )
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """21 validation records, which two ranks cannot share evenly."""
+    return write_dataset(tmp_path / "data", {"train": 48, "val": 21})
+
+
+def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = ("--train.epochs", "2", "--train.schedule", "plateau", "--train.patience", "0", "--train.lr", "0.3")
+    result = torchrun(*train_arguments(uneven, whole), *options)
+    assert result.returncode == 0, result.stderr
+    assert "2 processes" in result.stdout
+    assert "Grad strides" not in result.stderr
+    assert [row["step"] for row in rows(whole)] == [6, 12]
+    assert result.stdout.count("epoch") <= 4, "only one rank speaks"
+
+    # every rank ends with the same weights, statistics and learning rate
+    ends = [json.loads((whole / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ends[0] == ends[1]
+
+    # the logged figures are those of every record once: one process finds the same
+    best = min(rows(whole), key=lambda row: row["val_loss"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastflower.engine.setup.create_model", _tiny)
+        figures = json.loads(fastflower("eval", whole, "--json").out)
+    assert figures["n"] == 21
+    for key in ("loss", "accuracy", "top5", "macro_f1"):
+        assert figures[key] == pytest.approx(best[f"val_{key}"], abs=1e-5)
+
+    # a signal to one rank stops both at the same step
+    result = torchrun(*train_arguments(uneven, stopped), *options, TINY_SIGNAL="1:8")
+    assert "Stopped by SIGTERM and saved" in result.stdout
+    assert load_checkpoint(stopped / "checkpoints/last.pt")["step"] == 9
+    result = torchrun("train", "--resume", stopped)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(whole, stopped)
+
+    # and one process can go on from two
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastflower.engine.setup.create_model", _tiny)
+        assert fastflower("train", "--resume", whole, "--train.epochs", "3").code == 0
+    assert len(rows(whole)) == 3
+
+
+def _tiny(name: str, num_classes: int, **_: object) -> torch.nn.Module:
+    from tests.conftest import TinyNet
+
+    return TinyNet(name, num_classes)
+
+
+def test_a_bad_record_on_one_rank_stops_all(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data", {"train": 48, "val": 4})
+    records = [example(i, 0) for i in range(4)]
+    records[1]["image"] = jpeg(40, 40)[:300]  # record 1 of the split is rank 1's
+    write_tfrecord(root / "tfrecords-jpeg-40x40/val/00-40x40-2.tfrec", records)
+    began = time.monotonic()
+    result = torchrun(*train_arguments(root, tmp_path / "run"), "--train.epochs", "1")
+    assert result.returncode != 0
+    assert time.monotonic() - began < LIMIT_S / 2
+    assert result.stderr.count("record 1 (id 000001) cannot be decoded") == 1
+    assert "exitcode  : 2" in result.stderr
+
+
+def test_a_rank_that_dies_does_not_leave_the_other_waiting(uneven: Path, tmp_path: Path) -> None:
+    result = torchrun(*train_arguments(uneven, tmp_path / "run"), "--train.epochs", "1", TINY_CRASH="1:2")
+    assert result.returncode != 0
+    assert "crash for the test" in result.stderr
+
+
+def test_a_batch_that_cannot_be_split_is_refused_with_what_fits() -> None:
+    with pytest.raises(UserError, match="batch_size 10 cannot be split over 4 processes: 8 or 12 would fit"):
+        Ranks(world_size=4).share_of(10)
+    with pytest.raises(UserError, match="4 would fit"):
+        Ranks(world_size=4).share_of(3)
+    assert Ranks(world_size=4).share_of(12) == 3
+
+
+@pytest.mark.slow
+def test_compiled_ddp_trains_as_eager_ddp_does(uneven: Path, tmp_path: Path) -> None:
+    saved = []
+    for name, choice in (("eager", "off"), ("compiled", "on")):
+        options = ("--train.epochs", "1", "--train.lr", "0.01", "--train.compile", choice)
+        result = torchrun(*train_arguments(uneven, tmp_path / name), *options)
+        assert result.returncode == 0, result.stderr
+        saved.append(load_checkpoint(tmp_path / name / "checkpoints/last.pt")["model"])
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    assert saved[1]["bn1.num_batches_tracked"] == 6

@@ -1,0 +1,49 @@
+"""The command line with a TinyNet, for processes that torchrun starts; says afterwards what each rank ended with.
+
+TINY_SIGNAL="rank:step" sends that rank SIGTERM in that step; TINY_CRASH="rank:step" raises there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from fastflower import cli
+from fastflower.engine import setup as building
+from fastflower.engine.meters import TrainingSums
+from tests.conftest import TinyNet
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def at_step(variable: str) -> int:
+    rank, _, step = os.environ.get(variable, "-1:-1").partition(":")
+    return int(step) if int(rank) == RANK else -1
+
+
+def add(self: TrainingSums, loss: Any, logits: Any, labels: Any, step: int) -> None:
+    if step == at_step("TINY_SIGNAL"):
+        os.kill(os.getpid(), signal.SIGTERM)
+    if step == at_step("TINY_CRASH"):
+        raise RuntimeError("crash for the test")
+    original_add(self, loss, logits, labels, step)
+
+
+def train(setup: Any, state: Any, folder: Any, display: Any) -> int | None:
+    received = original_train(setup, state, folder, display)
+    weights = b"".join(tensor.numpy().tobytes() for tensor in state.network.state_dict().values())
+    end = {"lr": state.schedule.lr, "weights": hashlib.sha256(weights).hexdigest(), "step": state.step}
+    (Path(folder.path) / f"rank{RANK}.json").write_text(json.dumps(end))
+    return received
+
+
+if __name__ == "__main__":
+    original_add, original_train = TrainingSums.add, building.train
+    TrainingSums.add = add  # type: ignore[method-assign]
+    building.train = train
+    building.create_model = lambda name, num_classes, **_: TinyNet(name, num_classes)
+    cli.main()
