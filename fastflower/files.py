@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,12 @@ def cache_dir() -> Path:
     """The user's cache folder: $FASTFLOWER_CACHE, else $XDG_CACHE_HOME/fastflower, else ~/.cache/fastflower."""
     if named := os.environ.get("FASTFLOWER_CACHE"):
         return Path(named).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").expanduser() / "fastflower"
+    if base := os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "fastflower"
+    try:
+        return Path.home() / ".cache" / "fastflower"
+    except RuntimeError:  # a user without a home folder, as containers have
+        return Path(tempfile.gettempdir()) / f"fastflower-{os.getuid()}"
 
 
 @contextlib.contextmanager
@@ -27,13 +33,14 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         OSError: the folder cannot be written or the disk is full; `path` is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    # opened here, not by tempfile, so that the user's umask decides who may read it
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -44,10 +51,3 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _umask() -> int:
-    # mkstemp makes files that only the owner reads; a run folder is shared like any other file the user writes.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

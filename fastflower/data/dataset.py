@@ -74,7 +74,7 @@ def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
     Raises:
         UserError: the GPU is asked for and DALI or torch does not find it.
     """
-    gpu = device.type == "cuda" and backend.GetCUDADeviceCount() > 0
+    gpu = device.type == "cuda" and backend.GetCUDADeviceCount() > 0  # type: ignore[attr-defined]
     if data.decoder == "gpu" and not gpu:
         raise UserError("data.decoder is gpu, but the network does not run on a GPU that DALI finds: give auto or cpu.")
     cores = len(os.sched_getaffinity(0))

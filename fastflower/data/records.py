@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO, FileIO
+from io import BytesIO
 from pathlib import Path
 from typing import Literal
 from zipfile import BadZipFile
@@ -32,6 +32,7 @@ INDEX_VERSION = 1
 SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
 MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
 NO_LABEL = np.iinfo(np.int64).min
+Stamp = tuple[int, int]  # size in bytes, time of change in ns
 _SIZE_FOLDER = re.compile(r"tfrecords-jpeg-(\d+)x(\d+)")
 
 
@@ -40,6 +41,7 @@ class Records:
     """A split: record i is the `length[i]` image bytes at `offset[i]` of `files[file[i]]`."""
 
     files: tuple[Path, ...]
+    stamps: tuple[Stamp, ...]  # of each file when it was indexed
     file: np.ndarray  # [n] int64, index into files
     number: np.ndarray  # [n] int64, position of the record in its file
     offset: np.ndarray  # [n] int64, bytes; -1 where the record has no image
@@ -101,10 +103,11 @@ def load_split(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int 
         UserError: no such files, or one of them is refused (`fastflower.data.tfrecord.scan`).
     """
     files = find_files(root, split, sizes=sizes, scale_min=scale_min)
-    tables = [_index(path) for path in files]
+    stamps = tuple(_stamp(path) for path in files)
+    tables = [_index(path, stamp) for path, stamp in zip(files, stamps, strict=True)]
     columns = {name: np.concatenate([table[name] for table in tables]) for name in _COLUMNS}
     file = np.repeat(np.arange(len(files)), [len(table["labels"]) for table in tables])
-    records = Records(files=tuple(files), file=file, **columns)
+    records = Records(files=tuple(files), stamps=stamps, file=file, **columns)
     records.require("image")
     return records
 
@@ -144,11 +147,12 @@ def _choose_sizes(root: Path, stored: list[int], sizes: Sizes, scale_min: int) -
     if sizes == "auto":
         return [next((size for size in stored if size >= scale_min), stored[-1])]
     missing = [size for size in sizes if size not in stored]
-    if missing:
+    if missing or not sizes:
         raise UserError(
-            f"data.sizes: {root} has no size {', '.join(map(str, missing))}; it has {', '.join(map(str, stored))}."
+            f"data.sizes: {root} has no size {', '.join(map(str, missing)) or '(none is named)'}; "
+            f"it has {', '.join(map(str, stored))}."
         )
-    return sorted(int(size) for size in sizes)
+    return sorted({int(size) for size in sizes})
 
 
 def class_names(root: Path, train: Records | None = None) -> list[str]:
@@ -157,6 +161,7 @@ def class_names(root: Path, train: Records | None = None) -> list[str]:
     Raises:
         UserError: the file is not a JSON list of names, or there is neither file nor training split.
     """
+    root = root.resolve()
     path = (root.parent if _SIZE_FOLDER.fullmatch(root.name) else root) / "class_names.json"
     if path.is_file():
         try:
@@ -180,36 +185,53 @@ def read_image(records: Records, index: int) -> np.ndarray:
     Raises:
         UserError: names file and record.
     """
-    path = records.files[records.file[index]]
-    length = int(records.length[index])
+    number, length = records.file[index], int(records.length[index])
+    stamp = records.stamps[number]
     try:
-        data = os.pread(_open(path).fileno(), length, int(records.offset[index]))
+        # kept by name while it is read: another thread may drop it from the cache, which closes it
+        file = _open(records.files[number], stamp)
+        data = os.pread(file.descriptor, length, int(records.offset[index])) if file.stamp == stamp else b""
     except OSError as error:
         raise UserError(f"{records.describe(index)} cannot be read ({error.strerror}).") from error
     if len(data) < length:
-        raise UserError(f"{records.describe(index)} cannot be read: the file has become shorter since it was indexed.")
+        raise UserError(f"{records.describe(index)} cannot be read: the file has changed since it was indexed.")
     return np.frombuffer(data, np.uint8)
 
 
-@functools.lru_cache(
-    maxsize=256
-)  # bounded, since a process may hold about 1,024 open files; an evicted one closes itself
-def _open(path: Path) -> FileIO:
-    return open(path, "rb", buffering=0)
+class _File:
+    """An open file, until nobody refers to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+        stat = os.fstat(self.descriptor)
+        self.stamp = (stat.st_size, stat.st_mtime_ns)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
 
 
-def _index(path: Path) -> dict[str, np.ndarray]:
-    """The columns of one file, from the cache when path, size and mtime are those of an earlier scan."""
+@functools.lru_cache(maxsize=256)  # bounded, since a process may hold about 1,024 open files
+def _open(path: Path, stamp: Stamp) -> _File:
+    return _File(path)
+
+
+def _stamp(path: Path) -> Stamp:
     try:
         stat = path.stat()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}).") from error
-    key = f"{INDEX_VERSION}\0{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}"
-    cached = cache_dir() / "index" / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+        raise UserError(f"{path} cannot be read ({error.strerror}): check that it exists.") from error
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _index(path: Path, stamp: Stamp) -> dict[str, np.ndarray]:
+    """The columns of one file, from the cache when path, size and mtime are those of an earlier scan."""
+    key = os.fsencode(f"{INDEX_VERSION}\0{path.resolve()}\0{stamp}")
+    cached = cache_dir() / "index" / f"{hashlib.sha256(key).hexdigest()[:32]}.npz"
     try:
         with np.load(cached, allow_pickle=False) as table:
             return {name: table[name] for name in _COLUMNS}
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile):
         pass  # absent, or not written by us: scan again
     examples = list(scan(path))
     table = {

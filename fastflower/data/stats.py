@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 
 import numpy as np
 from nvidia.dali import fn, pipeline_def
@@ -82,8 +83,7 @@ def _measure(records: Records, engine: Engine) -> Normalization:
 
 def _fingerprint(records: Records) -> str:
     digest = hashlib.sha256()
-    for path in records.files:
-        stat = path.stat()
-        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+    for path, stamp in zip(records.files, records.stamps, strict=True):
+        digest.update(os.fsencode(f"{path.resolve()}\0{stamp}\0"))
     digest.update(records.file.tobytes() + records.offset.tobytes())
     return digest.hexdigest()[:32]

@@ -105,7 +105,7 @@ def _parse_example(data: memoryview, start: int, end: int) -> Example:
                 image = (a, b - a)
             elif key == b"id":
                 a, b = _one_bytes(data, *value, feature="id")
-                name = bytes(data[a:b]).decode()  # UnicodeDecodeError is a ValueError
+                name = _text(bytes(data[a:b]))
             elif key == b"class":
                 label = _one_int64(data, *value)
     return Example(image, name, label)
@@ -145,9 +145,9 @@ def _varint(data: memoryview, position: int) -> tuple[int, int]:
         byte = data[position]
         position += 1
         value |= (byte & 0x7F) << shift
-        if byte < 0x80:
-            return value, position
         shift += 7
+        if byte < 0x80 and value < 1 << 64:
+            return value, position
         if shift > 63:
             raise ValueError("a number is longer than 64 bits")
 
@@ -163,6 +163,13 @@ def _one_bytes(data: memoryview, start: int, end: int, feature: str) -> tuple[in
     return values[0]
 
 
+def _text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError("feature 'id' is not UTF-8 text") from error
+
+
 def _one_int64(data: memoryview, start: int, end: int) -> int:
     values = []
     for _, list_start, list_end in _messages(data, start, end, field=3):
@@ -173,6 +180,8 @@ def _one_int64(data: memoryview, start: int, end: int) -> int:
                 while a < b:
                     value, a = _varint(data, a)
                     values.append(value)
+                if a > b:
+                    raise ValueError("a number is longer than its list")
     if len(values) != 1:
         raise ValueError("feature 'class' is not one int64 value")
     return values[0] - (1 << 64) if values[0] >> 63 else values[0]
