@@ -162,7 +162,8 @@ def build(settings: Mapping[str, Any], source: str) -> Config:
     try:
         config = TypeAdapter(Config).validate_python(settings)
     except ValidationError as error:
-        first = error.errors()[0]
+        # of the branches of a union, the one that got furthest says best what is wrong
+        first = max(error.errors(), key=lambda problem: len(problem["loc"]))
         key = ".".join(str(part) for part in _key_path(first["loc"]))
         raise UserError(f"{source}: {key} is {first['input']!r}: {_lower_first(first['msg'])}.") from error
     _check_together(config, source)
@@ -210,14 +211,22 @@ def _refuse_unknown_keys(settings: Mapping[str, Any], kind: type, prefix: str, s
     known = {f.name for f in fields(kind)}
     for key, value in settings.items():
         if key not in known:
-            near = difflib.get_close_matches(f"{prefix}{key}", keys(), n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(sorted(known))}."
+            near = _nearest(prefix, str(key))
+            hint = f"did you mean {near}?" if near else f"the keys here are {', '.join(sorted(known))}."
             raise UserError(f"{source}: there is no setting {prefix}{key}; {hint}")
         section = sections.get(key)
         if isinstance(section, type):
             if not isinstance(value, Mapping):
                 raise UserError(f"{source}: {prefix}{key} is {value!r}: it takes keys such as {keys(section)[0]}.")
             _refuse_unknown_keys(value, section, f"{prefix}{key}.", source)
+
+
+def _nearest(prefix: str, key: str) -> str | None:
+    """The dotted key that is most like the unknown one, wherever it stands."""
+    if near := difflib.get_close_matches(prefix + key, keys(), n=1):
+        return near[0]
+    by_name = {known.rpartition(".")[2]: known for known in keys()}
+    return next((by_name[name] for name in difflib.get_close_matches(key, by_name, n=1)), None)
 
 
 def _check_together(config: Config, source: str) -> None:

@@ -33,8 +33,8 @@ def create_model(
     """
     if name not in MODEL_NAMES:
         near = difflib.get_close_matches(name, MODEL_NAMES, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"model.name is {name!r}, which is unknown: {hint}There are {', '.join(MODEL_NAMES)}.")
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"model.name is {name!r}, which is unknown{hint}: choose one of {', '.join(MODEL_NAMES)}.")
     from fastflower.models.resnet import ResNet  # imports torch, which a list of names does not need
 
     return ResNet(

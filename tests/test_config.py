@@ -1,0 +1,159 @@
+"""Settings from YAML and the command line: precedence, checks and messages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastflower import config as configuration
+from fastflower.cli import TrainCommand, parse
+from fastflower.config import Config
+from fastflower.errors import UserError
+from tests.conftest import fastflower
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+
+
+def settings(*arguments: object) -> Config:
+    command = parse(["train", *map(str, arguments)])
+    assert isinstance(command, TrainCommand)
+    return command.settings
+
+
+def test_command_line_wins_over_file_wins_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {epochs: 5, lr: 1e-3}\ndata: {sizes: [192, 224]}\n")
+    found = settings("--config", file, "--train.epochs", 7)
+    assert (found.train.epochs, found.train.lr, found.train.batch_size) == (7, 0.001, 256)
+    assert found.data.sizes == (192, 224)
+
+
+def test_without_configuration_and_data_the_demos_settings_are_the_defaults(tmp_path: Path) -> None:
+    demo = configuration.build(configuration.load_yaml(CONFIGS[0].with_name("demo.yaml")), "demo.yaml")
+    assert settings() == demo
+    assert settings("--data.root", tmp_path).train == Config().train
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_that_ships_is_valid_and_found_by_name(file: Path) -> None:
+    direct = configuration.build(configuration.load_yaml(file), str(file))
+    assert settings("--config", file) == direct
+    assert settings("--config", file.stem) == direct
+
+
+def test_the_studys_configurations_are_its_recipe() -> None:
+    for name, epochs in (("plain34", 70), ("resnet34", 70), ("resnet50", 50)):
+        found = settings("--config", name)
+        assert found.model.name == name
+        assert found.data.sizes == "all"
+        assert found.data.val_resize is None
+        train = found.train
+        assert (train.epochs, train.lr, train.batch_size, train.schedule, train.patience, train.factor) == (
+            *(epochs, 0.1, 256, "plateau", 7, 0.1),
+        )
+
+
+def test_yaml_reads_back_to_the_same() -> None:
+    original = settings("--data.sizes", "all", "--data.val_resize", "None", "--train.compile", "--train.lr", "1e-5")
+    again = configuration.build(yaml.safe_load(configuration.to_yaml(original)), "again")
+    assert again == original
+
+
+def test_print_config_prints_what_would_run() -> None:
+    result = fastflower("train", "--config", "resnet50", "--train.lr", "0.2", "--print_config")
+    printed = yaml.safe_load(result.out)
+    assert printed["train"]["lr"] == 0.2
+    assert printed["model"]["name"] == "resnet50"
+    assert configuration.build(printed, "printed") == settings("--config", "resnet50", "--train.lr", "0.2")
+
+
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], None),
+        (["--train.compile"], True),
+        (["--train.compile", "off"], False),
+        (["--train.compile=on"], True),
+        (["--train.no_compile"], False),
+        (["--train.no-compile"], False),
+        (["--train.compile", "auto"], None),
+        (["--train.compile", "--amp"], True),
+    ],
+)
+def test_compile_is_a_flag_with_a_third_state(words: list[str], value: bool | None) -> None:
+    assert settings(*words).train.compile is value
+
+
+def test_amp_is_a_flag_with_its_opposite(tmp_path: Path) -> None:
+    file = tmp_path / "amp.yaml"
+    file.write_text("amp: true\n")
+    assert settings("--amp").amp
+    assert settings("--config", file).amp
+    assert not settings("--config", file, "--no-amp").amp
+    assert not settings("--config", file, "--no_amp").amp
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("train: {epoch: 5}", "there is no setting train.epoch; did you mean train.epochs?"),
+        ("lr: 0.1", "there is no setting lr; did you mean train.lr?"),
+        ("zzz: 1", "there is no setting zzz; the keys here are amp, "),
+        ("train: 5", "train is 5: it takes keys such as epochs"),
+        ("train: {lr: fast}", "train.lr is 'fast': "),
+        ("train: {lr: -1}", "train.lr is -1: "),
+        ("train: {lr: .nan}", "train.lr is nan: "),
+        ("train: {epochs: 1.5}", "train.epochs is 1.5: "),
+        ("train: {schedule: linear}", "train.schedule is 'linear': "),
+        ("model: {name: resnet43}", "model.name is 'resnet43': "),
+        ("data: {sizes: [192, -1]}", "data.sizes is -1: "),
+        ("data: {sizes: some}", "data.sizes is 'some': "),
+        ("data: {scale: [480, 256]}", "data.scale is 480 256: give the smaller size first"),
+        ("data: {scale: [200, 256]}", "data.scale starts at 200 pixels, below data.crop (224)"),
+        ("data: {val_resize: 100}", "data.val_resize is 100 pixels, below data.crop (224)"),
+        ("data: {mean: [0.5, 0.5, 0.5]}", "data.mean and data.std go together"),
+        ("data: {mean: [0, 0, 0], std: [1, 1, 0]}", "each value must be above 0"),
+        ("train: {schedule: cosine, epochs: 2, warmup_epochs: 2}", "train.warmup_epochs is 2, not below train.epochs"),
+        ("- a list", "holds no settings"),
+        ("a: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_sentence_with_the_key(tmp_path: Path, text: str, sentence: str) -> None:
+    file = tmp_path / "wrong.yaml"
+    file.write_text(text)
+    result = fastflower("train", "--config", file)
+    assert result.code == 2
+    assert str(file) in result.err
+    assert sentence in result.err
+    assert "Traceback" not in result.err
+
+
+def test_wrong_options_are_named_with_the_nearest() -> None:
+    result = fastflower("train", "--train.epoch", "5")
+    assert result.code == 2
+    assert "--train.epochs" in result.err
+    for words, part in (
+        (["--train.lr", "-1"], "command line: train.lr is -1.0: "),
+        (["--data.scale", "64", "32"], "command line: data.scale is 64 32"),
+        (["--config", "nothing.yaml"], "nothing.yaml cannot be read"),
+        (["--config", "resnet43"], "resnet43"),
+        (["--data.root", "no-such-folder"], "no-such-folder is not a folder"),
+    ):
+        result = fastflower("train", *words)
+        assert result.code == 2, words
+        assert part in result.err
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        fastflower_debug(tmp_path)
+
+
+def fastflower_debug(folder: Path) -> None:
+    from fastflower import cli
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["fastflower", "train", "--data.root", str(folder / "none"), "--debug"])
+        cli.main()
