@@ -17,19 +17,25 @@ class TrainingSums:
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss sum, hits, pictures
-        self._first_bad = torch.full((), -1, dtype=torch.int64, device=device)
+        self._bad_step = torch.full((), -1, dtype=torch.int64, device=device)  # -1: none
+        self._bad_lr = torch.zeros((), dtype=torch.float64, device=device)
 
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, step: int) -> None:
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, step: int, lr: float) -> None:
         """Count a step: mean loss [], logits [N, C], labels [N]. Does not wait for the device."""
         n = len(labels)
         hits = (logits.argmax(1) == labels).sum()
-        self._sums += torch.stack((loss.double() * n, hits.double(), hits.new_tensor(n, dtype=torch.float64)))
-        fresh = (self._first_bad < 0) & ~torch.isfinite(loss)
-        self._first_bad = torch.where(fresh, step, self._first_bad)
+        # numbers are added as they are: a tensor made of them would be copied, for which the device is waited for
+        self._sums[0] += loss.double() * n
+        self._sums[1] += hits
+        self._sums[2] += n
+        fresh = (self._bad_step < 0) & ~torch.isfinite(loss)
+        self._bad_step = torch.where(fresh, step, self._bad_step)
+        self._bad_lr = torch.where(fresh, lr, self._bad_lr)
 
-    def first_bad_step(self) -> int:
-        """The first step with a NaN or infinite loss, or -1. Waits for the device."""
-        return int(self._first_bad)
+    def first_bad(self) -> tuple[int, float] | None:
+        """The first step with a NaN or infinite loss and its learning rate, or None. Waits for the device."""
+        step = int(self._bad_step)
+        return (step, float(self._bad_lr)) if step >= 0 else None
 
     def state(self, ranks: Ranks) -> list[list[float]]:
         """Every rank's sums, for a checkpoint."""
@@ -77,7 +83,8 @@ class EvaluationSums:
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Count a batch: logits [N, C], labels [N]."""
         loss = F.cross_entropy(logits.float(), labels, reduction="none").double().sum()
-        self._sums += torch.stack((loss, loss.new_tensor(len(labels))))
+        self._sums[0] += loss
+        self._sums[1] += len(labels)
         self._metrics.update(logits.float(), labels)
 
     def result(self, ranks: Ranks) -> Evaluation:

@@ -182,7 +182,7 @@ def _train_epoch(
         state.scaler.scale(loss).backward()
         state.scaler.step(state.optimizer)
         state.scaler.update()
-        state.sums.add(loss.detach(), logits.detach(), batch.labels, state.step)
+        state.sums.add(loss.detach(), logits.detach(), batch.labels, state.step, state.schedule.lr)
         state.step += 1
         state.position += data.global_batch
         watch.pictures += data.global_batch
@@ -225,12 +225,12 @@ def _validate(
 
 def _refuse_bad_loss(setup: Setup, state: State) -> None:
     """Raise UserError on every rank if the loss of any was not finite."""
-    found = [step for step in setup.ranks.gather(state.sums.first_bad_step()) if step >= 0]
+    found = [bad for bad in setup.ranks.gather(state.sums.first_bad()) if bad]
     if found:
+        step, lr = min(found)
         raise UserError(
-            f"the loss was not finite for the first time at step {min(found)} (epoch {state.epoch + 1}, "
-            f"lr {state.schedule.lr:g}); nothing of it was saved. Resume from the last checkpoint, or start again, "
-            "with a lower train.lr."
+            f"the loss was not finite for the first time at step {step} (epoch {state.epoch + 1}, lr {lr:g}); nothing "
+            "of it was saved. Resume from the last checkpoint, or start again, with a lower train.lr."
         )
 
 

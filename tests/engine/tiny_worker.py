@@ -25,12 +25,12 @@ def at_step(variable: str) -> int:
     return int(step) if int(rank) == RANK else -1
 
 
-def add(self: TrainingSums, loss: Any, logits: Any, labels: Any, step: int) -> None:
+def add(self: TrainingSums, loss: Any, logits: Any, labels: Any, step: int, lr: float) -> None:
     if step == at_step("TINY_SIGNAL"):
         os.kill(os.getpid(), signal.SIGTERM)
     if step == at_step("TINY_CRASH"):
         raise RuntimeError("crash for the test")
-    original_add(self, loss, logits, labels, step)
+    original_add(self, loss, logits, labels, step, lr)
 
 
 def train(setup: Any, state: Any, folder: Any, display: Any) -> int | None:
