@@ -78,19 +78,17 @@ class Loader:
         stop = threading.Event()
         thread = threading.Thread(target=self._produce, args=(iter(requests), ready, stop), name="loader", daemon=True)
         thread.start()
-        in_use: deque[tuple[torch.cuda.Event, Batch]] = deque()
+        in_use: deque[tuple[torch.cuda.Event, _Item]] = deque()
         try:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield (batch := self._hand_over(*item))
+                yield self._hand_over(*item)
                 if self._stream:
-                    # DALI reuses the memory that we drop, so hold it until the consumer's queued work is past it
-                    in_use.append((torch.cuda.current_stream(self.device).record_event(), batch))
-                    while in_use[0][0].query():
+                    # memory that we drop is used again at once, so hold it until the consumer's queued work is past it
+                    in_use.append((torch.cuda.current_stream(self.device).record_event(), item))
+                    while in_use and in_use[0][0].query():
                         in_use.popleft()
-                        if not in_use:
-                            break
         finally:
             stop.set()
             while thread.is_alive():  # it may be waiting for room in the queue
@@ -99,14 +97,12 @@ class Loader:
                 except queue.Empty:
                     continue
             thread.join()
-            for event, _ in in_use:
-                event.synchronize()
+            if self._stream:
+                torch.cuda.current_stream(self.device).synchronize()
 
     def _hand_over(self, images: torch.Tensor, labels: torch.Tensor, indices: np.ndarray, made: _Event) -> Batch:
         if made:
-            stream = torch.cuda.current_stream(self.device)
-            stream.wait_event(made)
-            labels.record_stream(stream)
+            torch.cuda.current_stream(self.device).wait_event(made)
         if images.dtype == torch.uint8:
             images = normalize(images, self._mean, self._std)
         return Batch(images, labels, indices)
