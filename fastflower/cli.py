@@ -245,11 +245,19 @@ def _eval(command: EvalCommand) -> int:
 
 def _demo(command: DemoCommand) -> int:
     from fastflower.data.demo import write_demo
+    from fastflower.engine.progress import Display
 
-    write_demo(
-        command.dir, sizes=command.sizes, train=command.train, val=command.val, test=command.test, seed=command.seed
-    )
-    Console().print(f"Synthetic flowers: {command.dir}", soft_wrap=True)
+    with Display(Console(), shown=True, epochs=0) as display:
+        write_demo(
+            command.dir,
+            sizes=command.sizes,
+            train=command.train,
+            val=command.val,
+            test=command.test,
+            seed=command.seed,
+            progress=display.follow("draw synthetic flowers"),
+        )
+        display.say(f"Synthetic flowers: {command.dir}")
     return 0
 
 

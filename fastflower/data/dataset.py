@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,8 +27,8 @@ def builtin_root() -> Path:
     return cache_dir() / "synthetic-flowers"
 
 
-def ensure_builtin() -> Path:
-    """Draw the built-in synthetic flowers unless they are there.
+def ensure_builtin(progress: Callable[[int, int], None] | None = None) -> Path:
+    """Draw the built-in synthetic flowers unless they are there; `progress` gets pictures done and to do.
 
     Raises:
         UserError: the cache folder cannot be written.
@@ -36,11 +36,9 @@ def ensure_builtin() -> Path:
     root = builtin_root()
     if not root.is_dir():
         try:
-            write_demo(root)
-        except OSError as error:
-            raise UserError(
-                f"{root} cannot be written ({error.strerror}): set FASTFLOWER_CACHE to a folder that can."
-            ) from error
+            write_demo(root, progress=progress)
+        except UserError as error:
+            raise UserError(f"{error} FASTFLOWER_CACHE names another cache folder.") from error
     return root
 
 

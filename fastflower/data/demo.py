@@ -1,78 +1,137 @@
-"""The built-in data: synthetic flowers, drawn, in the layout of Kaggle's "Petals to the Metal".
+"""The built-in data: drawn flowers of twelve invented kinds, in the layout of Kaggle's "Petals to the Metal".
 
-Every picture is a pure function of (seed, split, index): a larger set begins with the pictures of a smaller one.
+Nothing to download, so that a first run works anywhere. Several traits together tell a kind (petals, layers, center,
+markings, leaves), never color alone; all else in a picture is chance.
 """
 
 from __future__ import annotations
 
-import colorsys
+import functools
+import hashlib
+import itertools
 import json
 import math
-import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from fastflower.data.tfrecord import write_tfrecord
+from fastflower.data.records import write_tfrecord
 from fastflower.errors import UserError
+from fastflower.files import atomic_write
 
-PICTURES_A_FILE = 400
 SPLITS = ("train", "val", "test")
-CANVAS = 160  # pixels, or twice the largest stored size where that is more
+PICTURES_PER_FILE = 240
+JPEG_QUALITY = 90
+SUPERSAMPLING = 2  # ImageDraw's edges are jagged: draw larger, then average
 
-# Hue range (share of the circle), saturation and value of what petals may be colored with.
-COLORS = {
-    "red": ((0.96, 1.02), (0.7, 1.0), (0.6, 0.95)),
-    "orange": ((0.04, 0.09), (0.7, 1.0), (0.8, 1.0)),
-    "yellow": ((0.12, 0.17), (0.6, 1.0), (0.8, 1.0)),
-    "white": ((0.0, 1.0), (0.0, 0.12), (0.85, 1.0)),
-    "pink": ((0.87, 0.96), (0.25, 0.6), (0.8, 1.0)),
-    "purple": ((0.75, 0.84), (0.4, 0.8), (0.5, 0.9)),
-    "blue": ((0.58, 0.68), (0.4, 0.8), (0.6, 0.95)),
-}
-Color = tuple[int, int, int]
+
+@dataclass(frozen=True)
+class Outline:
+    """A petal or leaf, its foot at x = 0 and its tip at x = 1; its edge is y = ±x^foot · (1-x)^tip, scaled to width."""
+
+    width: float  # largest width
+    foot: float  # the larger, the slenderer the foot
+    tip: float  # 1 is pointed, 0.5 round, less is blunt
+    notch: float = 0.0  # depth of the cut in the tip
+    ruffle: float = 0.0  # height of the waves at the tip, relative
+
+    def points(self, n: int = 9) -> np.ndarray:
+        """[2n-1, 2] points, from the foot around the tip and back."""
+        x = (1 - np.cos(np.linspace(0, np.pi, n))) / 2
+        y = x**self.foot * (1 - x) ** self.tip
+        y *= self.width / 2 / y.max()
+        x, y = np.append(x, x[-2::-1]), np.append(y, -y[-2::-1])
+        wave = 1 + self.ruffle * x * np.cos(2.3 * np.arange(2 * n - 1))
+        x = x - self.notch * x**4 * np.exp(-((y / (0.24 * self.width)) ** 2))
+        return np.stack([x * wave, y * wave], axis=1)
+
+
+class Stencil:
+    """Polygons to be painted one over another, each in one of the given colors times a shade of its own."""
+
+    def __init__(self, *parts: tuple[np.ndarray, int, float]) -> None:
+        """Take (corners [n, 2 or 3], number of the color, shade) of each polygon."""
+        polygons, colors, shades = zip(*parts, strict=True)
+        ends = itertools.accumulate((2 * len(polygon) for polygon in polygons), initial=0)
+        self.points = np.concatenate(polygons)
+        self._spans = [slice(*span) for span in itertools.pairwise(ends)]
+        self._color, self._shade = list(colors), np.array(shades)[:, None]
+
+    def paint(self, picture: Image.Image, points: np.ndarray, colors: np.ndarray) -> None:
+        """Paint copies: points [copies, n, 2] is where the points have come to, colors [copies, number, RGB].
+
+        Points are x to the right and y down, and colors red, green and blue, all from 0 to 1.
+        """
+        draw = ImageDraw.Draw(picture)
+        corners = (points * picture.width - 0.5).reshape(len(points), 2 * len(self.points)).tolist()
+        inks = np.clip(255 * colors[:, self._color] * self._shade, 0, 255).astype(int).tolist()
+        for copy, shades in zip(corners, inks, strict=True):
+            for span, ink in zip(self._spans, shades, strict=True):
+                draw.polygon(copy[span], tuple(ink))
+
+
+OVAL, LANCE, FROND = Outline(0.5, 0.6, 0.7), Outline(0.16, 0.4, 0.8), Outline(0.6, 0.5, 0.7, ruffle=0.25)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What all flowers of a class have in common."""
+    """The traits of a class; lengths are in lengths of the outermost petals."""
 
     name: str
-    petals: int
-    width: float  # of a petal, as a share of its length
-    tip: float  # exponent of the outline: below 1 blunt, above 1 pointed
-    notch: float = 0.0  # depth of a cut in the tip, share of the length
-    ruffle: float = 0.0  # depth of waves along the edge, share of the width
+    petals: int  # in a layer
+    petal: Outline
+    colors: str  # keys of COLORS, of which a plant takes one; likewise the next two
+    accents: str  # of markings
+    tones: str  # of the center
+    leaf: Outline
+    center: float  # the center's radius
+    texture: Literal["button", "seeds", "stamens", "star", "trumpet"]
+    marking: Literal["plain", "stripes", "spots", "eye", "edge"] = "plain"
     layers: int = 1
-    center: float = 0.2  # radius, share of the flower's
-    stripes: int = 0  # lines along each petal
-    spots: bool = False
-    round_leaves: bool = False
-    colors: tuple[str, ...] = ("red",)
+    cup: float = 0.2  # how far the tips rise above the flower's plane
 
 
-# Colors overlap, so that none gives its class away; neighbors differ by few traits.
+COLORS = {
+    "w": (0.95, 0.94, 0.92),
+    "c": (0.96, 0.90, 0.70),
+    "y": (0.96, 0.82, 0.20),
+    "o": (0.94, 0.55, 0.15),
+    "r": (0.83, 0.14, 0.17),
+    "p": (0.94, 0.62, 0.72),
+    "m": (0.80, 0.22, 0.56),
+    "v": (0.55, 0.33, 0.76),
+    "b": (0.36, 0.44, 0.85),
+    "g": (0.93, 0.75, 0.20),
+    "l": (0.72, 0.74, 0.32),
+    "n": (0.40, 0.24, 0.13),
+}
+GREEN = (0.29, 0.45, 0.17)
+GROUNDS = np.array([(0.16, 0.30, 0.10), (0.34, 0.42, 0.18), (0.36, 0.27, 0.18), (0.45, 0.46, 0.44), (0.09, 0.13, 0.09)])
+SPEAR, BELL, CUP = Outline(0.72, 0.7, 0.8), Outline(0.9, 0.4, 0.8), Outline(1.0, 0.6, 0.4)
+HEART, NOTCHED = Outline(1.15, 0.9, 0.3, notch=0.25), Outline(0.8, 0.8, 0.35, notch=0.2)
+TIGER, ROUND, PADDLE = Outline(0.45, 0.6, 0.9), Outline(0.7, 0.6, 0.55), Outline(0.5, 0.8, 0.35)
+RUFFLED, FRINGE = Outline(0.8, 0.6, 0.4, ruffle=0.1), Outline(0.32, 0.9, 0.2, notch=0.2)
+STRAP, RAY = Outline(0.26, 0.4, 0.4), Outline(0.26, 0.5, 0.9)
 KINDS = (
-    Kind("synthetic three-petal trillium", 3, 0.62, 1.2, colors=("white", "pink", "purple"), center=0.14),
-    Kind("synthetic cross-flower", 4, 0.70, 0.7, notch=0.10, colors=("yellow", "white", "purple"), center=0.16),
-    Kind("synthetic five-petal bell", 5, 0.60, 0.7, colors=("blue", "purple", "pink"), center=0.18, round_leaves=True),
-    Kind("synthetic heart-petal primrose", 5, 0.72, 0.6, notch=0.22, colors=("yellow", "pink", "red"), center=0.18),
-    Kind("synthetic star lily", 6, 0.36, 1.5, spots=True, colors=("orange", "pink", "white"), center=0.12),
-    Kind("synthetic striped crocus", 6, 0.52, 1.0, stripes=3, colors=("purple", "white", "blue"), center=0.15),
-    Kind("synthetic ruffled poppy", 6, 0.95, 0.6, ruffle=0.25, colors=("red", "orange", "pink"), center=0.26),
-    Kind(
-        "synthetic windmill jasmine", 8, 0.30, 1.2, colors=("white", "yellow", "blue"), center=0.16, round_leaves=True
-    ),
-    Kind("synthetic button coneflower", 13, 0.24, 0.7, colors=("pink", "purple", "orange"), center=0.42),
-    Kind("synthetic moon daisy", 18, 0.20, 0.7, colors=("white", "yellow", "pink"), center=0.28),
-    Kind("synthetic double dahlia", 10, 0.34, 1.2, layers=3, colors=("red", "yellow", "purple"), center=0.10),
-    Kind("synthetic thread aster", 21, 0.11, 1.5, colors=("blue", "purple", "red"), center=0.24),
+    Kind("synthetic three-petal spear", 3, SPEAR, "wmv", "yw", "gl", OVAL, 0.12, "stamens"),
+    Kind("synthetic four-petal heart", 4, HEART, "ypr", "rw", "gn", FROND, 0.13, "seeds", "eye"),
+    Kind("synthetic five-petal bell", 5, BELL, "bvw", "vm", "gl", OVAL, 0.12, "star", "stripes", cup=0.6),
+    Kind("synthetic five-petal cup", 5, CUP, "row", "rv", "nv", FROND, 0.25, "seeds", cup=0.5),
+    Kind("synthetic five-petal notch", 5, NOTCHED, "pwb", "yr", "gl", LANCE, 0.12, "stamens", "eye"),
+    Kind("synthetic six-petal tiger", 6, TIGER, "opw", "rm", "ng", LANCE, 0.1, "stamens", "spots", cup=-0.2),
+    Kind("synthetic six-petal trumpet", 6, ROUND, "ywc", "or", "go", LANCE, 0.38, "trumpet"),
+    Kind("synthetic eight-petal wheel", 8, PADDLE, "rmv", "vr", "gl", FROND, 0.2, "button", "stripes"),
+    Kind("synthetic nine-petal ruffle", 9, RUFFLED, "prc", "mr", "gl", OVAL, 0.1, "star", layers=3, cup=0.3),
+    Kind("synthetic thirteen-petal ray", 13, STRAP, "wbv", "bo", "gn", FROND, 0.26, "seeds"),
+    Kind("synthetic sixteen-petal fringe", 16, FRINGE, "mvr", "wc", "lg", LANCE, 0.14, "button", "edge", layers=2),
+    Kind("synthetic twenty-one-petal sun", 21, RAY, "yoc", "or", "ng", OVAL, 0.42, "seeds"),
 )
 
 
@@ -86,230 +145,254 @@ def write_demo(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Draw a data set of synthetic flowers; `root` appears when it is complete.
+    """Write the data set to `root`, which appears when it is complete.
+
+    It holds tfrecords-jpeg-SxS/{train,val,test}/NN-SxS-COUNT.tfrec for each size S, and class_names.json. Classes are
+    balanced and shuffled. A picture depends on (seed, split, index) alone: other counts or sizes leave it as it is, and
+    the same arguments give the same bytes (with the same numpy and Pillow). Several processes may write the same set at
+    once; the first to finish puts it in place.
 
     Args:
-        root: folder to make: tfrecords-jpeg-SxS/{train,val,test}/NN-SxS-COUNT.tfrec and class_names.json.
-        sizes: stored sizes in pixels; an id is the same picture at each.
-        train: pictures in the split; likewise `val` and `test`, whose records have no class.
-        val: see `train`.
-        test: see `train`.
-        seed: of the drawing.
-        progress: called with the number of pictures done and to do.
+        root: a folder that does not exist or is empty.
+        sizes: pixels, sides of the square pictures; an id is the same picture at every size.
+        train: number of pictures.
+        val: likewise.
+        test: likewise; these records have no class.
+        seed: not negative.
+        progress: called after every record with the numbers of records done and to do.
 
     Raises:
-        UserError: `root` exists and is not empty, or a number is not positive.
-        OSError: the folder cannot be written.
+        UserError: `root` is not empty or cannot be written, or an argument is out of range.
     """
+    root = root.resolve()  # "." has no name to rename to
     counts = dict(zip(SPLITS, (train, val, test), strict=True))
-    if not sizes or min(*sizes, *counts.values()) < 1:
-        raise UserError("sizes and numbers of pictures must be at least 1.")
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"{root} exists already: give a folder that is empty or not there yet.")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(dir=root.parent, prefix=f".{root.name}."))
+    done, total = itertools.count(1), len(sizes) * sum(counts.values())
+
+    def examples(split: str, indices: range, size: int) -> Iterator[dict[str, bytes | int]]:
+        for index in indices:
+            yield _example(seed, split, index, size)
+            if progress:
+                progress(next(done), total)
+
+    building = root.parent / f".{root.name}.{uuid.uuid4().hex}"
     try:
-        done = 0
-        for split, count in counts.items():
-            for file, first in enumerate(range(0, count, PICTURES_A_FILE)):
-                indices = range(first, min(first + PICTURES_A_FILE, count))
-                examples: dict[int, list[dict[str, bytes | int]]] = {size: [] for size in sizes}
-                for index in indices:
-                    for size, example in _examples(seed, split, index, sizes):
-                        examples[size].append(example)
-                    done += 1
-                    if progress:
-                        progress(done, sum(counts.values()))
-                for size in sizes:
-                    name = f"{file:02}-{size}x{size}-{len(indices)}.tfrec"
-                    write_tfrecord(partial / f"tfrecords-jpeg-{size}x{size}" / split / name, examples[size])
-        names = json.dumps([kind.name for kind in KINDS], indent=1)
-        (partial / "class_names.json").write_text(names + "\n", encoding="utf-8")
-        partial.chmod(0o755)
-        try:
-            os.replace(partial, root)
-        except OSError:
-            if not (root / "class_names.json").is_file():  # else another process was faster, with the same pictures
-                raise
+        _check(root, sizes, counts, seed)
+        building.mkdir(parents=True)
+        with atomic_write(building / "class_names.json") as file:
+            file.write(json.dumps([kind.name for kind in KINDS], indent=2).encode() + b"\n")
+        for size, (split, count) in itertools.product(sizes, counts.items()):
+            folder = building / f"tfrecords-jpeg-{size}x{size}" / split
+            folder.mkdir(parents=True)
+            for number, start in enumerate(range(0, count, PICTURES_PER_FILE)):
+                indices = range(start, min(start + PICTURES_PER_FILE, count))
+                path = folder / f"{number:02d}-{size}x{size}-{len(indices)}.tfrec"
+                write_tfrecord(path, examples(split, indices, size))
+        building.rename(root)  # replaces nothing but an empty folder
+    except OSError as error:
+        written = _contents(building)
+        if not written or written != _contents(root):  # else another process was faster with the same set
+            reason = f"{root} cannot be written ({error.strerror})"
+            raise UserError(f"{reason}: name a new folder where there is room and permission.") from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(building, ignore_errors=True)
 
 
-def _examples(seed: int, split: str, index: int, sizes: Sequence[int]) -> Iterator[tuple[int, dict[str, bytes | int]]]:
-    """The records of one picture, one a size."""
-    number = SPLITS.index(split)
-    label = label_of(seed, split, index)
-    rng = np.random.default_rng([seed, number, index])
-    picture = draw_flower(rng, label, max(CANVAS, 2 * max(sizes)))
-    quality = int(rng.integers(80, 96))
-    for size in sizes:
-        buffer = BytesIO()
-        picture.resize((size, size), Image.Resampling.BOX).save(buffer, "JPEG", quality=quality)
-        example: dict[str, bytes | int] = {"id": f"{split}-{index:06}".encode(), "image": buffer.getvalue()}
-        if split != "test":
-            example["class"] = label
-        yield size, example
+def _check(root: Path, sizes: Sequence[int], counts: dict[str, int], seed: int) -> None:
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise UserError(f"{root} exists and is not an empty folder: name a new one or remove it.")
+    if not sizes or len(set(sizes)) < len(sizes) or min(sizes) < 16:
+        raise UserError(f"sizes {list(sizes)}: give one or more different sizes of at least 16 pixels.")
+    for name, value in {**counts, "seed": seed}.items():
+        if value < 0:
+            raise UserError(f"{name} {value}: give a number that is not negative.")
 
 
-def label_of(seed: int, split: str, index: int) -> int:
-    """The class of a picture: each run of len(KINDS) pictures has every class once, in random order."""
-    block, place = divmod(index, len(KINDS))
-    rng = np.random.default_rng([seed, SPLITS.index(split), block, 1])
-    return int(rng.permutation(len(KINDS))[place])
+def _contents(folder: Path) -> dict[Path, int]:
+    """Bytes of each file."""
+    return {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+
+
+def _example(seed: int, split: str, index: int, size: int) -> dict[str, bytes | int]:
+    """The features of a record."""
+    stream = (seed, SPLITS.index(split))
+    block, place = divmod(index, len(KINDS))  # a block has each class once, so that any count is balanced
+    label = int(np.random.default_rng((*stream, block, 1)).permutation(len(KINDS))[place])
+    buffer = BytesIO()
+    draw_flower(np.random.default_rng((*stream, index)), label, size).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    name = hashlib.blake2b(f"{seed} {split} {index}".encode(), digest_size=8).hexdigest()
+    example: dict[str, bytes | int] = {"id": name.encode(), "image": buffer.getvalue()}
+    return example if split == "test" else example | {"class": label}
 
 
 def draw_flower(rng: np.random.Generator, label: int, size: int) -> Image.Image:
-    """A flower of class `label` as an RGB picture of `size` pixels a side, with all that makes it hard to tell."""
-    picture = _background(rng, size)
+    """An RGB picture, size × size pixels, of a flower of KINDS[label].
+
+    Generators in the same state give the same picture at any size: only the grain, drawn last, depends on the size.
+    """
     kind = KINDS[label]
-    radius = size * rng.uniform(0.22, 0.44)
-    middle = size * rng.uniform(0.34, 0.66, 2)
-    draw = ImageDraw.Draw(picture)
-    for _ in range(rng.integers(1, 5)):
-        _leaf(draw, rng, middle, radius * rng.uniform(0.9, 1.6), kind.round_leaves)
-    _flower(draw, rng, kind, middle, radius)
-    if rng.random() < 0.4:  # something in front
-        angle = rng.uniform(0, 2 * math.pi)
-        offset = radius * rng.uniform(0.8, 1.2) * np.array([math.cos(angle), math.sin(angle)])
-        _leaf(draw, rng, middle + offset, radius * rng.uniform(0.6, 1.1), bool(rng.random() < 0.5))
-    return _light(rng, picture)
+    picture = _background(rng, size // 2).resize((size * SUPERSAMPLING,) * 2, Image.Resampling.BILINEAR)
+    at, radius = rng.uniform(0.4, 0.6, 2), rng.uniform(0.3, 0.44)
+    if rng.random() < 0.2:
+        away = radius * rng.uniform(1.3, 1.8) * _directions(rng, 1)[0]
+        _plant(picture, rng, kind, at + away, radius * rng.uniform(0.6, 0.9))
+    _plant(picture, rng, kind, at, radius)
+    _grass(picture, rng, int(rng.integers(0, 3)))
+    picture = picture.reduce(SUPERSAMPLING)
+    return _expose(picture.filter(ImageFilter.GaussianBlur(0.01 * size * rng.random() ** 2)), rng)
 
 
 def _background(rng: np.random.Generator, size: int) -> Image.Image:
-    """Soil, grass, stones and other flowers, out of focus."""
-    base = _hsv(rng, (0.08, 0.42), (0.15, 0.6), (0.15, 0.6))
-    picture = Image.new("RGB", (size, size), base)
-    draw = ImageDraw.Draw(picture)
-    for _ in range(rng.integers(4, 14)):  # stones and patches of light
-        x, y = rng.uniform(0, size, 2)
-        a, b = size * rng.uniform(0.04, 0.3, 2)
-        draw.ellipse((x - a, y - b, x + a, y + b), fill=_hsv(rng, (0.0, 0.6), (0.0, 0.5), (0.1, 0.8)))
-    for _ in range(rng.integers(0, 25)):  # grass
-        x, y = rng.uniform(0, size, 2)
-        end = (x + size * rng.uniform(-0.2, 0.2), y - size * rng.uniform(0.1, 0.5))
-        draw.line((x, y, *end), fill=_hsv(rng, (0.2, 0.4), (0.3, 0.9), (0.2, 0.8)), width=max(1, size // 80))
-    for _ in range(rng.integers(0, 4)):
-        other = KINDS[rng.integers(len(KINDS))]
-        _flower(draw, rng, other, rng.uniform(0, size, 2), size * rng.uniform(0.06, 0.14))
-    return picture.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.006, 0.03)))
+    """Ground, stones, grass and other flowers, so far out of focus that few pixels will do."""
+    patches = rng.dirichlet(np.full(len(GROUNDS), 0.6)) @ GROUNDS * (1 + 0.35 * rng.standard_normal((5, 5, 1)))
+    patches += 0.04 * rng.standard_normal((5, 5, 3))
+    picture = Image.fromarray((np.clip(patches, 0, 1) * 255).astype(np.uint8))
+    picture = picture.resize((size, size), Image.Resampling.BICUBIC)
+    stones = int(rng.integers(0, 4))
+    places = STONE.points * rng.uniform(0.04, 0.14, (stones, 1, 2)) + rng.random((stones, 1, 2))
+    STONE.paint(picture, places, _vary(rng, (0.50, 0.48, 0.45), 0.2, stones))
+    _grass(picture, rng, int(rng.integers(2, 8)))
+    for _ in range(rng.integers(0, 3)):
+        _flower(picture, rng, KINDS[rng.integers(len(KINDS))], rng.random(2), rng.uniform(0.08, 0.2))
+    return picture.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.02, 0.05)))
 
 
-def _flower(draw: ImageDraw.ImageDraw, rng: np.random.Generator, kind: Kind, middle: np.ndarray, radius: float) -> None:
-    color = _hsv(rng, *COLORS[kind.colors[rng.integers(len(kind.colors))]])
-    tilt = _tilt(rng)
-    turn = rng.uniform(0, 2 * math.pi)
-    for layer in range(kind.layers):
-        scale = radius * (1 - 0.28 * layer)
-        for i in range(kind.petals):
-            angle = turn + 2 * math.pi * (i + 0.5 * layer) / kind.petals + rng.normal(0, 0.25 / kind.petals)
-            if rng.random() < 0.04:
-                continue  # a petal has fallen
-            length, shade = scale * rng.uniform(0.88, 1.08), rng.uniform(0.82, 1.1) * (1 - 0.08 * layer)
-            _petal(draw, rng, kind, middle, angle, length, tilt, _shade(color, shade))
-    _center(draw, rng, middle, radius * kind.center * rng.uniform(0.85, 1.15), tilt)
+def _grass(picture: Image.Image, rng: np.random.Generator, count: int) -> None:
+    """Blades that grow from the lower edge."""
+    foot, tip = rng.uniform((-0.1, 0.8), (1.1, 1.3), (count, 2)), rng.uniform((-0.2, 0.0), (1.2, 0.8), (count, 2))
+    _blades(picture, rng, foot, tip, rng.uniform(0.25, 0.7, count), _vary(rng, GREEN, 0.18, count))
 
 
-def _petal(
-    draw: ImageDraw.ImageDraw,
+def _blades(
+    picture: Image.Image,
     rng: np.random.Generator,
-    kind: Kind,
-    middle: np.ndarray,
-    angle: float,
-    length: float,
-    tilt: np.ndarray,
-    color: Color,
+    foot: np.ndarray,
+    tip: np.ndarray,
+    width: np.ndarray,
+    color: np.ndarray,
 ) -> None:
-    def place(points: np.ndarray) -> list[tuple[float, float]]:
-        return _to_canvas(_turn(points * length, angle), middle, tilt)
-
-    outline = _outline(kind)
-    draw.polygon(place(outline), fill=color, outline=_shade(color, 0.65))
-    draw.polygon(place(outline * [0.62, 0.55]), fill=_shade(color, 0.86))
-    dark = _shade(color, 0.5)
-    line_width = max(1, round(length / 30))
-    for stripe in range(kind.stripes):
-        side = (stripe - (kind.stripes - 1) / 2) * kind.width * 0.28
-        draw.line(place(np.array([[0.2, side * 0.4], [0.8, side]])), fill=dark, width=line_width)
-    if kind.spots:
-        for t, side in rng.uniform((0.3, -0.12), (0.8, 0.12), (5, 2)):
-            x, y = place(np.array([[t, side]]))[0]
-            r = length * 0.045
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=dark)
+    """Bent blades from foot [n, 2] to tip [n, 2]; width [n] is relative."""
+    x, y = BLADE.points.T
+    y = y * width[:, None] + rng.uniform(-0.15, 0.15, (len(foot), 1)) * np.sin(np.pi * x)
+    blades = np.stack([np.broadcast_to(x, y.shape), y], axis=-1)
+    BLADE.paint(picture, foot[:, None] + blades @ _along(tip - foot), color)
 
 
-def _outline(kind: Kind) -> np.ndarray:
-    """[n, 2] corners of a petal of length 1 that points along x."""
-    t = np.linspace(0, 1, 15)
-    half = kind.width / 2 * np.sin(math.pi * t ** (0.75 / min(kind.tip, 1))) ** kind.tip
-    half *= 1 + kind.ruffle * np.sin(t * 9 * math.pi)
-    x = t.copy()
-    tip = [[1 - kind.notch, 0.0]] if kind.notch else []
-    if kind.notch:  # two lobes beside the cut
-        half[-1] = kind.width * 0.18
-    return np.array([*zip(x, half, strict=True), *tip, *zip(x[::-1], -half[::-1], strict=True)])
+def _plant(picture: Image.Image, rng: np.random.Generator, kind: Kind, at: np.ndarray, radius: float) -> None:
+    """Stem, leaves and flower, in focus."""
+    green = _vary(rng, GREEN, 0.15)
+    root = np.array([at[0] + rng.uniform(-0.3, 0.3), at[1] + 1])
+    _blades(picture, rng, root[None], at[None], np.array([radius]), green * 0.8)
+    leaves, leaf = int(rng.integers(2, 5)), _leaf(kind)
+    axes = _along(_directions(rng, leaves) * radius * rng.uniform(1.1, 1.7, (leaves, 1)))
+    leaf.paint(picture, at + leaf.points @ axes, green * rng.uniform(0.75, 1.25, (leaves, 1, 1)))
+    _flower(picture, rng, kind, at, radius)
 
 
-def _center(
-    draw: ImageDraw.ImageDraw, rng: np.random.Generator, middle: np.ndarray, r: float, tilt: np.ndarray
-) -> None:
-    circle = np.linspace(0, 2 * math.pi, 20, endpoint=False)
-    ring = np.stack([np.cos(circle), np.sin(circle)], axis=1) * r
-    color = _hsv(rng, (0.05, 0.17), (0.5, 1.0), (0.25, 0.95))
-    draw.polygon(_to_canvas(ring, middle, tilt), fill=color, outline=_shade(color, 0.6))
-    for x, y in _to_canvas(ring[::2] * rng.uniform(0.3, 0.8, (10, 1)), middle, tilt):  # stamens
-        s = max(1.0, r * 0.1)
-        draw.ellipse((x - s, y - s, x + s, y + s), fill=_shade(color, rng.uniform(0.5, 1.5)))
+def _flower(picture: Image.Image, rng: np.random.Generator, kind: Kind, at: np.ndarray, radius: float) -> None:
+    """Petals, the outermost layer first, then the center; tilted in space and seen in perspective."""
+    tilt = math.radians(45) * rng.random() ** 1.5
+    view = np.array([(1, 0, 0), (0, math.cos(tilt), math.sin(tilt)), (0, -math.sin(tilt), math.cos(tilt))])
+    spin, lean = _along(_directions(rng, 2))
+    view[:2] = spin @ view[:2]
+    view[:, :2] = view[:, :2] @ lean
+
+    def project(points: np.ndarray) -> np.ndarray:
+        """[..., 3] in petal lengths, z towards the eye, to [..., 2] in the picture."""
+        turned = points @ view
+        return at + radius * turned[..., :2] / (1 - 0.3 * turned[..., 2:])
+
+    petal, center, count = _petal(kind), _center(kind), kind.petals
+    palettes = kind.colors, kind.accents, kind.tones
+    color, accent, tone = (_vary(rng, COLORS[keys[rng.integers(len(keys))]], 0.08) for keys in palettes)
+    width, lift, light = rng.uniform(0.88, 1.12), kind.cup + rng.uniform(-0.1, 0.1), rng.uniform(0, 2 * math.pi)
+    for layer in range(kind.layers):
+        turns = (np.arange(count) + layer / 2 + 0.1 * rng.standard_normal(count)) * (2 * math.pi / count)
+        lengths = 0.72**layer * (1 + 0.05 * rng.standard_normal((count, 1)))
+        axes = np.stack([np.cos(turns), np.sin(turns)], axis=1)
+        flat = lengths[..., None] * (petal.points * (1, width)) @ _along(axes)
+        height = (lift + 0.35 * layer) * (flat**2).sum(axis=-1, keepdims=True)
+        faces = color * (1 + 0.14 * np.cos(turns - light))[:, None, None]
+        colors = np.concatenate([faces, np.repeat(accent, count, axis=0)], axis=1)
+        petal.paint(picture, project(np.concatenate([flat, height], axis=-1)), colors)
+    center.paint(picture, project(center.points * rng.uniform(0.88, 1.12))[None], tone)
 
 
-def _leaf(draw: ImageDraw.ImageDraw, rng: np.random.Generator, start: np.ndarray, length: float, rounded: bool) -> None:
-    t = np.linspace(0, 1, 10)
-    half = (0.3 if rounded else 0.12) * np.sin(math.pi * t) ** (0.7 if rounded else 1.2)
-    points = np.concatenate([np.stack([t, half], 1), np.stack([t, -half], 1)[::-1]]) * length
-    color = _hsv(rng, (0.22, 0.42), (0.3, 0.9), (0.2, 0.65))
-    placed = _to_canvas(_turn(points, rng.uniform(0, 2 * math.pi)), start, np.eye(2))
-    draw.polygon(placed, fill=color, outline=_shade(color, 0.7))
-    draw.line([placed[0], placed[9]], fill=_shade(color, 1.25))
+@functools.cache
+def _petal(kind: Kind) -> Stencil:
+    """Colors: 0 the petal's, 1 the accent."""
+    edge, middle = kind.petal.points(), (0.5, 0.0)
+    parts = [
+        (edge, 1, 1.0) if kind.marking == "edge" else (edge, 0, 0.62),
+        (middle + (edge - middle) * (0.78 if kind.marking == "edge" else 0.92), 0, 1.0),
+        (edge * (0.5, 0.55), 1, 1.0) if kind.marking == "eye" else (edge * (0.5, 0.55), 0, 0.85),
+    ]
+    if kind.marking == "stripes":
+        streak = Outline(0.1, 0.3, 0.5).points(5) * 0.6
+        parts += [(streak + np.array([0.22, side * kind.petal.width]), 1, 0.45) for side in (-0.2, 0, 0.2)]
+    if kind.marking == "spots":
+        places = ((0.3, 0.0), (0.45, 0.11), (0.5, -0.1), (0.62, 0.05), (0.72, -0.07), (0.8, 0.05))
+        parts += [(_circle(6) * 0.045 + place, 1, 0.4) for place in places]
+    return Stencil(*parts)
 
 
-def _light(rng: np.random.Generator, picture: Image.Image) -> Image.Image:
-    """A gradient of light, exposure, a color cast, blur and noise."""
-    size = picture.width
-    blurred = picture.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.0, 0.008)))
-    pixels = np.asarray(blurred, np.float32)
-    angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0.0, 0.5)
-    ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
-    light = 1 + strength * (math.cos(angle) * ramp[None, :] + math.sin(angle) * ramp[:, None])
-    gain = rng.uniform(0.65, 1.3) * rng.uniform(0.9, 1.1, 3)
-    noise = rng.standard_normal((size, size, 1), np.float32) * rng.uniform(2, 14)
-    lit = pixels * light[..., None] * gain.astype(np.float32) + noise
-    return Image.fromarray(np.clip(lit, 0, 255).astype(np.uint8))
+@functools.cache
+def _center(kind: Kind) -> Stencil:
+    """One color."""
+    if kind.texture == "stamens":
+        rings = [(_circle(10) * 0.8, 0.0, 0.6)]
+        for tip in _circle(6) * 2.6:
+            rings += [(Outline(0.12, 0.2, 0.2).points(3) @ _along(tip), 0.15, 0.8), (tip + _circle(6) * 0.5, 0.15, 1.1)]
+    elif kind.texture == "star":
+        rings = [(_circle(10) * np.tile((2.0, 0.8), 5)[:, None], 0.0, 1.0), (_circle(8) * 0.6, 0.05, 0.6)]
+    elif kind.texture == "trumpet":
+        mouth = _circle(24) * (1 + 0.08 * np.cos(np.arange(24) * 2 * np.pi / 3))[:, None]
+        rings = [(mouth, 0.35, 0.8), (mouth * 0.88, 0.35, 1.05), (mouth * 0.6, 0.15, 0.75), (mouth * 0.35, 0.0, 0.45)]
+    else:
+        rings = [(_circle(16), 0.0, 0.7), (_circle(16) * 0.85, 0.05, 1.0), (_circle(16) * 0.4, 0.08, 1.2)]
+    if kind.texture == "seeds":
+        number = np.arange(1, 19)
+        places = np.sqrt(number / 20)[:, None] * np.stack([np.cos(2.4 * number), np.sin(2.4 * number)], axis=1)
+        rings += [(_circle(4) * 0.14 + place, 0.08, shade) for place, shade in zip(places, (0.5, 1.3) * 9, strict=True)]
+    return Stencil(*[(np.insert(ring * kind.center, 2, height, axis=1), 0, shade) for ring, height, shade in rings])
 
 
-def _tilt(rng: np.random.Generator) -> np.ndarray:
-    """[2, 2]: a flat flower seen from a direction that is not quite its front."""
-    axis, squeeze = rng.uniform(0, math.pi), rng.uniform(0.55, 1.0)
-    turn = np.array([[math.cos(axis), -math.sin(axis)], [math.sin(axis), math.cos(axis)]])
-    return turn @ np.diag([1.0, squeeze]) @ turn.T
+@functools.cache
+def _leaf(kind: Kind) -> Stencil:
+    """One color."""
+    return Stencil((kind.leaf.points(), 0, 1.0), (Outline(0.03, 0.1, 0.5).points(3), 0, 1.25))
 
 
-def _turn(points: np.ndarray, angle: float) -> np.ndarray:
-    cos, sin = math.cos(angle), math.sin(angle)
-    return points @ np.array([[cos, sin], [-sin, cos]])
+def _expose(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Light from a side, exposure, color cast and grain."""
+    ramp = np.linspace(-1, 1, picture.width) * rng.uniform(0, 0.35)
+    to_x, to_y = _directions(rng, 1)[0]
+    light = 1 + to_x * ramp[None, :, None] + to_y * ramp[:, None, None]
+    gain = math.exp(0.15 * rng.standard_normal()) * (1 + 0.06 * rng.standard_normal(3))
+    grain = rng.uniform(0, 8) * rng.standard_normal((picture.height, picture.width, 3), np.float32)
+    return Image.fromarray(np.clip(np.asarray(picture) * (light * gain) + grain, 0, 255).astype(np.uint8))
 
 
-def _to_canvas(points: np.ndarray, middle: np.ndarray, tilt: np.ndarray) -> list[tuple[float, float]]:
-    return [(x, y) for x, y in (points @ tilt.T + middle).tolist()]
+def _vary(rng: np.random.Generator, color: Sequence[float], amount: float, count: int = 1) -> np.ndarray:
+    """[count, 1, 3] colors like `color`: lighter or darker, and a little of another hue."""
+    lightness, hue = rng.standard_normal((count, 1, 1)), rng.standard_normal((count, 1, 3))
+    return np.array(color) * (1 + amount * lightness) + amount / 2 * hue
 
 
-def _hsv(rng: np.random.Generator, hue: Sequence[float], saturation: Sequence[float], value: Sequence[float]) -> Color:
-    h, s, v = (rng.uniform(low, high) for low, high in (hue, saturation, value))
-    return _to_color(255 * channel for channel in colorsys.hsv_to_rgb(h % 1.0, s, v))
+def _directions(rng: np.random.Generator, count: int) -> np.ndarray:
+    """[count, 2] vectors of length 1."""
+    angles = rng.uniform(0, 2 * np.pi, count)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _shade(color: Color, factor: float) -> Color:
-    return _to_color(channel * factor for channel in color)
+def _along(axes: np.ndarray) -> np.ndarray:
+    """[..., 2, 2]: turn and stretch the x axis to `axes` [..., 2]."""
+    return np.stack([axes, axes[..., ::-1] * (-1, 1)], axis=-2)
 
 
-def _to_color(channels: Iterator[float] | Sequence[float]) -> Color:
-    r, g, b = (int(min(255, max(0, channel))) for channel in channels)
-    return r, g, b
+def _circle(n: int) -> np.ndarray:
+    """[n, 2] points of the circle of radius 1."""
+    angles = np.arange(n) * (2 * np.pi / n)
+    return np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+BLADE, STONE = Stencil((LANCE.points(7), 0, 1.0)), Stencil((_circle(12), 0, 1.0))

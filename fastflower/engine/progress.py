@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -64,19 +64,23 @@ class Display:
         if self._shown:
             self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def phase(self, epoch: int, what: str, total: int, completed: int = 0) -> None:
-        """Begin a pass of `total` steps."""
-        self._progress.reset(
-            self._task,
-            description=f"epoch {epoch + 1}/{self._epochs} {what}",
-            total=total,
-            completed=completed,
-            figures="",
-        )
+    def task(self, description: str, total: int, completed: int = 0) -> None:
+        """Begin something of `total` steps."""
+        self._progress.reset(self._task, description=description, total=total, completed=completed, figures="")
 
     def advance(self) -> None:
         """One step is done (or on its way to the device)."""
         self._progress.advance(self._task)
+
+    def follow(self, description: str) -> Callable[[int, int], None]:
+        """A callback (done, total) that shows how far something is."""
+
+        def show(done: int, total: int) -> None:
+            if done == 1:
+                self.task(description, total)
+            self.advance()
+
+        return show
 
     def counted(self, items: Iterable[T]) -> Iterator[T]:
         """The same items; each is a step done."""

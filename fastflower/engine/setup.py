@@ -16,6 +16,7 @@ from fastflower.data.dataset import (
     Dataset,
     choose_engine,
     choose_normalization,
+    builtin_root,
     ensure_builtin,
     evaluation_batches,
     open_dataset,
@@ -79,9 +80,10 @@ def prepare(config: Config, device: torch.device, ranks: Ranks, display: Display
 def _open(config: Config, display: Display) -> tuple[Config, Dataset]:
     root = config.data.root
     if root is None:
-        display.say("No data.root given: the built-in synthetic flowers are used (drawn once into the cache folder).")
-        root = ensure_builtin()
-        display.say(f"Synthetic flowers: {root}")
+        display.say("No data.root given: training on the built-in synthetic flowers.")
+        if not builtin_root().is_dir():
+            display.say(f"Drawing them, once, into {builtin_root()}")
+        root = ensure_builtin(display.follow("draw synthetic flowers"))
     config = replace(config, data=replace(config.data, root=root.absolute()))
     return config, open_dataset(config.data)
 
@@ -154,7 +156,8 @@ def train_run(
             folder = _choose_folder(name, run, checkpoint, overwrite)
         folder = ranks.gather(folder)[0]  # a new folder is named by the main rank's clock
         saved = load_checkpoint(checkpoint) if checkpoint else None
-        setup, state = prepare(config, device, ranks, display)
+        with display:
+            setup, state = prepare(config, device, ranks, display)
         note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None
         if ranks.is_main:
             if not checkpoint:
@@ -221,7 +224,7 @@ def evaluate_run(run: Path, root: Path | None, split: str, device_setting: str, 
         batch_size=config.train.batch_size,
     )
     display = Display(console, shown=True, epochs=1)
-    display.phase(0, "evaluate", batches.steps)
+    display.task("evaluate", batches.steps)
     with Signals() as signals, display:
         return evaluate(
             network,

@@ -171,7 +171,8 @@ def _train_epoch(
 ) -> tuple[float, float]:
     """Train the rest of the epoch in progress, from `state.position`; mean loss and accuracy of the whole epoch."""
     data, device = setup.train, setup.device
-    display.phase(state.epoch, "train", data.steps, state.position // data.global_batch)
+    epoch = f"epoch {state.epoch + 1}/{setup.config.train.epochs}"
+    display.task(f"{epoch} train", data.steps, state.position // data.global_batch)
     network.train()
     for batch in setup.ranks.lockstep(watch.waiting_for(data.epoch(state.epoch, state.position)), signals):
         state.schedule.before_step(state.epoch + (state.position / data.global_batch + 0.5) / data.steps)
@@ -204,7 +205,7 @@ def _validate(
     setup: Setup, state: State, network: torch.nn.Module, signals: Signals, display: Display, watch: Stopwatch
 ) -> Evaluation:
     setup.ranks.broadcast_buffers(state.network)  # DDP does it before each step, so the last step's are still apart
-    display.phase(state.epoch, "validate", setup.val.steps)
+    display.task(f"epoch {state.epoch + 1}/{setup.config.train.epochs} validate", setup.val.steps)
     evaluation = evaluate(
         network,
         display.counted(watch.waiting_for(setup.val.once())),

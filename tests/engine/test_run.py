@@ -430,7 +430,7 @@ def test_no_data_means_the_built_in_synthetic_flowers(tmp_path: Path, monkeypatc
 
     drawn = []
 
-    def draw(root: Path) -> None:
+    def draw(root: Path, progress: object) -> None:
         drawn.append(root)
         write_dataset(root, {"train": 24, "val": 8})
 
