@@ -122,11 +122,16 @@ def main() -> None:
     except UserError as error:
         if "--debug" in argv:
             raise
-        if os.environ.get("RANK", "0") == "0":  # the other processes of a run fail with the same sentence
+        if _is_main():  # the other processes of a run fail with the same sentence
             Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _is_main() -> bool:
+    """Whether this process speaks for those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -228,10 +233,16 @@ def _train(command: TrainCommand) -> int:
 
 
 def _eval(command: EvalCommand) -> int:
+    from fastflower.engine.distributed import Interrupted
     from fastflower.engine.setup import evaluate_run
 
-    evaluation = evaluate_run(command.run, command.root, command.split, command.device, Console(stderr=True))
+    try:
+        evaluation = evaluate_run(command.run, command.root, command.split, command.device, Console(stderr=True))
+    except Interrupted:
+        return 128 + signal.SIGINT
     figures = {"split": command.split, **asdict(evaluation)}
+    if not _is_main():
+        return 0
     if command.json:
         print(json.dumps(figures))
     else:

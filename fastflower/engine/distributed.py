@@ -142,10 +142,11 @@ class Ranks:
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun started, if it did, until the block ends."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ and "WORLD_SIZE" not in os.environ:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(name in os.environ for name in names):
         yield Ranks()
         return
-    ranks = Ranks(*(int(os.environ[f"{name}"]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    ranks = Ranks(*(int(os.environ[name]) for name in names))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

@@ -42,7 +42,7 @@ class Display:
         self._header_due = True
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
@@ -91,8 +91,8 @@ class Display:
     def figures(self, epoch: int, step: int, steps: int, *, figures: Figures) -> None:
         """The state at a logging interval, `step` steps into `epoch`."""
         text = (
-            f"loss {figures.loss:.4f}  lr {figures.lr:.2g}  {figures.images_per_s:,.0f} images/s  "
-            f"data wait {figures.data_wait:.0%}  ETA {_clock(figures.eta_s)}"
+            f"loss {figures.loss:.3f} lr {figures.lr:.2g} {figures.images_per_s:,.0f} images/s "
+            f"wait {figures.data_wait:.0%} ETA {_clock(figures.eta_s)}"
         )
         if self._live:
             self._progress.update(self._task, figures=text)

@@ -6,7 +6,7 @@ import os
 import signal
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -14,9 +14,9 @@ from rich.console import Console
 from fastflower.config import Config, build
 from fastflower.data.dataset import (
     Dataset,
+    builtin_root,
     choose_engine,
     choose_normalization,
-    builtin_root,
     ensure_builtin,
     evaluation_batches,
     open_dataset,
@@ -149,7 +149,7 @@ def train_run(
     Raises:
         UserError: see `prepare`, `restore` and `fastflower.engine.train.train`; or `run` already holds a run.
     """
-    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = choose_device(config.device, _local_rank())
     with processes(device) as ranks:
         display = Display(console, shown=ranks.is_main, epochs=config.train.epochs)
         with ranks.main_first():
@@ -191,13 +191,16 @@ def _choose_folder(name: str, run: Path | None, checkpoint: Path | None, overwri
     return folder
 
 
-def evaluate_run(run: Path, root: Path | None, split: str, device_setting: str, console: Console) -> Evaluation:
+def evaluate_run(
+    run: Path, root: Path | None, split: str, device_setting: Literal["run", "auto", "cpu", "cuda"], console: Console
+) -> Evaluation:
     """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
 
     Precision and batch are those of the run, so that the validation figures that it logged come out again.
 
     Raises:
         UserError: no such run, or the data does not fit it.
+        Interrupted: a signal came.
     """
     path = run if run.is_file() else RunFolder(run).best
     if not path.is_file():
@@ -206,32 +209,32 @@ def evaluate_run(run: Path, root: Path | None, split: str, device_setting: str, 
     config = build(saved["config"], str(path))
     if root:
         config = replace(config, data=replace(config.data, root=root.absolute()))
-    device = choose_device(config.device if device_setting == "run" else device_setting)  # type: ignore[arg-type]
-    ranks = Ranks()
-    data = config.data
-    records = load_split(data.root or ensure_builtin(), split, sizes=data.sizes, scale_min=data.scale[0])
-    records.require_classes(len(saved["classes"]))
-    normalization = Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
-    network = build_network(config, len(saved["classes"]), device)
-    network.load_state_dict(saved["model"])
-    batches = evaluation_batches(
-        config.data,
-        records,
-        normalization,
-        choose_engine(config.data, device, ranks),
-        device,
-        ranks,
-        batch_size=config.train.batch_size,
-    )
+    choice = config.device if device_setting == "run" else device_setting
+    device = choose_device(choice, _local_rank())
+    data, classes = config.data, len(saved["classes"])
     display = Display(console, shown=True, epochs=1)
-    display.task("evaluate", batches.steps)
-    with Signals() as signals, display:
+    with processes(device) as ranks, Signals() as signals, display:
+        with ranks.main_first():
+            records = load_split(data.root or ensure_builtin(), split, sizes=data.sizes, scale_min=data.scale[0])
+            records.require_classes(classes)
+        normalization = Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
+        engine = choose_engine(data, device, ranks)
+        batch_size = config.train.batch_size
+        batches = evaluation_batches(data, records, normalization, engine, device, ranks, batch_size=batch_size)
+        network = build_network(config, classes, device)
+        network.load_state_dict(saved["model"])
+        display.task("evaluate", batches.steps)
         return evaluate(
             network,
             display.counted(batches.once()),
-            classes=len(saved["classes"]),
+            classes=classes,
             device=device,
             precision=choose_precision(config.amp, config.amp_dtype, device),
             ranks=ranks,
             signals=signals,
         )
+
+
+def _local_rank() -> int:
+    """Which of this machine's processes this is, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", 0))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastflower.data.loader import Batch, Loader
+from fastflower.data.loader import Batch, Loader, decodable
 from fastflower.data.pipeline import Engine, Normalization, View
 from fastflower.data.records import Records, load_split
 from fastflower.data.sampler import evaluation_requests, training_requests
@@ -157,6 +157,11 @@ def test_bytes_that_are_no_picture_are_named(tmp_path: Path, image: bytes) -> No
     made = loader(load_split(tmp_path, "val"), View(32), 2)
     with pytest.raises(UserError, match="record 1 .* cannot be decoded"):
         list(made.batches(evaluation_requests(2, shorter=36, batch=2)))
+
+
+@pytest.mark.parametrize("name", ["truncated.jpg", "zero_bytes.jpg", "html_error_page.jpg"])
+def test_files_that_no_decoder_reads(odd_images: Path, name: str) -> None:
+    assert not decodable(np.fromfile(odd_images / name, np.uint8))
 
 
 def test_a_file_that_shrinks_is_a_sentence(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_shrinking_is_antialiased() -> None:
     [
         *("gray.jpg", "progressive.jpg", "cmyk.jpg", "subsampling_411.jpg", "png_bytes_named.jpg", "one_pixel.jpg"),
         *("exif_orientation_3.jpg", "exif_orientation_6.jpg", "exif_orientation_8.jpg", "panorama_1200x40.jpg"),
-        "big_3000x2250.jpg",
+        *("big_3000x2250.jpg", "alpha.png", "palette.png"),
     ],
 )
 def test_odd_files_come_out_as_upright_rgb(odd_images: Path, name: str) -> None:
