@@ -38,7 +38,8 @@ def ensure_builtin(progress: Callable[[int, int], None] | None = None) -> Path:
         try:
             write_demo(root, progress=progress)
         except UserError as error:
-            raise UserError(f"{error} FASTFLOWER_CACHE names another cache folder.") from error
+            if not root.is_dir():  # else another process was faster
+                raise UserError(f"{error} FASTFLOWER_CACHE names another cache folder.") from error
     return root
 
 

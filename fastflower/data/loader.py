@@ -58,8 +58,8 @@ class Loader:
         """
         self.records, self.view, self.engine, self.device = records, view, engine, device
         self.normalization, self.batch, self.read_ahead = normalization, batch, read_ahead
-        self._mean = torch.tensor(normalization.mean, device=device).view(1, 3, 1, 1) * 255
-        self._std = torch.tensor(normalization.std, device=device).view(1, 3, 1, 1) * 255
+        self._mean = torch.tensor(normalization.mean, device=device) * 255
+        self._std = torch.tensor(normalization.std, device=device) * 255
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._pipeline: graph.Pipeline | None = None
         self._requests: Iterator[Request] = iter(())
@@ -171,8 +171,14 @@ _Ready = _Item | Exception | None
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(images - mean) / std of uint8 [N, 3, S, S]; mean and std are [1, 3, 1, 1] on the scale 0..255. Gives float32."""
-    return images.float().sub_(mean).div_(std)
+    """(images - mean) / std of channels-last uint8 [N, 3, S, S]; mean and std are [3], 0..255. Gives float32.
+
+    It works on rows of S * 3 values: broadcasting along the three channels, which lie innermost, is half as fast.
+    """
+    n, channels, height, width = images.shape
+    rows = images.permute(0, 2, 3, 1).reshape(n * height, width * channels)
+    rows = rows.float().sub_(mean.repeat(width)).div_(std.repeat(width))
+    return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 def decodable(encoded: np.ndarray) -> bool:

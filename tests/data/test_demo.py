@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import fields
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from fastflower.data.demo import COLORS, KINDS, draw_flower, write_demo
 from fastflower.data.records import class_names, load_split
 from fastflower.errors import UserError
 
-SMALL = {"sizes": (16,), "train": 24, "val": 12, "test": 12}
+SMALL: dict[str, Any] = {"sizes": (16,), "train": 24, "val": 12, "test": 12}
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path, monkeypatch: py
 )
 def test_arguments_out_of_range_are_named(tmp_path: Path, argument: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        write_demo(tmp_path / "demo", **(SMALL | argument))  # type: ignore[arg-type]
+        write_demo(tmp_path / "demo", **(SMALL | argument))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -153,7 +153,7 @@ def test_normalizing_in_the_graph_equals_normalizing_after_it() -> None:
     encoded = [jpeg(60, 50, seed) for seed in range(4)]
     inside = torch.from_numpy(run(encoded, View(32), 40, normalization=IMAGENET))
     outside = torch.from_numpy(run(encoded, View(32), 40)).permute(0, 3, 1, 2)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (IMAGENET.mean, IMAGENET.std))
+    mean, std = (torch.tensor(v) * 255 for v in (IMAGENET.mean, IMAGENET.std))
     wanted = normalize(outside, mean, std)
     assert inside.dtype == torch.float16
     # values are below 4 in size, where float16 steps are at most 2**-9 wide

@@ -97,7 +97,7 @@ def test_data_on_a_read_only_mount_and_an_unwritable_cache(tmp_path: Path, monke
     data = write_dataset(tmp_path / "data", {"train": 24, "val": 8})
     mounted = tmp_path / "mounted"
     mounted.mkdir()
-    commands = (["mount", "--bind", data, mounted], ["mount", "-o", "remount,ro,bind", mounted])
+    commands = (["mount", "--bind", str(data), str(mounted)], ["mount", "-o", "remount,ro,bind", str(mounted)])
     if any(subprocess.run(c, capture_output=True, check=False).returncode for c in commands):
         pytest.skip("needs the right to mount a file system")
     try:
