@@ -119,14 +119,21 @@ def main() -> None:
     argv = sys.argv[1:]
     try:
         sys.exit(run(parse(argv)))
-    except UserError as error:
+    except (UserError, OSError) as error:
         if "--debug" in argv:
             raise
         if _is_main():  # the other processes of a run fail with the same sentence
-            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+            sentence = _sentence(error) if isinstance(error, OSError) else str(error)
+            Console(stderr=True).print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+
+
+def _sentence(error: OSError) -> str:
+    """What the system refused, where nobody had more to say about it."""
+    what = error.filename or "a file"
+    return f"{what}: {error.strerror or error}; check the path, its permissions and the free space."
 
 
 def _is_main() -> bool:
@@ -168,8 +175,8 @@ def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
     """
     known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for option in ("--config", "--resume", "--run"):
-        known.add_argument(option)
-    known.add_argument("--data.root", dest="root")
+        known.add_argument(option, nargs="?")  # a missing value is for the real parser to name
+    known.add_argument("--data.root", dest="root", nargs="?")
     given, _ = known.parse_known_args(argv)
     settings: dict[str, Any] = {}
     source, checkpoint = "defaults", None
@@ -191,7 +198,7 @@ def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
 def _config_file(given: str) -> Path:
     """A path, or the name of a file that comes with fastflower."""
     path = Path(given)
-    if not path.suffix and not path.exists():
+    if not path.suffix and not path.is_file():
         found = importlib.resources.files("fastflower.configs").joinpath(f"{given}.yaml")
         with importlib.resources.as_file(found) as bundled:
             if bundled.is_file():

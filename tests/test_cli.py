@@ -9,6 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
+
+from fastflower.engine.checkpoint import load_checkpoint
+from tests.conftest import fastflower, train_arguments
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,3 +109,46 @@ def test_a_users_mistake_has_no_traceback(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_a_sentence(small: Path, tmp_path: Path, tiny_net: None) -> None:
+    (tmp_path / "file").write_text("")
+    result = fastflower(*train_arguments(small, tmp_path / "file" / "run"), "--train.epochs", "1")
+    assert result.code == 2
+    assert "Not a directory" in result.err
+    assert len(result.err.splitlines()) == 1
+
+
+def test_an_option_without_its_value_is_named() -> None:
+    for option in ("--config", "--resume", "--data.root"):
+        result = fastflower("train", option)
+        assert result.code == 2
+        assert option in result.err
+
+
+def test_data_demo_writes_a_set_that_trains(tmp_path: Path, tiny_net: None) -> None:
+    root = tmp_path / "drawn"
+    counts = ("--train", "24", "--val", "12", "--test", "12", "--sizes", "40", "48")
+    result = fastflower("data", "demo", root, *counts)
+    assert result.code == 0
+    assert str(root) in result.out
+    assert {path.name for path in root.iterdir()} == {
+        *("tfrecords-jpeg-40x40", "tfrecords-jpeg-48x48", "class_names.json"),
+    }
+    assert fastflower(*train_arguments(root, tmp_path / "run"), "--train.epochs", "1").code == 0
+    again = fastflower("data", "demo", root, *counts)
+    assert again.code == 2
+    assert str(root) in again.err
+
+
+def test_data_stats_prints_what_training_uses(small: Path, tmp_path: Path, tiny_net: None) -> None:
+    printed = yaml.safe_load(fastflower("data", "stats", small).out)["data"]
+    run = tmp_path / "run"
+    assert fastflower(*train_arguments(small, run), "--train.epochs", "1").code == 0
+    assert load_checkpoint(run / "checkpoints/last.pt")["normalization"] == printed
+    given = ("--data.mean", 0.1, 0.2, 0.3, "--data.std", 0.4, 0.5, 0.6)
+    assert fastflower(*train_arguments(small, run), "--train.epochs", "1", "--overwrite", *given).code == 0
+    assert load_checkpoint(run / "checkpoints/last.pt")["normalization"] == {
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+    }

@@ -111,7 +111,7 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
     """Go on from a checkpoint that `load_checkpoint` read; the note to record beside the configuration.
 
     Raises:
-        UserError: the network, the classes or, in mid-epoch, the records are not those of the checkpoint.
+        UserError: the network, the classes or the records are not those of the checkpoint.
     """
     config, before = setup.config, saved["config"]
     if before["model"] != asdict(config.model):

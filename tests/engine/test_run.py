@@ -6,8 +6,6 @@ import errno
 import json
 import math
 import os
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,6 @@ from fastflower.data.records import load_split
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.engine import train as training
 from fastflower.engine.checkpoint import load_checkpoint
-from fastflower.engine.meters import EvaluationSums, TrainingSums
 from fastflower.models import create_model
 from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset
 
@@ -55,14 +52,6 @@ def assert_same_run(a: Path, b: Path) -> None:
     for key in ("epoch", "position", "step", "best", "schedule", "classes", "normalization"):
         assert left[key] == right[key], key
     assert without_times(a) == without_times(b)
-
-
-@pytest.fixture
-def finished(small: Path, tmp_path: Path) -> Path:
-    """A run of two epochs."""
-    run = tmp_path / "finished"
-    assert fastflower(*train_arguments(small, run), "--train.epochs", "2").code == 0
-    return run
 
 
 def test_a_run_leaves_what_later_commands_need(finished: Path, small: Path) -> None:
@@ -154,115 +143,6 @@ def test_eval_on_other_data_and_what_it_refuses(finished: Path, tmp_path: Path) 
     more = write_dataset(tmp_path / "more", {"train": 8, "val": 8}, classes=4)
     refused = fastflower("eval", finished, "--data.root", more)
     assert "has class 3, outside 0..2" in refused.err
-
-
-def signal_at(monkeypatch: pytest.MonkeyPatch, sums: type, call: int, number: signal.Signals) -> None:
-    """Send this process a signal during the given call of `sums.add`."""
-    original: Callable[..., None] = sums.add  # type: ignore[attr-defined]
-    calls = []
-
-    def add(*args: Any) -> None:
-        calls.append(1)
-        if len(calls) == call:
-            os.kill(os.getpid(), number)
-        original(*args)
-
-    monkeypatch.setattr(sums, "add", add)
-
-
-@pytest.mark.parametrize(
-    ("sums", "call", "number"),
-    [
-        (TrainingSums, 2, signal.SIGINT),  # in the first epoch
-        (TrainingSums, 9, signal.SIGTERM),  # in the second
-        (TrainingSums, 6, signal.SIGINT),  # its last step
-        (EvaluationSums, 1, signal.SIGTERM),  # validation
-        (EvaluationSums, 3, signal.SIGINT),  # its last batch
-    ],
-)
-@pytest.mark.parametrize("schedule", ["plateau", "onecycle"])
-def test_a_run_that_was_stopped_and_resumed_equals_an_undisturbed_one(
-    small: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    sums: type,
-    call: int,
-    number: signal.Signals,
-    schedule: str,
-) -> None:
-    options = ["--train.epochs", "2", "--train.schedule", schedule, "--train.warmup_epochs", "0.5"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert fastflower(*train_arguments(small, whole), *options).code == 0
-    with monkeypatch.context() as patch:
-        signal_at(patch, sums, call, number)
-        result = fastflower(*train_arguments(small, stopped), *options)
-    assert result.code == 128 + number
-    assert f"fastflower train --resume {stopped}" in result.out
-    assert fastflower("train", "--resume", stopped).code == 0
-    assert_same_run(whole, stopped)
-
-
-def test_going_on_from_an_older_checkpoint_takes_later_rows_and_steps_back(small: Path, tmp_path: Path) -> None:
-    run, whole = tmp_path / "run", tmp_path / "whole"
-    assert fastflower(*train_arguments(small, run), "--train.epochs", "1").code == 0
-    older = tmp_path / "run/checkpoints/after1.pt"
-    older.write_bytes((run / "checkpoints/last.pt").read_bytes())
-    for _ in range(2):
-        assert fastflower("train", "--resume", older, "--train.epochs", "3").code == 0
-    assert [row["epoch"] for row in rows(run)] == [0, 1, 2]
-    events = EventAccumulator(str(run))
-    events.Reload()
-    assert [scalar.step for scalar in events.Scalars("loss/val")] == [0, 1, 2]
-    assert fastflower(*train_arguments(small, whole), "--train.epochs", "3").code == 0
-    assert without_times(run) == without_times(whole)
-
-
-def test_changed_settings_are_used_and_recorded(finished: Path) -> None:
-    result = fastflower(
-        "train", "--resume", finished, "--train.epochs", "3", "--train.lr", "0.004", "--train.patience", "1"
-    )
-    assert result.code == 0
-    assert rows(finished)[2]["lr"] == 0.004
-    text = (finished / "config.yaml").read_text()
-    assert "# resumed at epoch 3, step 12: train.epochs 2 → 3, train.lr 0.02 → 0.004, train.patience 7 → 1" in text
-    assert yaml.safe_load(text)["train"]["lr"] == 0.004
-    assert len((finished / "environment.jsonl").read_text().splitlines()) == 2
-
-
-def test_resume_finds_or_names_what_is_missing(
-    finished: Path, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert "All 2 epochs are done" in fastflower("train", "--resume", finished).out
-    assert "there is no" in fastflower("train", "--resume", tmp_path / "no").err
-    other = fastflower("train", "--resume", finished, "--model.name", "resnet34")
-    assert other.code == 2
-    assert "another network" in other.err
-    data = write_dataset(tmp_path / "data", {"train": 12, "val": 4}, classes=4)
-    assert "other classes" in fastflower("train", "--resume", finished, "--data.root", data).err
-    data = write_dataset(tmp_path / "data3", {"train": 12, "val": 4})
-    assert "other training records" in fastflower("train", "--resume", finished, "--data.root", data).err
-    damaged = finished / "checkpoints/damaged.pt"
-    damaged.write_bytes((finished / "checkpoints/last.pt").read_bytes()[:5000])
-    assert "is not a checkpoint or is damaged" in fastflower("train", "--resume", damaged).err
-    monkeypatch.chdir(tmp_path)
-    run = tmp_path / "auto"
-    arguments = [*train_arguments(small, run), "--train.epochs", "1", "--resume", "auto"]
-    assert "Resuming" not in fastflower(*arguments).out
-    assert "All 1 epochs are done" in fastflower(*arguments).out
-
-
-def test_auto_without_a_folder_takes_the_newest_of_the_same_configuration(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    arguments = [*train_arguments(small, None), "--train.epochs", "1", "--resume", "auto"]
-    assert fastflower(*arguments).code == 0
-    (run,) = (tmp_path / "runs").iterdir()
-    assert run.name.startswith("train-")
-    assert fastflower(*arguments).code == 0
-    assert fastflower(*arguments, "--train.epochs", "2").code == 0
-    assert len(list((tmp_path / "runs").iterdir())) == 1
-    assert len(rows(run)) == 2
 
 
 def test_a_run_is_overwritten_only_when_told_to(finished: Path, small: Path) -> None:
@@ -443,3 +323,20 @@ def test_no_data_means_the_built_in_synthetic_flowers(tmp_path: Path, monkeypatc
     assert len(drawn) == 1
     assert len(load_split(drawn[0], "train")) == 24
     assert all(path.name.startswith("demo-") for path in (tmp_path / "runs").iterdir())
+
+
+def test_real_photographs_at_all_sizes_from_the_command_line(flowers5: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    geometry = ("--data.crop", "56", "--data.scale", "64", "96", "--data.val_resize", "64")
+    training = ("--train.batch_size", "64", "--train.epochs", "2", "--train.lr", "0.05")
+    result = fastflower("train", "--data.root", flowers5, "--data.sizes", "all", "--run", run, *geometry, *training)
+    assert result.code == 0
+    assert "train: 220 pictures, 880 records (192x192, 224x224, 331x331, 512x512)" in result.out
+    assert "val: 50 pictures, 200 records" in result.out
+    assert [row["step"] for row in rows(run)] == [13, 26]  # 880 // 64 steps, the last 48 records left out
+    assert rows(run)[1]["train_loss"] < rows(run)[0]["train_loss"]
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["val_top5"] == 1  # of five classes
+    names = load_checkpoint(run / "checkpoints/best.pt")["classes"]
+    assert names == ["daisy", "dandelion", "rose", "sunflower", "tulip"]
+    smallest = json.loads(fastflower("eval", run, "--json").out)
+    assert smallest["n"] == 200
