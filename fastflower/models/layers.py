@@ -15,5 +15,5 @@ class BNReLU(nn.BatchNorm2d):
 
     def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """relu(batch_norm(input) + residual); input, residual and output are [N, C, H, W]."""
-        normalized = super().forward(input)
-        return F.relu(normalized if residual is None else normalized + residual)
+        normalized = super().forward(input)  # a new tensor, which no gradient needs: the rest may work in its memory
+        return F.relu_(normalized if residual is None else normalized.add_(residual))
