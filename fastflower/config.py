@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastflower.errors import UserError
-from fastflower.models import MODEL_NAMES
+from fastflower.models import MODEL_NAMES, BottleneckStride, Shortcut
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -73,9 +73,9 @@ class Model:
 
     name: Literal[MODEL_NAMES] = "resnet34"  # type: ignore[valid-type]
     """Architecture, as in "Deep Residual Learning"."""
-    shortcut: Literal["A", "B", "C"] = "B"
+    shortcut: Shortcut = "B"
     """Residual shortcuts: A = zero padding, B = projection where dimensions grow, C = all projections."""
-    bottleneck_stride: Literal["3x3", "1x1"] = "3x3"
+    bottleneck_stride: BottleneckStride = "3x3"
     """Where bottleneck blocks subsample: 3x3 (v1.5, torchvision's) or 1x1 (v1, the paper's)."""
     zero_init_gamma: bool = False
     """Start each residual branch at zero (last BatchNorm's gamma = 0)."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from nvidia import dali
 
 PACKAGES = ("fastflower", "torch", "triton", "numpy")
 
@@ -22,8 +23,6 @@ def environment(device: torch.device) -> dict[str, Any]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
-    from nvidia import dali
-
     return found | {
         "dali": dali.__version__,
         "apex": find_apex(),

@@ -154,15 +154,9 @@ class Loader:
         return images, labels, request.indices, self._stream.record_event()
 
     def _explain(self, error: Exception) -> Exception:
-        """The record behind a failed batch: DALI names none, so decode those in work one by one."""
-        for request in self._in_work:
-            for index in request.indices:
-                if not decodable(read_image(self.records, index)):
-                    return UserError(
-                        f"{self.records.describe(index)} cannot be decoded as a picture "
-                        f"({self.records.length[index]} bytes): replace the record or leave it out."
-                    )
-        return error
+        """The record behind a failed batch: DALI names none, so try all that are in work."""
+        indices = np.concatenate([request.indices for request in self._in_work] or [np.empty(0, np.int64)])
+        return first_undecodable(self.records, indices) or error
 
 
 _Event = torch.cuda.Event | None
@@ -193,6 +187,17 @@ def decodable(encoded: np.ndarray) -> bool:
     except RuntimeError:
         return False
     return True
+
+
+def first_undecodable(records: Records, indices: np.ndarray) -> UserError | None:
+    """The sentence for the first of the records at `indices` ([m] int64) that the decoder cannot read."""
+    for index in indices:
+        if not decodable(read_image(records, index)):
+            return UserError(
+                f"{records.describe(index)} cannot be decoded as a picture ({records.length[index]} bytes): "
+                "replace the record or leave it out."
+            )
+    return None
 
 
 def _until(requests: Iterator[Request], stop: threading.Event) -> Iterator[Request]:

@@ -11,7 +11,7 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import DataNode
 
-from fastflower.data.loader import decodable
+from fastflower.data.loader import first_undecodable
 from fastflower.data.pipeline import Engine, Normalization, decode
 from fastflower.data.records import Records, read_image
 from fastflower.errors import UserError
@@ -65,11 +65,8 @@ def _measure(records: Records, engine: Engine) -> Normalization:
     except StopIteration:
         pass
     except RuntimeError as error:
-        for index in np.concatenate(in_work):
-            if not decodable(read_image(records, index)):
-                raise UserError(
-                    f"{records.describe(index)} cannot be decoded as a picture: replace the record or leave it out."
-                ) from error
+        if sentence := first_undecodable(records, np.concatenate(in_work)):
+            raise sentence from error
         raise
     mean = sums[0] / pixels
     std = np.sqrt(np.maximum(sums[1] / pixels - mean**2, 0))
