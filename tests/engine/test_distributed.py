@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -124,3 +125,20 @@ def test_compiled_ddp_trains_as_eager_ddp_does(uneven: Path, tmp_path: Path) -> 
     for name, tensor in saved[0].items():
         torch.testing.assert_close(saved[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
     assert saved[1]["bn1.num_batches_tracked"] == 6
+
+
+@pytest.mark.slow
+def test_two_jobs_at_once_and_a_run_that_goes_from_one_process_to_two(uneven: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastflower.engine.setup.create_model", _tiny)
+        assert fastflower(*train_arguments(uneven, alone), "--train.epochs", "1").code == 0
+    jobs = (
+        ("train", "--resume", alone, "--train.epochs", "2"),
+        (*train_arguments(uneven, tmp_path / "other"), "--train.epochs", "2"),
+    )
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda job: torchrun(*job), jobs))
+    assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
+    for run in (alone, tmp_path / "other"):
+        assert [row["step"] for row in rows(run)] == [6, 12]
