@@ -58,6 +58,12 @@ class Records:
         named = self.ids[self.ids != ""]
         return len(np.unique(named)) + len(self) - len(named)
 
+    @property
+    def sizes(self) -> list[int]:
+        """The stored sizes in pixels, ascending; empty where no folder names one."""
+        folders = (_SIZE_FOLDER.fullmatch(path.parent.parent.name) for path in self.files)
+        return sorted({int(match[1]) for match in folders if match})
+
     def describe(self, index: int) -> str:
         """File, record number and id, for messages."""
         name = f" (id {self.ids[index]})" if self.ids[index] else ""

@@ -91,8 +91,9 @@ def _open(config: Config, display: Display) -> tuple[Config, Dataset]:
 def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
     config = setup.config
     for name, records in (("train", dataset.train), ("val", dataset.val)):
-        sizes = sorted({path.parent.parent.name.rpartition("-")[2] for path in records.files})
-        display.say(f"{name:>5}: {records.pictures} pictures, {len(records)} records ({', '.join(sizes)})")
+        sizes = ", ".join(f"{size}x{size}" for size in records.sizes)
+        stored = f" ({sizes})" if sizes else ""
+        display.say(f"{name:>5}: {records.pictures} pictures, {len(records)} records{stored}")
     compiled = ", compiled" if compiles(setup) else ""
     processes = f", {setup.ranks.world_size} processes" if setup.ranks.world_size > 1 else ""
     display.say(

@@ -305,6 +305,14 @@ def test_pictures_and_records_are_counted_apart(tmp_path: Path) -> None:
     assert "val: 4 pictures, 8 records (40x40, 48x48)" in result.out
 
 
+def test_a_root_without_size_folders_trains_and_names_no_size(small: Path, tmp_path: Path) -> None:
+    flat = small / "tfrecords-jpeg-40x40"
+    flat = flat.rename(tmp_path / "my-flowers")
+    result = fastflower(*train_arguments(flat, tmp_path / "run"), "--train.epochs", "1")
+    assert result.code == 0
+    assert "train: 48 pictures, 48 records\n" in result.out
+
+
 def test_no_data_means_the_built_in_synthetic_flowers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from fastflower.data import dataset
 
