@@ -205,7 +205,7 @@ def loader_contenders(command: LoaderCommand, device: torch.device) -> list[Cont
         )
     contenders = []
     if command.peers:
-        contenders.append(dataloader(records, data, command.batch, device))  # forks, so before DALI has threads
+        contenders.append(dataloader(records, data, command.batch, device))
     engine = choose_engine(data, device, Ranks())
     loader = Loader(records, View(data.crop, "random"), IMAGENET, engine, device, command.batch)
 
@@ -228,14 +228,15 @@ class Pictures(Dataset[tuple[torch.Tensor, int]]):
     """Records by PIL and torchvision: a random shorter side, crop and flip; float32 [3, crop, crop], normalized."""
 
     def __init__(self, records: Records, crop: int, scale: tuple[int, int]) -> None:
-        self.records, self.scale, self.tv = records, scale, require_torchvision().transforms
-        self.crop, self.flip = self.tv.RandomCrop(crop), self.tv.RandomHorizontalFlip()
-        self.to_tensor, self.normalize = self.tv.ToTensor(), self.tv.Normalize(IMAGENET.mean, IMAGENET.std)
+        tv = require_torchvision().transforms
+        self.records, self.scale, self.resize = records, scale, tv.functional.resize
+        self.crop, self.flip = tv.RandomCrop(crop), tv.RandomHorizontalFlip()
+        self.to_tensor, self.normalize = tv.ToTensor(), tv.Normalize(IMAGENET.mean, IMAGENET.std)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         picture = PIL.Image.open(BytesIO(read_image(self.records, index).tobytes())).convert("RGB")
         shorter = int(torch.randint(self.scale[0], self.scale[1] + 1, ()))
-        picture = self.flip(self.crop(self.tv.functional.resize(picture, [shorter])))
+        picture = self.flip(self.crop(self.resize(picture, [shorter])))
         return self.normalize(self.to_tensor(picture)), int(self.records.labels[index])
 
 
@@ -248,7 +249,7 @@ def dataloader(records: Records, data: Data, batch: int, device: torch.device) -
         num_workers=CORES,
         persistent_workers=True,
         pin_memory=device.type == "cuda",
-        multiprocessing_context="fork",
+        multiprocessing_context="spawn",  # a forked process that inherits DALI's or torch's threads may crash
     )
     list(loader)
 
