@@ -265,7 +265,7 @@ def _demo(command: DemoCommand) -> int:
     from fastflower.data.demo import write_demo
     from fastflower.engine.progress import Display
 
-    with Display(Console(), shown=True, epochs=0) as display:
+    with Display(Console(), shown=True) as display:
         write_demo(
             command.dir,
             sizes=command.sizes,

@@ -36,8 +36,8 @@ class Figures:
 class Display:
     """Progress of a run on the main rank; silent on the others."""
 
-    def __init__(self, console: Console, *, shown: bool, epochs: int) -> None:
-        self._console, self._shown, self._epochs = console, shown, epochs
+    def __init__(self, console: Console, *, shown: bool) -> None:
+        self._console, self._shown = console, shown
         self._live = shown and console.is_terminal
         self._header_due = True
         self._progress = Progress(
@@ -88,8 +88,8 @@ class Display:
             yield item
             self.advance()
 
-    def figures(self, epoch: int, step: int, steps: int, *, figures: Figures) -> None:
-        """The state at a logging interval, `step` steps into `epoch`."""
+    def figures(self, epoch: str, step: int, steps: int, *, figures: Figures) -> None:
+        """The state at a logging interval, `step` of `steps` steps into `epoch` (such as "epoch 1/6")."""
         text = (
             f"loss {figures.loss:.3f} lr {figures.lr:.2g} {figures.images_per_s:,.0f} images/s "
             f"wait {figures.data_wait:.0%} ETA {_clock(figures.eta_s)}"
@@ -98,7 +98,7 @@ class Display:
             self._progress.update(self._task, figures=text)
         elif time.monotonic() - self._last_line > PLAIN_LINE_S:
             self._last_line = time.monotonic()
-            self.say(f"epoch {epoch + 1}/{self._epochs} step {step}/{steps}  {text}")
+            self.say(f"{epoch} step {step}/{steps}  {text}")
 
     def row(self, row: dict[str, float]) -> None:
         """The table row of a finished epoch."""

@@ -152,7 +152,7 @@ def train_run(
     """
     device = choose_device(config.device, _local_rank())
     with processes(device) as ranks:
-        display = Display(console, shown=ranks.is_main, epochs=config.train.epochs)
+        display = Display(console, shown=ranks.is_main)
         with ranks.main_first():
             folder = _choose_folder(name, run, checkpoint, overwrite)
         folder = ranks.gather(folder)[0]  # a new folder is named by the main rank's clock
@@ -213,8 +213,11 @@ def evaluate_run(
     choice = config.device if device_setting == "run" else device_setting
     device = choose_device(choice, _local_rank())
     data, classes = config.data, len(saved["classes"])
-    display = Display(console, shown=True, epochs=1)
-    with processes(device) as ranks, Signals() as signals, display:
+    with (
+        processes(device) as ranks,
+        Signals() as signals,
+        Display(console, shown=ranks.is_main) as display,
+    ):
         with ranks.main_first():
             records = load_split(data.root or ensure_builtin(), split, sizes=data.sizes, scale_min=data.scale[0])
             records.require_classes(classes)

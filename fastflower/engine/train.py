@@ -171,7 +171,7 @@ def _train_epoch(
 ) -> tuple[float, float]:
     """Train the rest of the epoch in progress, from `state.position`; mean loss and accuracy of the whole epoch."""
     data, device = setup.train, setup.device
-    epoch = f"epoch {state.epoch + 1}/{setup.config.train.epochs}"
+    epoch = _epoch_of(setup, state)
     display.task(f"{epoch} train", data.steps, state.position // data.global_batch)
     network.train()
     for batch in setup.ranks.lockstep(watch.waiting_for(data.epoch(state.epoch, state.position)), signals):
@@ -190,12 +190,8 @@ def _train_epoch(
         display.advance()
         if state.step % setup.config.train.log_every == 0:
             _refuse_bad_loss(setup, state)
-            display.figures(
-                state.epoch,
-                state.position // data.global_batch,
-                data.steps,
-                figures=_figures(setup, state, watch),
-            )
+            step = state.position // data.global_batch
+            display.figures(epoch, step, data.steps, figures=_figures(setup, state, watch))
     _refuse_bad_loss(setup, state)  # also waits for the device, so that the epoch's time is the device's
     watch.training_s = watch.elapsed_s
     return state.sums.means(setup.ranks)
@@ -205,7 +201,7 @@ def _validate(
     setup: Setup, state: State, network: torch.nn.Module, signals: Signals, display: Display, watch: Stopwatch
 ) -> Evaluation:
     setup.ranks.broadcast_buffers(state.network)  # DDP does it before each step, so the last step's are still apart
-    display.task(f"epoch {state.epoch + 1}/{setup.config.train.epochs} validate", setup.val.steps)
+    display.task(f"{_epoch_of(setup, state)} validate", setup.val.steps)
     evaluation = evaluate(
         network,
         display.counted(watch.waiting_for(setup.val.once())),
@@ -222,6 +218,10 @@ def _validate(
             "Resume from the last checkpoint with a lower train.lr."
         )
     return evaluation
+
+
+def _epoch_of(setup: Setup, state: State) -> str:
+    return f"epoch {state.epoch + 1}/{setup.config.train.epochs}"
 
 
 def _refuse_bad_loss(setup: Setup, state: State) -> None:
