@@ -16,7 +16,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastflower.errors import UserError
-from fastflower.models import MODEL_NAMES, BottleneckStride, Shortcut
+from fastflower.models import MODEL_NAMES, BottleneckStride, NormChoice, Shortcut
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -79,6 +79,11 @@ class Model:
     """Where bottleneck blocks subsample: 3x3 (v1.5, torchvision's) or 1x1 (v1, the paper's)."""
     zero_init_gamma: bool = False
     """Start each residual branch at zero (last BatchNorm's gamma = 0)."""
+    norm: NormChoice = "auto"
+    """BatchNorm + ReLU by torch's operators or by our Triton kernels (in plain torch on a CPU); auto = triton on kinds
+    of GPU where it was measured to be faster, else torch. The weights are the same."""
+    sync_norm: bool = False
+    """Take BatchNorm's statistics over all processes' pictures (SyncBatchNorm), for small batches; by our kernels."""
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,4 @@
-"""Triton kernels and the torch operators around them; imports nothing of fastflower."""
+"""Fused batch normalization, residual addition and ReLU: Triton kernels and the torch operators around them.
+
+Use `fastflower.kernels.batch_norm.bn_relu`. Nothing here imports Triton before a kernel runs.
+"""

@@ -16,6 +16,9 @@ import torch
 from PIL import Image, ImageFilter
 from torch import nn
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # counts only before Triton is imported
+
 from fastflower import cli
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.models.layers import BNReLU

@@ -35,6 +35,7 @@ from fastflower.engine.train import Setup, State, compiles, new_state, train
 from fastflower.environment import environment
 from fastflower.errors import UserError
 from fastflower.models import create_model
+from fastflower.models.layers import choose_norm
 
 
 def prepare(config: Config, device: torch.device, ranks: Ranks, display: Display) -> tuple[Setup, State]:
@@ -65,7 +66,7 @@ def prepare(config: Config, device: torch.device, ranks: Ranks, display: Display
             "one picture a process and data.crop of at most 32 pixels leave BatchNorm a single value: "
             "raise train.batch_size or data.crop."
         )
-    network = build_network(config, len(dataset.classes), device)
+    network = build_network(config, len(dataset.classes), device, ranks)
     state = new_state(network, config, device, precision)
     saved_with = {
         "classes": dataset.classes,
@@ -101,10 +102,15 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
     )
 
 
-def build_network(config: Config, classes: int, device: torch.device) -> torch.nn.Module:
+def build_network(config: Config, classes: int, device: torch.device, ranks: Ranks) -> torch.nn.Module:
     """The configured network with seeded weights, channels-last, on `device`."""
+    model = config.model
+    settings = asdict(model) | {
+        "norm": choose_norm(model.norm, device, sync=model.sync_norm),
+        "sync_norm": model.sync_norm and ranks.world_size > 1,
+    }
     torch.manual_seed(config.seed)
-    network = create_model(num_classes=classes, **asdict(config.model))
+    network = create_model(num_classes=classes, **settings)
     return network.to(device).to(memory_format=torch.channels_last)
 
 
@@ -115,7 +121,7 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
         UserError: the network, the classes or the records are not those of the checkpoint.
     """
     config, before = setup.config, saved["config"]
-    if before["model"] != asdict(config.model):
+    if _architecture(before["model"]) != _architecture(asdict(config.model)):
         raise UserError(
             f"{checkpoint} holds another network ({before['model']}): a resumed run keeps its model settings."
         )
@@ -129,6 +135,11 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
     where = f"epoch {state.epoch + 1}, step {state.step}"
     display.say(f"Resuming {checkpoint} at {where}" + (f"; changed: {', '.join(changed)}" if changed else ""))
     return f"resumed at {where}" + (f": {', '.join(changed)}" if changed else "")
+
+
+def _architecture(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what the weights are, and not how they are computed with."""
+    return {key: value for key, value in model.items() if key not in ("norm", "sync_norm")}
 
 
 def train_run(
@@ -225,7 +236,7 @@ def evaluate_run(
         engine = choose_engine(data, device, ranks)
         batch_size = config.train.batch_size
         batches = evaluation_batches(data, records, normalization, engine, device, ranks, batch_size=batch_size)
-        network = build_network(config, classes, device)
+        network = build_network(config, classes, device, ranks)
         network.load_state_dict(saved["model"])
         display.task("evaluate", batches.steps)
         return evaluate(

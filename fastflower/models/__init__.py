@@ -14,6 +14,8 @@ MODEL_NAMES = ("plain18", "plain34", "resnet18", "resnet34", "resnet50", "resnet
 
 Shortcut = Literal["A", "B", "C"]
 BottleneckStride = Literal["3x3", "1x1"]
+Norm = Literal["torch", "triton"]
+NormChoice = Literal["auto", "torch", "triton"]
 
 
 def create_model(
@@ -23,6 +25,8 @@ def create_model(
     shortcut: Shortcut = "B",
     bottleneck_stride: BottleneckStride = "3x3",
     zero_init_gamma: bool = False,
+    norm: Norm = "torch",
+    sync_norm: bool = False,
 ) -> nn.Module:
     """A network with fresh weights, which gives logits [N, num_classes] for images [N, 3, H, W].
 
@@ -43,4 +47,6 @@ def create_model(
         shortcut=shortcut,
         bottleneck_stride=bottleneck_stride,
         zero_init_gamma=zero_init_gamma,
+        norm=norm,
+        sync_norm=sync_norm,
     )

@@ -2,18 +2,94 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from fastflower.errors import UserError
+from fastflower.kernels.batch_norm import bn_relu
+from fastflower.models import Norm, NormChoice
+
+# Kinds of GPU, as torch.cuda.get_device_name calls them, on which "triton" trains faster than "torch" compiled, by
+# bench/results/kernels.jsonl.
+TRITON_WINS: frozenset[str] = frozenset()
+
+Forked = tuple[torch.Tensor, torch.Tensor]  # one activation for each of two consumers
 
 
 class BNReLU(nn.BatchNorm2d):
     """Batch normalization, an optional residual added to it, and ReLU, as one module.
 
-    Its arguments, parameters, buffers and state_dict are BatchNorm2d's.
+    Its parameters, buffers and state_dict are BatchNorm2d's.
     """
 
-    def forward(self, input: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """relu(batch_norm(input) + residual); input, residual and output are [N, C, H, W]."""
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        norm: Norm = "torch",
+        sync: bool = False,
+        fork: bool = False,
+    ) -> None:
+        """As BatchNorm2d, and how it is computed.
+
+        Args:
+            num_features: channels.
+            eps: added to the variance.
+            momentum: share of a batch in the running statistics; None averages over all batches.
+            affine: learn weight and bias.
+            track_running_stats: keep running statistics, and use them in evaluation.
+            device: of the parameters.
+            dtype: of the parameters.
+            norm: "torch" = torch's operators, for torch.compile to fuse; "triton" = this package's kernels.
+            sync: take statistics over all ranks; "triton" only.
+            fork: return the output twice, once for each of two consumers. With "triton" both gradients then enter one
+                kernel, where autograd would add them in a pass of its own.
+
+        Raises:
+            ValueError: sync with "torch".
+        """
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if sync and norm == "torch":
+            raise ValueError("sync needs norm='triton'")
+        self.norm, self.sync, self.fork = norm, sync, fork
+
+    def forward(  # type: ignore[override]
+        self, input: torch.Tensor, residual: torch.Tensor | None = None, residual_norm: nn.BatchNorm2d | None = None
+    ) -> torch.Tensor | Forked:
+        """relu(batch_norm(input) + residual), or + residual_norm(residual); all are [N, C, H, W]."""
+        if self.norm == "triton":
+            return bn_relu(input, self, residual, residual_norm, sync=self.sync, fork=self.fork)
+        if residual is not None and residual_norm is not None:
+            residual = residual_norm(residual)
         normalized = super().forward(input)  # a new tensor, which no gradient needs: the rest may work in its memory
-        return F.relu_(normalized if residual is None else normalized.add_(residual))
+        output = F.relu_(normalized if residual is None else normalized.add_(residual))
+        return (output, output) if self.fork else output
+
+
+def both(x: torch.Tensor | Forked) -> Forked:
+    """An activation for two consumers, whether or not it comes forked."""
+    return x if isinstance(x, tuple) else (x, x)
+
+
+def choose_norm(choice: NormChoice, device: torch.device, *, sync: bool = False) -> Norm:
+    """The implementation of BNReLU: as chosen, or the one measured to be faster; statistics over ranks need "triton".
+
+    Raises:
+        UserError: the choice cannot be had.
+    """
+    if sync and choice == "torch":
+        raise UserError("model.sync_norm needs the kernels: set model.norm to triton or auto.")
+    wins = device.type == "cuda" and torch.cuda.get_device_name(device) in TRITON_WINS
+    norm: Norm = "triton" if choice == "triton" or sync or (choice == "auto" and wins) else "torch"
+    if norm == "triton" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise UserError("model.norm triton needs the package triton, which is not installed: set model.norm to torch.")
+    return norm

@@ -5,13 +5,17 @@ Modules are named and ordered as torchvision has them, so that weights load from
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fastflower.errors import UserError
-from fastflower.models import BottleneckStride, Shortcut
-from fastflower.models.layers import BNReLU
+from fastflower.models import BottleneckStride, Norm, Shortcut
+from fastflower.models.layers import BNReLU, Forked, both
 
 # Blocks in each of the four stages.
 DEPTHS = {
@@ -38,6 +42,8 @@ class ResNet(nn.Module):
         shortcut: Shortcut = "B",
         bottleneck_stride: BottleneckStride = "3x3",
         zero_init_gamma: bool = False,
+        norm: Norm = "torch",
+        sync_norm: bool = False,
     ) -> None:
         """Build with He initialization.
 
@@ -50,6 +56,9 @@ class ResNet(nn.Module):
                 "1x1" (v1, the paper's).
             zero_init_gamma: start the last BatchNorm of each residual block at gamma 0, so that the block begins as
                 its shortcut (Goyal et al. 2017, "Accurate, Large Minibatch SGD", section 5.1).
+            norm: how BatchNorm and ReLU are computed, see BNReLU. With "triton" residual blocks hand on their output
+                forked, as a pair.
+            sync_norm: take batch statistics over all ranks; "triton" only.
 
         Raises:
             UserError: an option that has no effect on this network.
@@ -57,14 +66,15 @@ class ResNet(nn.Module):
         super().__init__()
         _refuse_idle_options(name, shortcut, bottleneck_stride, zero_init_gamma)
         kind = None if name in PLAIN else shortcut
+        bn_relu = partial(BNReLU, norm=norm, sync=sync_norm)
 
         def block(inputs: int, width: int, stride: int) -> BasicBlock | Bottleneck:
             if name in BOTTLENECKS:
-                return Bottleneck(inputs, width, stride, kind, bottleneck_stride)
-            return BasicBlock(inputs, width, stride, kind)
+                return Bottleneck(inputs, width, stride, kind, bottleneck_stride, bn_relu)
+            return BasicBlock(inputs, width, stride, kind, bn_relu)
 
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = BNReLU(64)
+        self.bn1 = bn_relu(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels, stages = 64, []
         for width, stride, depth in zip((64, 128, 256, 512), (1, 2, 2, 2), DEPTHS[name], strict=True):
@@ -88,7 +98,7 @@ class ResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, H, W] to logits [N, num_classes]."""
         x = self.maxpool(self.bn1(self.conv1(x)))
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        x, _ = both(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
         return self.fc(self.avgpool(x).flatten(1))
 
 
@@ -97,18 +107,21 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, kind: Shortcut | None) -> None:
+    def __init__(
+        self, inputs: int, width: int, stride: int, kind: Shortcut | None, bn_relu: Callable[..., BNReLU]
+    ) -> None:
         super().__init__()
         self.conv1 = _conv(inputs, width, 3, stride)
-        self.bn1 = BNReLU(width)
+        self.bn1 = bn_relu(width)
         self.conv2 = _conv(width, width, 3)
-        self.bn2 = BNReLU(width)
+        self.bn2 = _last_norm(bn_relu, width, kind)
         self.downsample = _shortcut(kind, inputs, width, stride)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Forked) -> torch.Tensor | Forked:
         """[N, inputs, H, W] to [N, width, ceil(H / stride), ceil(W / stride)]."""
-        residual = None if self.downsample is None else self.downsample(x)
-        return self.bn2(self.conv2(self.bn1(self.conv1(x))), residual)
+        x, shortcut = both(x)
+        residual, residual_norm = _residual(self.downsample, shortcut, self.bn2)
+        return self.bn2(self.conv2(self.bn1(self.conv1(x))), residual, residual_norm)
 
 
 class Bottleneck(nn.Module):
@@ -117,22 +130,29 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(
-        self, inputs: int, width: int, stride: int, kind: Shortcut | None, stride_on: BottleneckStride
+        self,
+        inputs: int,
+        width: int,
+        stride: int,
+        kind: Shortcut | None,
+        stride_on: BottleneckStride,
+        bn_relu: Callable[..., BNReLU],
     ) -> None:
         super().__init__()
         outputs = width * self.expansion
         self.conv1 = _conv(inputs, width, 1, stride if stride_on == "1x1" else 1)
-        self.bn1 = BNReLU(width)
+        self.bn1 = bn_relu(width)
         self.conv2 = _conv(width, width, 3, stride if stride_on == "3x3" else 1)
-        self.bn2 = BNReLU(width)
+        self.bn2 = bn_relu(width)
         self.conv3 = _conv(width, outputs, 1)
-        self.bn3 = BNReLU(outputs)
+        self.bn3 = _last_norm(bn_relu, outputs, kind)
         self.downsample = _shortcut(kind, inputs, outputs, stride)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor | Forked) -> torch.Tensor | Forked:
         """[N, inputs, H, W] to [N, 4 * width, ceil(H / stride), ceil(W / stride)]."""
-        residual = None if self.downsample is None else self.downsample(x)
-        return self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x))))), residual)
+        x, shortcut = both(x)
+        residual, residual_norm = _residual(self.downsample, shortcut, self.bn3)
+        return self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x))))), residual, residual_norm)
 
 
 class ZeroPad(nn.Module):
@@ -150,6 +170,24 @@ class ZeroPad(nn.Module):
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+def _last_norm(bn_relu: Callable[..., BNReLU], channels: int, kind: Shortcut | None) -> BNReLU:
+    """The norm at a block's end, whose output the next block uses twice where there are shortcuts."""
+    norm = bn_relu(channels)
+    norm.fork = norm.norm == "triton" and kind is not None
+    return norm
+
+
+def _residual(
+    downsample: nn.Module | None, x: torch.Tensor, last_norm: BNReLU
+) -> tuple[torch.Tensor | None, nn.BatchNorm2d | None]:
+    """What the last norm adds; and a projection's own norm, which the kernels compute together with the last one."""
+    if downsample is None:
+        return None, None
+    if isinstance(downsample, nn.Sequential) and last_norm.norm == "triton":
+        return downsample[0](x), cast(nn.BatchNorm2d, downsample[1])
+    return downsample(x), None
 
 
 def _shortcut(kind: Shortcut | None, inputs: int, outputs: int, stride: int) -> nn.Module | None:
