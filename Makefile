@@ -1,27 +1,35 @@
 # make train      environment, installation, and the main job on the built-in synthetic flowers
 # make test       the fast tier of tests; make test-all adds the slow one
 # make lint       ruff and mypy, as CI runs them
+# make gpu-check  on a machine with a GPU: its tests, then the kernel benchmark; PYTHON=... is any Python that has the
+#                 packages that setup.py names, with pytest and matplotlib
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 
-.PHONY: train test test-all lint
+.PHONY: train test test-all lint gpu-check
 
 train: $(READY)
 	$(BIN)/fastflower train --amp
 
 test: $(TEST_READY)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow and not gpu"
 
 test-all: $(TEST_READY)
-	$(BIN)/pytest
+	$(BIN)/pytest -m "not gpu"
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
+gpu-check:
+	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no GPU here')"
+	$(PYTHON) -m pytest -m "not slow" --ignore tests/kernels/test_ahead_of_time.py tests/gpu tests/kernels
+	$(PYTHON) bench/kernels.py --out bench/results/kernels.jsonl --plot docs/kernels.png
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -40,7 +40,9 @@ setup(
         "google-crc32c>=1.5",
     ],
     extras_require={
+        "bench": ["matplotlib"],
         "test": [
+            "matplotlib",
             "pytest>=8",
             "pytest-timeout",
             "hypothesis",

@@ -10,32 +10,30 @@ last timed step as lay ahead of the first. Files come from the page cache once t
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from io import BytesIO
 from itertools import count, islice
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any, Literal, NamedTuple
 
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `bench` lies
+
 import nvidia.dali
 import PIL.Image
 import torch
 import torch.nn.functional as F
-import tyro
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
-from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes, arg, subcommand
+from tyro.conf import arg, subcommand
 
+from bench.common import CORES, append, circumstances, describe, require_positive, start
 from fastflower.config import Config, Data, build
 from fastflower.data.dataset import choose_engine, ensure_builtin
 from fastflower.data.loader import Loader
@@ -49,7 +47,6 @@ from fastflower.errors import UserError
 from fastflower.models import create_model
 
 CLASSES = 104  # of the networks: as many as the Kaggle flowers have
-CORES = len(os.sched_getaffinity(0))
 
 
 @dataclass(frozen=True)
@@ -309,36 +306,17 @@ def require_torchvision() -> Any:
     return torchvision
 
 
-def circumstances(command: Common, device: torch.device) -> dict[str, Any]:
-    """What a figure depends on: settings, machine and its load before the run, versions, commit, date."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(": ")[2] for line in info if line.startswith("model name")), "unknown")
-    versions = {"torch": torch.__version__, "dali": nvidia.dali.__version__}
+def versions(command: Common) -> dict[str, Any]:
+    """Of what the contenders are made of, besides torch."""
+    found = {"dali": nvidia.dali.__version__}
     if command.peers:
-        versions |= {"torchvision": require_torchvision().__version__, "pillow": PIL.__version__}
-    git = shlex.join(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"])
-    failed, commit = subprocess.getstatusoutput(git)
-    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(command).items()}
-    return {
-        "settings": settings,
-        "machine": {
-            "cpu": cpu,
-            "gpu": gpu,
-            "cores": CORES,
-            "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0],
-        },
-        "versions": versions,
-        "commit": None if failed else commit,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
+        found |= {"torchvision": require_torchvision().__version__, "pillow": PIL.__version__}
+    return found
 
 
 def show(mode: str, rows: Sequence[dict[str, Any]], machine: dict[str, Any], console: Console) -> None:
     """Print the rows as a table; ratios are to the first."""
-    where = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, load {machine['load']:.1f} before the run"
-    table = Table(mode, caption=where)
+    table = Table(mode, caption=describe(machine))
     for heading in ("images/s", "range", "ms a step", "ratio", "first step s"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
@@ -349,14 +327,12 @@ def show(mode: str, rows: Sequence[dict[str, Any]], machine: dict[str, Any], con
     console.print(table)
 
 
-def run(command: LoaderCommand | ModelCommand, console: Console) -> None:
+def run(command: LoaderCommand | ModelCommand, console: Console) -> int:
     """Measure, print the table, append to --out.
 
     Raises UserError for settings that measure nothing or do not fit each other or the data.
     """
-    for option in {"batch", "steps", "warmup", "repeats", "size"} & vars(command).keys():
-        if vars(command)[option] < 1:
-            raise UserError(f"--{option} is {vars(command)[option]}: give at least 1.")
+    require_positive(command, *sorted({"batch", "steps", "warmup", "repeats", "size"} & vars(command).keys()))
     if command.warmup >= command.steps:
         raise UserError(f"--warmup {command.warmup} is not below --steps {command.steps}: lower it or raise --steps.")
     device = choose_device("auto")
@@ -365,27 +341,18 @@ def run(command: LoaderCommand | ModelCommand, console: Console) -> None:
         mode, contenders = "loader", loader_contenders(command, device)
     else:
         mode, contenders = "model", model_contenders(command, device)
-    around = circumstances(command, device)
+    around = circumstances(command, device, versions(command))
     rows = measure(contenders, command, device)
     show(mode, rows, around["machine"], console)
     if command.out:
-        try:
-            with command.out.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"mode": mode} | row | around) + "\n" for row in rows)
-        except OSError as error:
-            raise UserError(f"--out {command.out} cannot be written ({error.strerror}): name another file.") from error
+        append(command.out, [{"mode": mode} | row | around for row in rows])
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; the exit code, 2 for a user's mistake."""
     commands: Any = Annotated[LoaderCommand, subcommand("loader")] | Annotated[ModelCommand, subcommand("model")]
-    conf = (OmitSubcommandPrefixes, FlagCreatePairsOff)
-    try:
-        run(tyro.cli(commands, description=__doc__, args=argv, use_underscores=True, config=conf), Console())
-    except UserError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
-        return 2
-    return 0
+    return start(commands, run, __doc__, argv)
 
 
 if __name__ == "__main__":

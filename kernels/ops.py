@@ -60,7 +60,7 @@ def _(x):  # type: ignore[no-untyped-def]
 def gather_moments(moments: Tensor) -> Tensor:
     """The moments [3, C] of every rank of the default group: [world_size, 3, C]."""
     gathered = _floats(moments, dist.get_world_size(), *moments.shape)
-    dist.all_gather_into_tensor(gathered, moments.contiguous())
+    dist.all_gather_into_tensor(gathered, moments.contiguous()[None])
     return gathered
 
 

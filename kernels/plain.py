@@ -108,13 +108,15 @@ def _share(running: Running) -> Tensor:
 
 
 def _rows(x: Tensor) -> Tensor:
+    x = x.contiguous(memory_format=torch.channels_last)
     return x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]).float()
 
 
 def _like(x: Tensor, rows: Tensor) -> Tensor:
     """[M, C] as channels-last [N, C, H, W] of x's type."""
-    n, c, h, w = x.shape
-    return rows.to(x.dtype).view(n, h, w, c).permute(0, 3, 1, 2)
+    result = torch.empty_like(x, memory_format=torch.channels_last)  # no view of the rows, or nobody may write into it
+    result.permute(0, 2, 3, 1).view(rows.shape).copy_(rows)
+    return result
 
 
 def _rstd(norm: Norm) -> Tensor:
@@ -143,13 +145,14 @@ def _passes(z: Tensor) -> Tensor:
 
 
 def _pack(passes: Tensor) -> Tensor:
-    bits = F.pad(passes.to(torch.uint8), (0, -passes.shape[1] % 8)).view(len(passes), -1, 8)
+    m, c = passes.shape
+    bits = F.pad(passes.to(torch.uint8), (0, -c % 8)).view(m, -(-c // 8), 8)
     return (bits << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
 
 
 def _unpack(mask: Tensor, c: int) -> Tensor:
     bits = (mask[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.view(len(mask), -1)[:, :c].bool()
+    return bits.view(len(mask), 8 * mask.shape[1])[:, :c].bool()
 
 
 def _parameter_gradients(norm: Norm, sum_g: Tensor, sum_gx: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -256,9 +256,9 @@ def reduce_gradient(
         if dr_ptr is not None:
             tl.store(dr_ptr + offsets, g.to(dr_ptr.dtype.element_ty), mask=inside)
         sum_g += g
-        sum_gx = tl.fma(g, tl.where(inside, x - mean[None, :], 0.0), sum_gx)
+        sum_gx = tl.fma(g, x - mean[None, :], sum_gx)
         if r_ptr is not None:
-            sum_gr = tl.fma(g, tl.where(inside, r - mean_r[None, :], 0.0), sum_gr)
+            sum_gr = tl.fma(g, r - mean_r[None, :], sum_gr)
     SUMS: tl.constexpr = 2 if r_ptr is None else 3
     sums_ptr += block * SUMS * C + channels
     tl.store(sums_ptr, tl.sum(sum_g, 0), mask=exists)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO, StringIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,16 +17,26 @@ import torch
 from PIL import Image, ImageFilter
 from torch import nn
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # counts only before Triton is imported
+if not torch.cuda.is_available():  # then Triton's kernels are interpreted, which it decides when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+import triton  # noqa: F401
 
 from fastflower import cli
 from fastflower.data.tfrecord import write_tfrecord
+from fastflower.models import Norm
 from fastflower.models.layers import BNReLU
 
 torch.set_num_threads(1)  # the tests' networks are too small for more
 
 SHARED = Path(os.environ.get("FASTFLOWER_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU are skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)
@@ -133,12 +144,12 @@ def train_arguments(root: Path, run: Path | None) -> list[object]:
 class TinyNet(nn.Module):
     """A residual network of a few thousand weights, in place of the real ones where the loop is tested."""
 
-    def __init__(self, name: str, num_classes: int) -> None:
+    def __init__(self, name: str, num_classes: int, norm: Norm = "torch", sync_norm: bool = False, **_: Any) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, 8, 3, stride=2, padding=1, bias=False)
-        self.bn1 = BNReLU(8)
+        self.bn1 = BNReLU(8, norm=norm, sync=sync_norm)
         self.conv2 = nn.Conv2d(8, 8, 3, padding=1, bias=False)
-        self.bn2 = BNReLU(8)
+        self.bn2 = BNReLU(8, norm=norm, sync=sync_norm)
         self.fc = nn.Linear(8, num_classes)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -150,6 +161,4 @@ class TinyNet(nn.Module):
 @pytest.fixture
 def tiny_net(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this test train a TinyNet, whatever the configuration names."""
-    monkeypatch.setattr(
-        "fastflower.engine.setup.create_model", lambda name, num_classes, **_: TinyNet(name, num_classes)
-    )
+    monkeypatch.setattr("fastflower.engine.setup.create_model", TinyNet)

@@ -88,8 +88,11 @@ def choose_norm(choice: NormChoice, device: torch.device, *, sync: bool = False)
     """
     if sync and choice == "torch":
         raise UserError("model.sync_norm needs the kernels: set model.norm to triton or auto.")
-    wins = device.type == "cuda" and torch.cuda.get_device_name(device) in TRITON_WINS
-    norm: Norm = "triton" if choice == "triton" or sync or (choice == "auto" and wins) else "torch"
-    if norm == "triton" and device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    on_gpu = device.type == "cuda"
+    if choice == "auto" and not sync:
+        return "triton" if on_gpu and torch.cuda.get_device_name(device) in TRITON_WINS else "torch"
+    if choice == "torch":
+        return "torch"
+    if on_gpu and importlib.util.find_spec("triton") is None:
         raise UserError("model.norm triton needs the package triton, which is not installed: set model.norm to torch.")
-    return norm
+    return "triton"

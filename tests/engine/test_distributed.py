@@ -17,7 +17,7 @@ from fastflower.data.tfrecord import write_tfrecord
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
-from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset
+from tests.conftest import TinyNet, example, fastflower, jpeg, train_arguments, write_dataset
 from tests.engine.test_run import assert_same_run, rows
 
 ROOT = Path(__file__).parents[2]
@@ -60,7 +60,7 @@ def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_pa
     # the logged figures are those of every record once: one process finds the same
     best = min(rows(whole), key=lambda row: row["val_loss"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.engine.setup.create_model", _tiny)
+        patch.setattr("fastflower.engine.setup.create_model", TinyNet)
         figures = json.loads(fastflower("eval", whole, "--json").out)
     assert figures["n"] == 21
     for key in ("loss", "accuracy", "top5", "macro_f1"):
@@ -76,15 +76,25 @@ def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_pa
 
     # and one process can go on from two
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.engine.setup.create_model", _tiny)
+        patch.setattr("fastflower.engine.setup.create_model", TinyNet)
         assert fastflower("train", "--resume", whole, "--train.epochs", "3").code == 0
     assert len(rows(whole)) == 3
 
 
-def _tiny(name: str, num_classes: int, **_: object) -> torch.nn.Module:
-    from tests.conftest import TinyNet
-
-    return TinyNet(name, num_classes)
+def test_two_ranks_with_common_statistics_train_as_one_process_does(uneven: Path, tmp_path: Path) -> None:
+    alone, both = tmp_path / "alone", tmp_path / "both"
+    options = ("--train.epochs", "2", "--model.sync_norm")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastflower.engine.setup.create_model", TinyNet)
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        assert fastflower(*train_arguments(uneven, alone), *options).code == 0
+    result = torchrun(*train_arguments(uneven, both), *options, TRITON_INTERPRET="0")
+    assert result.returncode == 0, result.stderr
+    saved = [load_checkpoint(run / "checkpoints/last.pt")["model"] for run in (alone, both)]
+    for name, tensor in saved[0].items():
+        torch.testing.assert_close(saved[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+    for a, b in zip(rows(alone), rows(both), strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
 
 
 def test_a_bad_record_on_one_rank_stops_all(tmp_path: Path) -> None:
@@ -131,7 +141,7 @@ def test_compiled_ddp_trains_as_eager_ddp_does(uneven: Path, tmp_path: Path) -> 
 def test_two_jobs_at_once_and_a_run_that_goes_from_one_process_to_two(uneven: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.engine.setup.create_model", _tiny)
+        patch.setattr("fastflower.engine.setup.create_model", TinyNet)
         assert fastflower(*train_arguments(uneven, alone), "--train.epochs", "1").code == 0
     jobs = (
         ("train", "--resume", alone, "--train.epochs", "2"),

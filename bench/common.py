@@ -1,0 +1,81 @@
+"""What the benchmarks share: what a figure depends on, the results file, and the way they end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from rich.console import Console
+from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes
+
+from fastflower.errors import UserError
+
+CORES = len(os.sched_getaffinity(0))
+
+
+def circumstances(command: object, device: torch.device, versions: Mapping[str, Any]) -> dict[str, Any]:
+    """What a figure depends on: settings, machine and its load before the run, versions, commit, date.
+
+    `versions` are added to torch's.
+    """
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    info = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.partition(": ")[2] for line in info if line.startswith("model name")), "unknown")
+    git = shlex.join(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"])
+    failed, commit = subprocess.getstatusoutput(git)
+    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(command).items()}
+    return {
+        "settings": settings,
+        "machine": {
+            "cpu": cpu,
+            "gpu": gpu,
+            "cores": CORES,
+            "threads": torch.get_num_threads(),
+            "load": os.getloadavg()[0],
+        },
+        "versions": {"torch": torch.__version__, **versions},
+        "commit": None if failed else commit,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def describe(machine: Mapping[str, Any]) -> str:
+    """The machine of `circumstances` in words."""
+    return f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores, load {machine['load']:.1f} before the run"
+
+
+def append(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add one JSON line a row to the file; UserError where it cannot be written."""
+    try:
+        with out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error.strerror}): name another file.") from error
+
+
+def require_positive(command: object, *options: str) -> None:
+    """UserError for one of these options that is below 1; None is fine."""
+    for option in options:
+        value = getattr(command, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option} is {value}: give at least 1.")
+
+
+def start(
+    commands: Any, run: Callable[[Any, Console], int], description: str | None, argv: Sequence[str] | None
+) -> int:
+    """Parse the command line and run it; the exit code, 2 for a user's mistake."""
+    conf = (OmitSubcommandPrefixes, FlagCreatePairsOff)
+    try:
+        return run(tyro.cli(commands, description=description, args=argv, use_underscores=True, config=conf), Console())
+    except UserError as error:
+        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        return 2

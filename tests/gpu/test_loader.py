@@ -1,0 +1,92 @@
+"""DALI on a GPU: the pictures of a CPU, and memory that stays valid while the GPU is behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastflower.data.loader import Batch, Loader
+from fastflower.data.pipeline import IMAGENET, Engine, View
+from fastflower.data.records import Records, load_split
+from fastflower.data.sampler import evaluation_requests, training_requests
+from fastflower.data.tfrecord import write_tfrecord
+from tests.conftest import example, jpeg
+
+pytestmark = pytest.mark.gpu
+BATCH, COUNT = 32, 256
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Records:
+    """JPEGs of many shapes, with subsampled chroma."""
+    shapes = [(160 + 7 * (i % 23), 160 + 5 * (i % 31)) for i in range(COUNT)]
+    records = [example(i, i % 5, jpeg(width, height, seed=i)) for i, (width, height) in enumerate(shapes)]
+    write_tfrecord(tmp_path / "train" / "a.tfrec", records)
+    return load_split(tmp_path, "train")
+
+
+def loader(records: Records, view: View, on_gpu: bool) -> Loader:
+    if on_gpu:
+        device = torch.device("cuda", 0)
+        return Loader(records, view, IMAGENET, Engine(device="gpu", device_id=0, threads=4), device, BATCH)
+    return Loader(records, view, IMAGENET, Engine(threads=4), torch.device("cpu"), BATCH)
+
+
+def epoch(loader: Loader) -> Iterator[Batch]:
+    requests = training_requests(len(loader.records), seed=0, epoch=0, scale=(144, 200), global_batch=BATCH)
+    return loader.batches(requests)
+
+
+@pytest.mark.parametrize("place", ["center", "random"])
+def test_pictures_are_those_of_the_cpu(pictures: Records, place: str) -> None:
+    made = [loader(pictures, View(128, place), on_gpu) for on_gpu in (False, True)]  # type: ignore[arg-type]
+    if place == "center":
+        passes = [each.batches(evaluation_requests(COUNT, shorter=144, batch=BATCH)) for each in made]
+    else:
+        passes = [epoch(each) for each in made]
+    to_levels = 255 * torch.tensor(IMAGENET.std).view(3, 1, 1)
+    seen = 0
+    for cpu, gpu in zip(*passes, strict=True):
+        assert gpu.images.device.type == "cuda"
+        assert gpu.images.dtype == torch.float16
+        assert gpu.images.is_contiguous(memory_format=torch.channels_last)
+        assert gpu.labels.tolist() == cpu.labels.tolist()
+        assert gpu.indices.tolist() == cpu.indices.tolist()
+        difference = ((gpu.images.float().cpu() - cpu.images) * to_levels).abs()
+        # decoders differ by a level or two, fp16 by half a level; a shift by one pixel would give 5 levels and more
+        assert difference.mean() < 1.5
+        assert (difference > 8).float().mean() < 0.01
+        seen += len(cpu.labels)
+    assert seen == COUNT
+
+
+def test_batches_stay_valid_while_the_gpu_is_behind(pictures: Records) -> None:
+    """The consumer queues slow work before it reads a batch, and drops it at once: nobody may write into it before."""
+    made = loader(pictures, View(128, "random"), on_gpu=True)
+    expected = []
+    for batch in epoch(made):
+        torch.cuda.synchronize()
+        expected.append((batch.images.clone(), batch.labels.clone()))
+    slow = torch.randn(4096, 4096, device="cuda")
+    found = []
+    for batch in epoch(made):
+        for _ in range(20):
+            slow = (slow @ slow).clamp_(-1, 1)
+        found.append((batch.images.clone(), batch.labels.clone()))
+    torch.cuda.synchronize()
+    for (images, labels), (late_images, late_labels) in zip(expected, found, strict=True):
+        assert torch.equal(late_images, images)
+        assert torch.equal(late_labels, labels)
+
+
+def test_an_epoch_that_is_left_early_leaves_the_loader_usable(pictures: Records) -> None:
+    made = loader(pictures, View(128, "random"), on_gpu=True)
+    whole = [batch.images.clone() for batch in epoch(made)]
+    for _ in range(3):
+        batches = epoch(made)
+        assert torch.equal(next(batches).images, whole[0])
+        batches.close()  # type: ignore[attr-defined]
+    assert all(torch.equal(batch.images, images) for batch, images in zip(epoch(made), whole, strict=True))

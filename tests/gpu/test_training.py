@@ -1,0 +1,110 @@
+"""Training on a GPU: precisions, compiled and eager, both implementations of BatchNorm + ReLU, a real short run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from fastflower.kernels.batch_norm import bn_relu
+from torch import nn
+
+from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.models import create_model
+from tests.conftest import fastflower, train_arguments
+from tests.engine.test_run import rows
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.usefixtures("tiny_net")
+@pytest.mark.parametrize("options", [["--amp_dtype", "fp16"], ["--amp_dtype", "bf16"], []], ids=lambda o: "".join(o))
+def test_mixed_precision_trains_as_float32_does(small: Path, tmp_path: Path, options: list[str]) -> None:
+    if "bf16" in options and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this GPU computes no bf16")
+    losses = {}
+    for name, precision in (("fp32", []), ("amp", ["--amp", *options])):
+        arguments = (*train_arguments(small, tmp_path / name), "--train.epochs", 3, "--train.compile", "off")
+        result = fastflower(*arguments, *precision)
+        assert result.code == 0, result.err
+        assert "cuda" in result.out
+        losses[name] = [row["val_loss"] for row in rows(tmp_path / name)]
+    assert losses["amp"] == pytest.approx(losses["fp32"], rel=0.1)
+    saved = load_checkpoint(tmp_path / "amp" / "checkpoints" / "last.pt")
+    assert all(tensor.dtype in (torch.float32, torch.int64) for tensor in saved["model"].values())
+
+
+@pytest.mark.usefixtures("tiny_net")
+@pytest.mark.parametrize("norm", ["torch", "triton"])
+def test_compiled_and_eager_agree(small: Path, tmp_path: Path, norm: str) -> None:
+    figures = []
+    for choice in ("off", "on"):
+        torch._dynamo.reset()
+        run = tmp_path / choice
+        options = ("--train.epochs", 2, "--train.compile", choice, "--model.norm", norm)
+        result = fastflower(*train_arguments(small, run), *options)
+        assert result.code == 0, result.err
+        figures.append([row["val_loss"] for row in rows(run)])
+    assert figures[0] == pytest.approx(figures[1], rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "plain18"])
+def test_networks_on_the_kernels_equal_float64(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # the convolutions' rounding is not what is tested
+    torch.manual_seed(0)
+    reference = create_model(name, 3)
+    network = create_model(name, 3, norm="triton")
+    network.load_state_dict(reference.state_dict())
+    reference.double().cuda()
+    network.cuda().to(memory_format=torch.channels_last)
+    images, labels = torch.randn(16, 3, 64, 64, device="cuda"), torch.arange(16, device="cuda") % 3
+    outputs = [network(images), reference(images.double())]
+    for output in outputs:
+        F.cross_entropy(output, labels).backward()
+    assert (outputs[0] - outputs[1]).norm() / outputs[1].norm() < 1e-3
+    for (key, found), expected in zip(network.named_parameters(), reference.parameters(), strict=True):
+        assert found.grad is not None
+        assert expected.grad is not None
+        assert (found.grad - expected.grad).norm() / expected.grad.norm() < 0.05, key
+
+
+def test_statistics_over_ranks_by_nccl(tmp_path: Path) -> None:
+    """One rank, which must find what it finds alone; the exchange itself runs."""
+    x = torch.randn(4, 8, 5, 5, device="cuda").to(memory_format=torch.channels_last)
+    alone, synced = nn.BatchNorm2d(8).cuda(), nn.BatchNorm2d(8).cuda()
+    expected = bn_relu(x, alone)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        leaf = x.clone().requires_grad_()
+        found = bn_relu(leaf, synced, sync=True)
+        assert isinstance(found, torch.Tensor)
+        found.sum().backward()
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(synced.running_var, alone.running_var)
+    assert leaf.grad is not None
+    assert leaf.grad.isfinite().all()
+
+
+def test_a_short_run_learns(tmp_path: Path) -> None:
+    """The built-in flowers, three epochs with everything on; then one more, and the same figures from eval."""
+    root, run = tmp_path / "flowers", tmp_path / "run"
+    assert fastflower("data", "demo", root).code == 0
+    began = time.monotonic()
+    arguments = ("train", "--config", "demo", "--data.root", root, "--run", run, "--amp", "--train.epochs")
+    result = fastflower(*arguments, 3)
+    assert result.code == 0, result.err
+    assert ", compiled" in result.out
+    last = rows(run)[-1]
+    assert last["val_accuracy"] > 0.3  # 0.54 on a CPU; one class in twelve by chance
+    figures = json.loads(fastflower("eval", run, "--json").out)
+    best = min(rows(run), key=lambda row: row["val_loss"])
+    assert figures["loss"] == pytest.approx(best["val_loss"], rel=1e-3)
+    assert fastflower("train", "--resume", run, "--train.epochs", 4).code == 0
+    assert len(rows(run)) == 4
+    assert time.monotonic() - began < 240
