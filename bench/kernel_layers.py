@@ -15,6 +15,7 @@ from fastflower.errors import UserError
 from fastflower.models import create_model
 from fastflower.models.layers import BNReLU
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CORNER = 1e-4  # elements as close as this to ReLU's corner get no gradient in the check: rounding decides their mask
 REFERENCE_ELEMENTS = 2**25  # that are taken to float64 at a time
 

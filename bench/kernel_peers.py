@@ -14,13 +14,13 @@ from typing import Any
 from unittest import mock
 
 import torch
-from fastflower.kernels.batch_norm import bn_relu
-from fastflower.kernels.tiles import Tiles
 from torch import Tensor, nn
 
 from bench.kernel_layers import Data, Forward, Problem
 from fastflower.environment import find_apex
 from fastflower.errors import UserError
+from fastflower.kernels.batch_norm import bn_relu
+from fastflower.kernels.tiles import Tiles
 
 
 class MissingError(Exception):

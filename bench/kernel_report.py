@@ -15,14 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.common import describe
+from bench.kernel_layers import DTYPES
 from fastflower.errors import UserError
 
 Row = Mapping[str, Any]
 SUFFIXES = (".png", ".svg", ".pdf")
 # contenders are told apart without color: by marker, gray and filling
 MARKERS = "osD^vP*X<>"
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
-EPS = {"bf16": torch.finfo(torch.bfloat16).eps, "fp16": torch.finfo(torch.float16).eps, "fp32": 2.0**-23}
 
 
 def last_run(path: Path) -> list[dict[str, Any]]:
@@ -81,7 +80,7 @@ def layers_table(dtype: str, rows: Sequence[Row]) -> Table:
             f"{forward['ms']:.3f}",
             f"{backward['ms']:.3f}",
             f"{forward['share']:.0%} {backward['share']:.0%}",
-            f"{max(row['errors'].values()) / EPS[dtype]:.2f}",
+            f"{max(row['errors'].values()) / torch.finfo(DTYPES[dtype]).eps:.2f}",
         )
     return table
 
@@ -153,7 +152,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             for number, contender in enumerate(contenders):
                 measured = [row for row in rows if row["dtype"] == dtype and row["contender"] == contender]
                 points = sorted(
-                    (math.prod(row["shape"]) * ITEMSIZE[dtype] / 1e6, row[direction]["gb_per_s"])
+                    (math.prod(row["shape"]) * DTYPES[dtype].itemsize / 1e6, row[direction]["gb_per_s"])
                     for row in measured
                     if "missing" not in row
                 )

@@ -37,12 +37,11 @@ from tyro.conf import arg
 
 from bench import kernel_report
 from bench.common import append, circumstances, require_positive, start
-from bench.kernel_layers import Data, Forward, Problem, find_layers
+from bench.kernel_layers import DTYPES, Data, Forward, Problem, find_layers
 from bench.kernel_peers import Contender, MissingError, all_contenders
 from fastflower.engine.precision import choose_device
 from fastflower.errors import UserError
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 MAX_COPIES = 32  # of the data; a layer that needs more is so small that calls, not bytes, take its time
 SLEEP_CYCLES = 1_000_000  # of the GPU for each call, about 0.5 ms: longer than the host needs to launch it
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from fastflower.models.layers import BNReLU
 
 torch.set_num_threads(1)  # the tests' networks are too small for more
 
-SHARED = Path(os.environ.get("FASTFLOWER_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = Path(os.environ.get("FASTFLOWER_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -131,6 +133,22 @@ def fastflower(*arguments: object) -> Result:
         patch.setattr(sys, "argv", ["fastflower", *map(str, arguments)])
         cli.main()
     return Result(stop.value.code if isinstance(stop.value.code, int) else 0, out.getvalue(), err.getvalue())
+
+
+def torchrun(
+    script: Path, *arguments: object, limit_s: int, environment: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
+    """Run a script in two processes of one thread each on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, "--", str(script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        check=False,
+    )
 
 
 def train_arguments(root: Path, run: Path | None) -> list[object]:

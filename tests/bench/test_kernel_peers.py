@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from fastflower.kernels import launch  # before the interpreter's variable is taken away below
 from torch import Tensor, nn
 
 from bench import kernel_layers, kernel_peers
 from bench.kernel_layers import Layer, Problem
 from bench.kernel_peers import MissingError, all_contenders, parse_tiles
 from fastflower.errors import UserError
+from fastflower.kernels import launch  # before the interpreter's variable is taken away below
 
 CPU = torch.device("cpu")
 TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the interpreter, without a GPU

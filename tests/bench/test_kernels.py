@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fastflower.kernels import launch  # before the interpreter's variable is taken away below
 from PIL import Image
 from torch import Tensor, nn
 
 from bench import kernel_peers, kernel_report, kernels
 from bench.kernel_layers import Layer, Problem, find_layers
 from bench.kernels import main
+from fastflower.kernels import launch  # before the interpreter's variable is taken away below
 from fastflower.models import create_model
 
 CPU = torch.device("cpu")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,24 +15,15 @@ from fastflower.data.tfrecord import write_tfrecord
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
-from tests.conftest import TinyNet, example, fastflower, jpeg, train_arguments, write_dataset
+from tests.conftest import TinyNet, example, fastflower, jpeg, torchrun, train_arguments, write_dataset
 from tests.engine.test_run import assert_same_run, rows
 
-ROOT = Path(__file__).parents[2]
 LIMIT_S = 150
 
 
-def torchrun(*arguments: object, processes: int = 2, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    return subprocess.run(
-        [*command, "--", str(Path(__file__).with_name("tiny_worker.py")), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        check=False,
-    )
+def train_in_ranks(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    worker = Path(__file__).with_name("tiny_worker.py")
+    return torchrun(worker, *arguments, limit_s=LIMIT_S, environment=environment)
 
 
 @pytest.fixture
@@ -46,7 +35,7 @@ def uneven(tmp_path: Path) -> Path:
 def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_path: Path) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     options = ("--train.epochs", "2", "--train.schedule", "plateau", "--train.patience", "0", "--train.lr", "0.3")
-    result = torchrun(*train_arguments(uneven, whole), *options)
+    result = train_in_ranks(*train_arguments(uneven, whole), *options)
     assert result.returncode == 0, result.stderr
     assert "2 processes" in result.stdout
     assert "Grad strides" not in result.stderr
@@ -67,10 +56,10 @@ def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_pa
         assert figures[key] == pytest.approx(best[f"val_{key}"], abs=1e-5)
 
     # a signal to one rank stops both at the same step
-    result = torchrun(*train_arguments(uneven, stopped), *options, TINY_SIGNAL="1:8")
+    result = train_in_ranks(*train_arguments(uneven, stopped), *options, TINY_SIGNAL="1:8")
     assert "Stopped by SIGTERM and saved" in result.stdout
     assert load_checkpoint(stopped / "checkpoints/last.pt")["step"] == 9
-    result = torchrun("train", "--resume", stopped)
+    result = train_in_ranks("train", "--resume", stopped)
     assert result.returncode == 0, result.stderr
     assert_same_run(whole, stopped)
 
@@ -88,7 +77,7 @@ def test_two_ranks_with_common_statistics_train_as_one_process_does(uneven: Path
         patch.setattr("fastflower.engine.setup.create_model", TinyNet)
         patch.delenv("TRITON_INTERPRET", raising=False)
         assert fastflower(*train_arguments(uneven, alone), *options).code == 0
-    result = torchrun(*train_arguments(uneven, both), *options, TRITON_INTERPRET="0")
+    result = train_in_ranks(*train_arguments(uneven, both), *options, TRITON_INTERPRET="0")
     assert result.returncode == 0, result.stderr
     saved = [load_checkpoint(run / "checkpoints/last.pt")["model"] for run in (alone, both)]
     for name, tensor in saved[0].items():
@@ -103,7 +92,7 @@ def test_a_bad_record_on_one_rank_stops_all(tmp_path: Path) -> None:
     records[1]["image"] = jpeg(40, 40)[:300]  # record 1 of the split is rank 1's
     write_tfrecord(root / "tfrecords-jpeg-40x40/val/00-40x40-2.tfrec", records)
     began = time.monotonic()
-    result = torchrun(*train_arguments(root, tmp_path / "run"), "--train.epochs", "1")
+    result = train_in_ranks(*train_arguments(root, tmp_path / "run"), "--train.epochs", "1")
     assert result.returncode != 0
     assert time.monotonic() - began < LIMIT_S / 2
     assert result.stderr.count("record 1 (id 000001) cannot be decoded") == 1
@@ -111,7 +100,7 @@ def test_a_bad_record_on_one_rank_stops_all(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_dies_does_not_leave_the_other_waiting(uneven: Path, tmp_path: Path) -> None:
-    result = torchrun(*train_arguments(uneven, tmp_path / "run"), "--train.epochs", "1", TINY_CRASH="1:2")
+    result = train_in_ranks(*train_arguments(uneven, tmp_path / "run"), "--train.epochs", "1", TINY_CRASH="1:2")
     assert result.returncode != 0
     assert "crash for the test" in result.stderr
 
@@ -129,7 +118,7 @@ def test_compiled_ddp_trains_as_eager_ddp_does(uneven: Path, tmp_path: Path) -> 
     saved = []
     for name, choice in (("eager", "off"), ("compiled", "on")):
         options = ("--train.epochs", "1", "--train.lr", "0.01", "--train.compile", choice)
-        result = torchrun(*train_arguments(uneven, tmp_path / name), *options)
+        result = train_in_ranks(*train_arguments(uneven, tmp_path / name), *options)
         assert result.returncode == 0, result.stderr
         saved.append(load_checkpoint(tmp_path / name / "checkpoints/last.pt")["model"])
     for name, tensor in saved[0].items():
@@ -148,7 +137,7 @@ def test_two_jobs_at_once_and_a_run_that_goes_from_one_process_to_two(uneven: Pa
         (*train_arguments(uneven, tmp_path / "other"), "--train.epochs", "2"),
     )
     with ThreadPoolExecutor() as pool:
-        results = list(pool.map(lambda job: torchrun(*job), jobs))
+        results = list(pool.map(lambda job: train_in_ranks(*job), jobs))
     assert [result.returncode for result in results] == [0, 0], [result.stderr for result in results]
     for run in (alone, tmp_path / "other"):
         assert [row["step"] for row in rows(run)] == [6, 12]

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fastflower.kernels.batch_norm import bn_relu
 from torch import nn
 
 from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models import create_model
 from tests.conftest import fastflower, train_arguments
 from tests.engine.test_run import rows

@@ -26,7 +26,7 @@ Results = dict[str, Tensor]
 
 FORMS: tuple[Form, ...] = ("plain", "residual", "dual")
 FLOAT32_EPS = torch.finfo(torch.float32).eps
-FLOAT32_ROUNDINGS = 4  # XXX
+FLOAT32_ROUNDINGS = 4  # that a result may be off by, of the magnitudes that it is computed from
 SMALLEST = 2**-25  # half the smallest float16, which is what it rounds to zero
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from fastflower.kernels.batch_norm import bn_relu
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models import create_model
 
 CHANNELS = 5

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
+
 from fastflower.kernels import launch
 from fastflower.kernels.batch_norm import bn_relu
 from fastflower.kernels.tiles import Tiles
-from torch import Tensor
-
 from tests.kernels.reference import (
     DTYPES,
     FLOAT32_EPS,
@@ -239,9 +239,10 @@ class TestLayouts:
         """Of inputs, and of gradients: .mean() and .sum() give expanded ones."""
         problem = make_problem(shape, form=form, fork=True, device=device)
         assert problem.residual is not None
+        inputs = (problem.x, problem.residual, *problem.grads)
 
         def run_on(change: Callable[[Tensor], Tensor]) -> Results:
-            tensors = [change(LAYOUTS[layout](t)) for t in (problem.x, problem.residual, *problem.grads)]
+            tensors = [change(LAYOUTS[layout](t)) for t in inputs]
             return run(bn_relu, replace(problem, x=tensors[0], residual=tensors[1], grads=tuple(tensors[2:])))
 
         ours, same = run_on(lambda x: x), run_on(dense)
@@ -334,8 +335,13 @@ def test_more_than_2_31_elements() -> None:
     dbias = total(lambda part: torch.where(results["y"][part] > 0, problem.grads[0][part], 0).double())
     torch.testing.assert_close(results["norm.dbias"].double(), dbias, rtol=0, atol=14)
     # against these sums the last picture's gradient is as in evaluation, where no batch statistics take part
-    tensors = {"x": problem.x[-1:], "residual": problem.residual[-1:], "grads": (problem.grads[0][-1:],)}
-    end = replace(problem, norm=problem.norm.eval(), **tensors)
+    end = replace(
+        problem,
+        x=problem.x[-1:],
+        residual=problem.residual[-1:],
+        grads=(problem.grads[0][-1:],),
+        norm=problem.norm.eval(),
+    )
     end.norm.running_mean, end.norm.running_var = mean.float(), var.float()
     for key, (value, _, _) in expected(end, results["y"][-1:]).items():
         if key in ("y", "dx", "dr"):

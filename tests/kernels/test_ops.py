@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from fastflower.kernels import launch, plain
-from fastflower.kernels.batch_norm import bn_relu
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+from fastflower.kernels import launch, plain
+from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models.layers import BNReLU
 from tests.kernels.reference import DTYPES, FORMS, Form, make_problem
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fastflower.kernels.batch_norm import bn_relu
 from torch import Tensor, nn
 
+from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models.layers import BNReLU
 from tests.kernels.reference import (
     DTYPES,

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from fastflower.kernels.batch_norm import bn_relu
 from torch import nn
 
-ROOT = Path(__file__).parents[2]
+from fastflower.kernels.batch_norm import bn_relu
+from tests.conftest import torchrun
 
 
 def run_worker(*arguments: str, interpret: bool) -> None:
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--",
-         str(Path(__file__).with_name("sync_worker.py")), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=ROOT,
-        env=environment | {"TRITON_INTERPRET": "1" if interpret else "0"},
-        check=False,
-    )  # fmt: skip
+    worker = Path(__file__).with_name("sync_worker.py")
+    result = torchrun(worker, *arguments, limit_s=200, environment={"TRITON_INTERPRET": str(int(interpret))})
     assert result.returncode == 0, result.stderr
 
 
