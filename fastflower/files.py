@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import os
 import secrets
 import tempfile
@@ -21,6 +23,19 @@ def cache_dir() -> Path:
         return Path.home() / ".cache" / "fastflower"
     except RuntimeError:  # a user without a home folder, as containers have
         return Path(tempfile.gettempdir()) / f"fastflower-{os.getuid()}"
+
+
+@functools.cache
+def code_digest(*sources: str) -> str:
+    """Changes when one of these source files does.
+
+    It goes into the name of whatever their code leaves in the cache, so that what an earlier version made is never
+    taken for this one's.
+    """
+    digest = hashlib.blake2b(digest_size=6)
+    for source in sources:
+        digest.update(Path(source).read_bytes())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import IO, NoReturn
 
 import pytest
 
-from fastflower.files import atomic_write, cache_dir
+from fastflower.files import atomic_write, cache_dir, code_digest
 
 
 @pytest.fixture
@@ -195,3 +195,14 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTFLOWER_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path("/home/someone/.cache/fastflower")
+
+
+def test_the_digest_of_code_changes_with_each_of_its_files(tmp_path: Path) -> None:
+    digests = []
+    for number, texts in enumerate((("a", "b"), ("a", "b"), ("a", "c"), ("d", "b"))):
+        sources = [tmp_path / f"{number}{name}" for name in "xy"]  # other names, so that nothing is remembered
+        for source, text in zip(sources, texts, strict=True):
+            source.write_text(text)
+        digests.append(code_digest(*map(str, sources)))
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3

@@ -11,6 +11,7 @@ import torch
 from nvidia.dali import backend
 
 from fastflower.config import Data
+from fastflower.data import demo
 from fastflower.data.demo import write_demo
 from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import Engine, Normalization, View
@@ -19,12 +20,12 @@ from fastflower.data.sampler import evaluation_requests, training_requests
 from fastflower.data.stats import pixel_statistics
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
-from fastflower.files import cache_dir
+from fastflower.files import cache_dir, code_digest
 
 
 def builtin_root() -> Path:
     """Where the built-in synthetic flowers are, or will be."""
-    return cache_dir() / "synthetic-flowers"
+    return cache_dir() / f"synthetic-flowers-{code_digest(demo.__file__)}"
 
 
 def ensure_builtin(progress: Callable[[int, int], None] | None = None) -> Path:

@@ -20,15 +20,15 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from fastflower.data import tfrecord
 from fastflower.data.tfrecord import scan, write_tfrecord
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, cache_dir
+from fastflower.files import atomic_write, cache_dir, code_digest
 
 __all__ = ["Records", "class_names", "find_files", "load_split", "read_image", "write_tfrecord"]
 
 Sizes = Literal["auto", "all"] | Sequence[int]
 
-INDEX_VERSION = 1
 SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
 MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
 NO_LABEL = np.iinfo(np.int64).min
@@ -232,7 +232,7 @@ def _stamp(path: Path) -> Stamp:
 
 def _index(path: Path, stamp: Stamp) -> dict[str, np.ndarray]:
     """The columns of one file, from the cache when path, size and mtime are those of an earlier scan."""
-    key = os.fsencode(f"{INDEX_VERSION}\0{path.resolve()}\0{stamp}")
+    key = os.fsencode(f"{code_digest(__file__, tfrecord.__file__)}\0{path.resolve()}\0{stamp}")
     cached = cache_dir() / "index" / f"{hashlib.sha256(key).hexdigest()[:32]}.npz"
     try:
         with np.load(cached, allow_pickle=False) as table:

@@ -11,11 +11,12 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import DataNode
 
+from fastflower.data import pipeline
 from fastflower.data.loader import first_undecodable
 from fastflower.data.pipeline import Engine, Normalization, decode
 from fastflower.data.records import Records, read_image
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, cache_dir
+from fastflower.files import atomic_write, cache_dir, code_digest
 
 BATCH = 64
 
@@ -55,10 +56,10 @@ def _measure(records: Records, engine: Engine) -> Normalization:
 
     sums = np.zeros((2, 3))
     pixels = 0
-    pipeline = moments()
+    passes = moments()
     try:
         while True:
-            mean, square, shape = (output.as_array().astype(np.float64) for output in pipeline.run())
+            mean, square, shape = (output.as_array().astype(np.float64) for output in passes.run())
             area = shape[:, :1] * shape[:, 1:2]
             sums += [(mean * area).sum(axis=0), (square * area).sum(axis=0)]
             pixels += area.sum()
@@ -79,7 +80,7 @@ def _measure(records: Records, engine: Engine) -> Normalization:
 
 
 def _fingerprint(records: Records) -> str:
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(code_digest(__file__, pipeline.__file__).encode())
     for path, stamp in zip(records.files, records.stamps, strict=True):
         digest.update(os.fsencode(f"{path.resolve()}\0{stamp}\0"))
     digest.update(records.file.tobytes() + records.offset.tobytes())

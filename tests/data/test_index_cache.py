@@ -43,6 +43,14 @@ def test_the_second_load_does_not_scan(small: Path, monkeypatch: pytest.MonkeyPa
         load_split(small, "val")
 
 
+def test_another_version_of_the_code_scans_again(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_split(small, "train")
+    monkeypatch.setattr(module, "scan", fail_to_scan)
+    monkeypatch.setattr(module, "code_digest", lambda *_: "another")
+    with pytest.raises(AssertionError, match="was scanned"):
+        load_split(small, "train")
+
+
 def test_the_cache_knows_a_file_by_any_name(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load_split(small, "train")
     (tmp_path / "link").symlink_to(small)

@@ -199,6 +199,9 @@ def test_statistics_are_cached_and_name_a_bad_picture(small: Path, monkeypatch: 
     with monkeypatch.context() as patch:
         patch.setattr("fastflower.data.stats._measure", lambda *_: pytest.fail("measured again"))
         assert pixel_statistics(records, Engine()) == first
+        patch.setattr("fastflower.data.stats.code_digest", lambda *_: "another")
+        with pytest.raises(pytest.fail.Exception, match="measured again"):
+            pixel_statistics(records, Engine())
     write_tfrecord(small / "tfrecords-jpeg-40x40" / "bad" / "a.tfrec", [example(0, 0), example(1, 0, b"no picture")])
     with pytest.raises(UserError, match="record 1 .* cannot be decoded"):
         pixel_statistics(load_split(small, "bad"), Engine())

@@ -329,6 +329,9 @@ def test_no_data_means_the_built_in_synthetic_flowers(tmp_path: Path, monkeypatc
         assert result.code == 0
         assert "built-in synthetic flowers" in result.out
     assert len(drawn) == 1
+    monkeypatch.setattr(dataset, "code_digest", lambda *_: "another")  # as after a change of the drawing's code
+    assert dataset.ensure_builtin() not in drawn[:1]
+    assert len(drawn) == 2
     assert len(load_split(drawn[0], "train")) == 24
     assert all(path.name.startswith("demo-") for path in (tmp_path / "runs").iterdir())
 
