@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-ELEMENTS = 2048  # of a tile: 16 a thread of 4 warps; with 64 a thread the registers spill
+TILE_BYTES = 4096  # two loads of 128 bits a thread of 4 warps; with twice as much some kernels spill registers
+SCALAR_TILE = 512  # elements of a tile where they are read one by one, which takes registers for an address each
 PROGRAMS = 1024  # about as many as an H100 keeps resident (132 multiprocessors, 8 programs of 64 registers a thread)
 TILES = 4  # at least, in a program: less of its time goes into reading the channels' parameters
 
@@ -34,10 +35,11 @@ class Grid(NamedTuple):
 def choose_tiles(m: int, c: int, dtype: torch.dtype) -> Tiles:
     """Tiles for an activation of m rows and c channels of `dtype`.
 
-    The table has one entry for all, chosen by registers and vector width; no GPU has been measured yet.
+    Chosen by registers and vector width (bench/registers.py); no GPU has been measured yet.
     """
     channels = min(64, max(8, _next_power_of_2(c)))
-    return Tiles(rows=ELEMENTS // channels, channels=channels, warps=4, reverse=False)
+    elements = SCALAR_TILE if c % 4 else TILE_BYTES // dtype.itemsize
+    return Tiles(rows=elements // channels, channels=channels, warps=4, reverse=False)
 
 
 def make_grid(m: int, c: int, tiles: Tiles) -> Grid:

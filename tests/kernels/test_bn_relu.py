@@ -133,7 +133,9 @@ class TestValues:
         results = run(bn_relu, problem)
         # an error of the mean is multiplied by 1 / sqrt(eps) = 316
         assert_exact(results, expected(problem, results["y"]))
-        assert (results["norm.running_var"] <= (FLOAT32_EPS * problem.x[0, :, 0, 0].float()).square()).all()
+        last_digit = (FLOAT32_EPS * problem.x[0, :, 0, 0].float()).square()  # the mean may be off by one
+        rows = problem.x[:, 0].numel()
+        assert (results["norm.running_var"] <= last_digit * rows / (rows - 1)).all()
 
     @pytest.mark.parametrize(("dtype", "scale"), [*product(DTYPES, (1e-3, 4e3)), *product(DTYPES[:2], (1e-15, 1e15))])
     def test_large_and_small_values(self, dtype: torch.dtype, scale: float, device: torch.device) -> None:
