@@ -97,7 +97,7 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
         display.say(f"{name:>5}: {records.pictures} pictures, {len(records)} records{stored}")
     compiled = ", compiled" if compiles(setup) else ""
     norm = choose_norm(config.model.norm, setup.device, sync=config.model.sync_norm)
-    kernels = ", norm by Triton kernels" if norm == "triton" else ""
+    kernels = ", norm by Triton kernels" if norm == "triton" and setup.device.type == "cuda" else ""
     processes = f", {setup.ranks.world_size} processes" if setup.ranks.world_size > 1 else ""
     display.say(
         f"{config.model.name}, {len(dataset.classes)} classes, {setup.precision} on {setup.device}"
