@@ -163,7 +163,7 @@ def parse(argv: Sequence[str]) -> Command:
         config=(OmitSubcommandPrefixes,),
     )
     if isinstance(command, TrainCommand):
-        checked = configuration.build(asdict(command.settings), "command line")
+        checked = configuration.resolve(configuration.build(asdict(command.settings), "command line"))
         command = replace(command, settings=checked, resume=checkpoint)
     return command
 
