@@ -42,7 +42,7 @@ from fastflower.data.records import Records, load_split, read_image
 from fastflower.data.sampler import Request, training_requests
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.precision import Precision, choose_device
-from fastflower.engine.train import new_state
+from fastflower.engine.state import new_state
 from fastflower.errors import UserError
 from fastflower.models import create_model
 

@@ -50,6 +50,9 @@ class TrainCommand:
     """Replace the run that --run already holds."""
     print_config: bool = False
     """Print the settings as YAML and stop."""
+    dry_run: bool = False
+    """Build everything, train two steps, validate one batch, and say what time and memory they took; no run folder is
+    made."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -225,8 +228,11 @@ def _train(command: TrainCommand) -> int:
     if command.print_config:
         print(configuration.to_yaml(command.settings), end="")
         return 0
-    from fastflower.engine.setup import train_run
+    from fastflower.engine.setup import dry_run, train_run
 
+    if command.dry_run:
+        dry_run(command.settings, Console())
+        return 0
     name = _run_name(command.config, command.settings.data.root)
     received = train_run(
         command.settings,

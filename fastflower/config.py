@@ -174,6 +174,12 @@ class Train:
     log_every: PositiveInt = 20
     """Steps between readings of the loss from the device (progress line, NaN check)."""
 
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, once `resolve` has been asked for it."""
+        assert self.lr is not None
+        return self.lr
+
 
 @dataclass(frozen=True)
 class Config:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 # The highest word of Philox's 256-bit counter separates uses of one key, so that no two share random numbers.
-_ORDER, _AUGMENT = 0, 1
+_ORDER, _AUGMENT, _MIX = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,14 @@ def augmentation(
     return shorter, u[:, 1:3].astype(np.float32), (u[:, 3] < 0.5).astype(np.int32)
 
 
+def generator(*, seed: int, epoch: int, position: int) -> np.random.Generator:
+    """Random numbers for a whole batch, the one that begins at `position` of an epoch."""
+    return np.random.Generator(_philox(seed=seed, epoch=epoch, use=_MIX, skip=position))
+
+
 def _raw(count: int, *, seed: int, epoch: int, use: int, skip: int = 0) -> np.ndarray:
-    generator = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([skip, 0, 0, use], np.uint64))
-    return generator.random_raw(count)
+    return _philox(seed=seed, epoch=epoch, use=use, skip=skip).random_raw(count)
+
+
+def _philox(*, seed: int, epoch: int, use: int, skip: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([skip, 0, 0, use], np.uint64))

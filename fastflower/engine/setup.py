@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from fastflower.config import Config, build
+from fastflower.config import Config, build, resolve
 from fastflower.data.dataset import (
     Dataset,
     builtin_root,
@@ -24,14 +24,17 @@ from fastflower.data.dataset import (
 )
 from fastflower.data.pipeline import Normalization
 from fastflower.data.records import load_split
-from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.engine.checkpoint import load_checkpoint, weights_of
 from fastflower.engine.distributed import Ranks, Signals, processes
 from fastflower.engine.evaluate import evaluate
+from fastflower.engine.loss import Criterion, balanced_weights
 from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device, choose_precision
 from fastflower.engine.progress import Display
+from fastflower.engine.rehearsal import rehearse
 from fastflower.engine.run import RunFolder, changes, new_run
-from fastflower.engine.train import Setup, State, compiles, new_state, train
+from fastflower.engine.state import Setup, State, new_state
+from fastflower.engine.train import train
 from fastflower.environment import environment
 from fastflower.errors import UserError
 from fastflower.models import create_model
@@ -73,7 +76,11 @@ def prepare(config: Config, device: torch.device, ranks: Ranks, display: Display
         "normalization": {"mean": list(normalization.mean), "std": list(normalization.std)},
         "train_records": len(dataset.train),
     }
-    setup = Setup(config, device, precision, ranks, train, val, saved_with)
+    weights = None
+    if config.train.class_weights == "balanced":
+        weights = balanced_weights(dataset.train.labels, len(dataset.classes)).to(device)
+    criterion = Criterion(config.train.label_smoothing, weights)
+    setup = Setup(config, device, precision, ranks, criterion, train, val, saved_with)
     _introduce(setup, dataset, display)
     return setup, state
 
@@ -95,7 +102,7 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
         sizes = ", ".join(f"{size}x{size}" for size in records.sizes)
         stored = f" ({sizes})" if sizes else ""
         display.say(f"{name:>5}: {records.pictures} pictures, {len(records)} records{stored}")
-    compiled = ", compiled" if compiles(setup) else ""
+    compiled = ", compiled" if setup.compiles else ""
     norm = choose_norm(config.model.norm, setup.device, sync=config.model.sync_norm)
     kernels = ", norm by Triton kernels" if norm == "triton" and setup.device.type == "cuda" else ""
     processes = f", {setup.ranks.world_size} processes" if setup.ranks.world_size > 1 else ""
@@ -133,7 +140,11 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
             raise UserError(
                 f"{checkpoint} was trained on other {what} than {config.data.root} has: give its data.root."
             )
-    state.load(saved, setup.ranks, lr=config.train.lr if before["train"]["lr"] != config.train.lr else None)
+    if before["train"]["optimizer"] != config.train.optimizer:
+        raise UserError(
+            f"{checkpoint} was trained by {before['train']['optimizer']}: a resumed run keeps its train.optimizer."
+        )
+    state.load(saved, setup.ranks, config)
     changed = changes(before, config)
     where = f"epoch {state.epoch + 1}, step {state.step}"
     display.say(f"Resuming {checkpoint} at {where}" + (f"; changed: {', '.join(changed)}" if changed else ""))
@@ -143,6 +154,18 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
 def _architecture(model: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what the weights are, and not how they are computed with."""
     return {key: value for key, value in model.items() if key not in ("norm", "sync_norm")}
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Build all that training from `config` needs, and try it in two steps.
+
+    Raises:
+        UserError: see `prepare` and `fastflower.engine.rehearsal.rehearse`.
+    """
+    config = resolve(config)
+    device = choose_device(config.device, _local_rank())
+    with processes(device) as ranks, Display(console, shown=ranks.is_main) as display:
+        rehearse(*prepare(config, device, ranks, display), display)
 
 
 def train_run(
@@ -164,6 +187,7 @@ def train_run(
     Raises:
         UserError: see `prepare`, `restore` and `fastflower.engine.train.train`; or `run` already holds a run.
     """
+    config = resolve(config)
     device = choose_device(config.device, _local_rank())
     with processes(device) as ranks:
         display = Display(console, shown=ranks.is_main)
@@ -191,8 +215,15 @@ def train_run(
                 f"Go on with: fastflower train --resume {folder.path}"
             )
         else:
-            display.say(f"Done. Best validation loss {state.best:.4f}: {folder.best}")
+            display.say(f"Done. {_best(state, config)}: {folder.best}")
         return received
+
+
+def _best(state: State, config: Config) -> str:
+    """What there is to say about the best checkpoint."""
+    if state.best is None:
+        return "Last epoch"
+    return f"Best validation {config.train.best.replace('_', ' ')} {state.best:.4f}"
 
 
 def _choose_folder(name: str, run: Path | None, checkpoint: Path | None, overwrite: bool) -> RunFolder:
@@ -240,7 +271,7 @@ def evaluate_run(
         batch_size = config.train.batch_size
         batches = evaluation_batches(data, records, normalization, engine, device, ranks, batch_size=batch_size)
         network = build_network(config, classes, device, ranks)
-        network.load_state_dict(saved["model"])
+        network.load_state_dict(weights_of(saved))
         display.task("evaluate", batches.steps)
         return evaluate(
             network,
