@@ -50,7 +50,7 @@ def compile_ahead(folder: Path, **options: tuple[str, ...]) -> list[dict[str, st
         command += [f"--{name}", *values]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")  # what was compiled before counts for nothing
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return read(out)
 
@@ -60,6 +60,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.timeout(1800)  # the slow ones take minutes of two cores
 @pytest.mark.parametrize(
     ("sms", "channels", "dtypes"),
     [
