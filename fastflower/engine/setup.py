@@ -264,7 +264,9 @@ def evaluate_run(
         Display(console, shown=ranks.is_main) as display,
     ):
         with ranks.main_first():
-            records = load_split(data.root[0] if data.root else ensure_builtin(), split, sizes=data.sizes, scale_min=data.scale[0])
+            records = load_split(
+                data.root[0] if data.root else ensure_builtin(), split, sizes=data.sizes, scale_min=data.scale[0]
+            )
             records.require_classes(classes)
         normalization = Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
         engine = choose_engine(data, device, ranks)

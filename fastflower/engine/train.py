@@ -120,7 +120,7 @@ def validate(
     setup: Setup, state: State, network: torch.nn.Module, signals: Signals, display: Display, watch: Stopwatch
 ) -> Evaluation | None:
     """The figures of the validation split, where there is one."""
-    for net in {state.network, state.validated}:
+    for net in dict.fromkeys((state.network, state.validated)):  # in the same order on every rank
         setup.ranks.broadcast_buffers(net)  # DDP does it before each step, so the last step's are still apart
     if not setup.val:
         return None

@@ -47,8 +47,10 @@ def assert_same_run(a: Path, b: Path) -> None:
     left, right = load_checkpoint(a / "checkpoints/last.pt"), load_checkpoint(b / "checkpoints/last.pt")
     for name, tensor in left["model"].items():
         assert torch.equal(tensor, right["model"][name]), name
+    assert left["optimizer"]["state"].keys() == right["optimizer"]["state"].keys()
     for key, state in left["optimizer"]["state"].items():
-        assert torch.equal(state["momentum_buffer"], right["optimizer"]["state"][key]["momentum_buffer"])
+        for name, tensor in state.items():
+            assert torch.equal(tensor, right["optimizer"]["state"][key][name]), (key, name)
     for key in ("epoch", "position", "step", "best", "schedule", "classes", "normalization"):
         assert left[key] == right[key], key
     assert without_times(a) == without_times(b)

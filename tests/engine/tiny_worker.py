@@ -35,7 +35,9 @@ def add(self: TrainingSums, loss: Any, logits: Any, labels: Any, step: int, lr: 
 
 def train(setup: Any, state: Any, folder: Any, display: Any) -> int | None:
     received = original_train(setup, state, folder, display)
-    weights = b"".join(tensor.numpy().tobytes() for tensor in state.network.state_dict().values())
+    weights = b"".join(
+        tensor.numpy().tobytes() for net in (state.network, state.validated) for tensor in net.state_dict().values()
+    )
     end = {"lr": state.schedule.lr, "weights": hashlib.sha256(weights).hexdigest(), "step": state.step}
     (Path(folder.path) / f"rank{RANK}.json").write_text(json.dumps(end))
     return received
