@@ -60,9 +60,9 @@ def open_dataset(data: Data) -> Dataset:
         UserError: names the file, record or key.
     """
     assert data.root is not None
-    train = load_split(data.root[0], "train", sizes=data.sizes, scale_min=data.scale[0])
-    val = load_split(data.root[0], "val", sizes=data.sizes, scale_min=data.scale[0])
-    classes = class_names(data.root[0], train)
+    train = load_split(data.root, "train", sizes=data.sizes, scale_min=data.scale[0])
+    val = load_split(data.root, "val", sizes=data.sizes, scale_min=data.scale[0])
+    classes = class_names(data.root, train)
     for records in (train, val):
         records.require_classes(len(classes))
     return Dataset(train, val, classes)

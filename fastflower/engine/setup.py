@@ -86,13 +86,13 @@ def prepare(config: Config, device: torch.device, ranks: Ranks, display: Display
 
 
 def _open(config: Config, display: Display) -> tuple[Config, Dataset]:
-    root = config.data.root and config.data.root[0]
+    root = config.data.root
     if root is None:
         display.say("No data.root given: training on the built-in synthetic flowers.")
         if not builtin_root().is_dir():
             display.say(f"Drawing them, once, into {builtin_root()}")
         root = ensure_builtin(display.follow("draw synthetic flowers"))
-    config = replace(config, data=replace(config.data, root=(root.absolute(),)))
+    config = replace(config, data=replace(config.data, root=root.absolute()))
     return config, open_dataset(config.data)
 
 
@@ -254,7 +254,7 @@ def evaluate_run(
     saved = load_checkpoint(path)
     config = build(saved["config"], str(path))
     if root:
-        config = replace(config, data=replace(config.data, root=(root.absolute(),)))
+        config = replace(config, data=replace(config.data, root=root.absolute()))
     choice = config.device if device_setting == "run" else device_setting
     device = choose_device(choice, _local_rank())
     data, classes = config.data, len(saved["classes"])
@@ -264,9 +264,7 @@ def evaluate_run(
         Display(console, shown=ranks.is_main) as display,
     ):
         with ranks.main_first():
-            records = load_split(
-                data.root[0] if data.root else ensure_builtin(), split, sizes=data.sizes, scale_min=data.scale[0]
-            )
+            records = load_split(data.root or ensure_builtin(), split, sizes=data.sizes, scale_min=data.scale[0])
             records.require_classes(classes)
         normalization = Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
         engine = choose_engine(data, device, ranks)
