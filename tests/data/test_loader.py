@@ -17,7 +17,6 @@ from fastflower.data.loader import Batch, Loader, decodable
 from fastflower.data.pipeline import Engine, Normalization, View
 from fastflower.data.records import Records, load_split
 from fastflower.data.sampler import evaluation_requests, training_requests
-from fastflower.data.stats import pixel_statistics
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from tests.conftest import example, jpeg, write_dataset
@@ -178,43 +177,6 @@ def test_the_pipeline_warns_of_nothing(small: Path) -> None:
         warnings.simplefilter("error")
         made = loader(load_split(small, "train"), View(32), 8)
         list(made.batches(evaluation_requests(48, shorter=36, batch=8)))
-
-
-def test_statistics_are_those_of_all_pixels(tmp_path: Path) -> None:
-    """A large black and a small white picture: the mean of two deviations would be 0."""
-    images = []
-    for level, side in ((0, 60), (255, 30)):
-        pixels = np.full((side, side, 3), level, np.uint8)
-        images.append((pixels, _png(pixels)))
-    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(i, 0, data) for i, (_, data) in enumerate(images)])
-    found = pixel_statistics(load_split(tmp_path, "train"), Engine())
-    everything = np.concatenate([pixels.reshape(-1, 3) for pixels, _ in images]) / 255
-    np.testing.assert_allclose(found.mean, everything.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(found.std, everything.std(0), rtol=1e-6)
-
-
-def test_statistics_are_cached_and_name_a_bad_picture(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    records = load_split(small, "train")
-    first = pixel_statistics(records, Engine())
-    with monkeypatch.context() as patch:
-        patch.setattr("fastflower.data.stats._measure", lambda *_: pytest.fail("measured again"))
-        assert pixel_statistics(records, Engine()) == first
-        patch.setattr("fastflower.data.stats.code_digest", lambda *_: "another")
-        with pytest.raises(pytest.fail.Exception, match="measured again"):
-            pixel_statistics(records, Engine())
-    write_tfrecord(small / "tfrecords-jpeg-40x40" / "bad" / "a.tfrec", [example(0, 0), example(1, 0, b"no picture")])
-    with pytest.raises(UserError, match="record 1 .* cannot be decoded"):
-        pixel_statistics(load_split(small, "bad"), Engine())
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    from io import BytesIO
-
-    from PIL import Image
-
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 @pytest.mark.slow
