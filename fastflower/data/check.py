@@ -175,7 +175,7 @@ def _examine(records: Records, threads: int, progress: Progress) -> tuple[np.nda
     for start in range(0, len(stored), BATCH):
         batch = stored[start : start + BATCH]
         encoded = [read_image(records, index) for index in batch]
-        digests[batch] = [int.from_bytes(hashlib.blake2b(data, digest_size=8).digest()) for data in encoded]
+        digests[batch] = [int.from_bytes(hashlib.blake2b(data.data, digest_size=8).digest()) for data in encoded]
         shapes[batch] = decoder.shapes(encoded)
         for done in range(start, start + len(batch)):
             progress(done + 1, len(stored))

@@ -178,7 +178,7 @@ _Ready = _Item | Exception | None
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(images - mean) / std of channels-last uint8 [N, 3, S, S], in float32; mean is [3] or [N, 3], std [3], both 0..255.
+    """(images - mean) / std of channels-last uint8 [N, 3, S, S], in float32; mean [3] or [N, 3] and std [3] are 0..255.
 
     It works on rows of S * 3 values: broadcasting along the three channels, which lie innermost, is half as fast.
     """

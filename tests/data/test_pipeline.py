@@ -135,6 +135,7 @@ def test_shrinking_is_antialiased() -> None:
         assert pixels.std() < 4  # a filter that only picks pixels gives 127
 
 
+@pytest.mark.filterwarnings("ignore:Palette images")  # by PIL
 @pytest.mark.parametrize("name", READABLE)
 def test_odd_files_come_out_as_upright_rgb(odd_images: Path, name: str) -> None:
     """In training and validation; test_stats.py has them in the statistics."""

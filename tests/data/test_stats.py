@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from fastflower.config import Data
+from fastflower.data.dataset import choose_lighting
 from fastflower.data.pipeline import Engine
 from fastflower.data.records import load_split, read_image
 from fastflower.data.stats import PixelStatistics, pixel_statistics
@@ -69,6 +71,7 @@ def test_a_black_and_a_white_picture_have_a_deviation_of_one_half(tmp_path: Path
     assert found.normalization.std == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.filterwarnings("ignore:Palette images")  # by PIL
 @pytest.mark.parametrize("name", READABLE)
 def test_odd_files_count_as_their_rgb_pixels(odd_images: Path, tmp_path: Path, name: str) -> None:
     data, dots = (odd_images / name).read_bytes(), np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
@@ -98,6 +101,19 @@ def test_statistics_are_cached_and_name_a_bad_picture(small: Path, monkeypatch: 
 def test_a_channel_that_never_varies_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"give data\.mean and data\.std"):
         statistics(tmp_path, [png(flat(7, 4, 4))])
+
+
+def test_lighting_moves_along_the_principal_components_as_far_as_the_pixels_do(tmp_path: Path) -> None:
+    """So a shift by normal numbers has the pixels' own covariance, times the square of data.lighting."""
+    covariance = statistics(tmp_path, [png(picture) for picture in correlated()]).covariance
+    records = load_split(tmp_path, "train")
+    lighting = choose_lighting(Data(lighting=0.1, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)), records, Engine())
+    assert lighting is not None
+    np.testing.assert_allclose(lighting @ lighting.T, 0.01 * covariance, rtol=1e-9)
+    products = lighting.T @ lighting
+    np.testing.assert_allclose(products - np.diag(np.diag(products)), 0, atol=1e-12)  # at right angles
+    assert (lighting[np.abs(lighting).argmax(0), np.arange(3)] > 0).all()
+    assert choose_lighting(Data(), records, Engine()) is None
 
 
 def test_photographs(flowers5: Path) -> None:
