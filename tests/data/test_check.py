@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastflower.data.check import BATCH, SHOWN, Problem, Report, check, sentences
@@ -285,6 +288,29 @@ def test_paths_are_absolute_and_those_of_the_index(tmp_path: Path, monkeypatch: 
     records = load_split(tmp_path, "train")
     assert Path(problem.file) == records.files[records.file[1]]
     assert problem.record == records.number[1]
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    """Ten times as many files, 100 MB, take less than half of that more at the peak, in a process of its own."""
+    image, rng = jpeg(40, 40), np.random.default_rng(0)
+    for name, files in (("small", 1), ("large", 10)):
+        for file in range(files):  # decoders do not mind what follows a picture
+            records = [example(50 * file + i, 0, image + rng.bytes(200_000)) for i in range(50)]
+            write(tmp_path / name, "train", records, name=f"{file}.tfrec")
+    code = f"""
+import re
+from pathlib import Path
+from tests.data.test_check import run
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+sizes = []
+for name in ("small", "large"):
+    assert not run(Path({str(tmp_path)!r}) / name).problems
+    sizes.append(peak())
+print(sizes)
+assert sizes[1] < sizes[0] + 45_000, sizes
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_each_record_and_file_is_one_step_of_progress(small: Path) -> None:
