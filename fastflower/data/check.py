@@ -146,7 +146,7 @@ def split_files(root: Path, split: str) -> tuple[list[Path], list[Problem]]:
     """The files of a split at all stored sizes, and the sizes that lack it although others have it."""
     if not root.is_dir():
         return find_files(root, split), []  # raises: it says what is wrong
-    folders = sorted(root.glob("tfrecords-jpeg-*x*")) or [root]
+    folders = sorted(path for path in root.glob("tfrecords-jpeg-*x*") if path.is_dir()) or [root]
     if not any((folder / split).is_dir() for folder in folders):
         return [], []
     files, problems = [], []
@@ -235,7 +235,7 @@ def _bad_labels(records: Records, split: np.ndarray, count: int) -> Iterator[_Fi
     for index in np.flatnonzero(missing & (split != "test")).tolist():
         yield index, "class", "has no class"
     for index in np.flatnonzero(~missing & ((records.labels < 0) | (records.labels >= count))).tolist():
-        yield index, "class", f"has class {records.labels[index]}, outside 0..{count - 1}"
+        yield index, "class", f"has class {records.labels[index]}, outside 0..{(count or MAX_CLASSES) - 1}"
 
 
 def _bad_ids(records: Records, split: np.ndarray) -> Iterator[_Finding]:

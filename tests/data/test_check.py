@@ -50,6 +50,7 @@ def flip(path: Path, offset: int) -> None:
 def test_a_sound_set_is_counted_and_has_no_problems(tmp_path: Path) -> None:
     for size in (40, 48):
         write_dataset(tmp_path, {"train": 2 * BATCH + 3, "val": 10, "test": 5}, size=size)
+    (tmp_path / "tfrecords-jpeg-40x40.zip").touch()
     report = run(tmp_path)
     assert report.problems == []
     assert list(report.splits.items()) == [
@@ -103,6 +104,11 @@ TROUBLES: dict[str, tuple[dict[str, list[Record]], list[tuple[Any, ...]], str]] 
         {"train": [example(0, 0), example(1, 1)], "val": [example(2, 2), example(3, -1)], "test": [example(4, 2)]},
         [("class", "val", 0, "000002"), ("class", "val", 1, "000003"), ("class", "test", 0, "000004")],
         r"has class 2, outside 0\.\.1",
+    ),
+    "no class that could be one": (
+        {"train": [example(0, -1)]},
+        [("class", "train", 0, "000000")],
+        r"has class -1, outside 0\.\.99999",
     ),
     "id missing": (
         {"train": [example(0, 0), without(example(1, 0), "id"), without(example(2, 0), "id")]},
