@@ -96,11 +96,31 @@ class DemoCommand:
 
 
 @dataclass(frozen=True)
-class StatsCommand:
-    """Measure the training split's pixels, for data.mean and data.std: fastflower data stats ROOT"""
+class CheckCommand:
+    """Read and decode every record of all splits and sizes, and name what is wrong: fastflower data check ROOT
+
+    Exit code 1 if there is a problem.
+    """
 
     root: Positional[Path]
     """Data folder."""
+    json: bool = False
+    """Print one JSON object: root, splits, classes, problems."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class StatsCommand:
+    """Measure all pixels, for data.mean and data.std: fastflower data stats ROOT
+
+    Prints YAML for a configuration file; the covariance is a comment in it.
+    """
+
+    root: Positional[Path]
+    """Data folder."""
+    split: Literal["train", "train+val"] = "train"
+    """What to measure, as data.train_on."""
     sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
     """Stored sizes to measure (pixels), as data.sizes."""
     debug: bool = False
@@ -109,9 +129,13 @@ class StatsCommand:
 
 @dataclass(frozen=True)
 class DataCommand:
-    """Draw or measure data sets."""
+    """Draw, check or measure data sets."""
 
-    command: Annotated[DemoCommand, subcommand("demo")] | Annotated[StatsCommand, subcommand("stats")]
+    command: (
+        Annotated[DemoCommand, subcommand("demo")]
+        | Annotated[CheckCommand, subcommand("check")]
+        | Annotated[StatsCommand, subcommand("stats")]
+    )
 
 
 Command = TrainCommand | EvalCommand | DataCommand
@@ -221,6 +245,8 @@ def run(command: Command) -> int:
         return _eval(command)
     if isinstance(command.command, DemoCommand):
         return _demo(command.command)
+    if isinstance(command.command, CheckCommand):
+        return _check(command.command)
     return _stats(command.command)
 
 
@@ -285,12 +311,31 @@ def _demo(command: DemoCommand) -> int:
     return 0
 
 
+def _check(command: CheckCommand) -> int:
+    from fastflower.data.check import check, sentences, table
+    from fastflower.engine.progress import Display
+
+    with Display(Console(stderr=command.json), shown=True) as display:
+        report = check(command.root, threads=len(os.sched_getaffinity(0)), follow=display.follow)
+    if command.json:
+        print(json.dumps(report.to_plain()))
+    else:
+        Console().print(table(report))
+        for sentence in sentences(report):
+            display.say(sentence)
+    return 1 if report.problems else 0
+
+
 def _stats(command: StatsCommand) -> int:
     from fastflower.data.pipeline import Engine
-    from fastflower.data.records import load_split
+    from fastflower.data.records import concatenate, load_split
     from fastflower.data.stats import pixel_statistics
 
-    records = load_split(command.root, "train", sizes=command.sizes)
+    records = concatenate([load_split(command.root, split, sizes=command.sizes) for split in command.split.split("+")])
     found = pixel_statistics(records, Engine(threads=len(os.sched_getaffinity(0))))
-    print(yaml.safe_dump({"data": {"mean": list(found.mean), "std": list(found.std)}}, default_flow_style=None), end="")
+    settings = {"data": {"mean": list(found.normalization.mean), "std": list(found.normalization.std)}}
+    print(yaml.safe_dump(settings, default_flow_style=None, width=120), end="")
+    print("  # covariance, which data.lighting uses:")
+    for row in found.covariance.tolist():
+        print(f"  # - {row}")
     return 0

@@ -67,8 +67,8 @@ class Data:
     val_resize: PositiveInt | None = 256
     """Validation resizes the shorter side to this before the center crop (pixels); none = crop the stored picture."""
     lighting: NonNegativeFloat = 0.0
-    """Standard deviation of the random color shift along the principal components of the training pixels (0.1 in the
-    paper). Off, because color tells flowers apart."""
+    """Standard deviation of the random color shift along each principal component of the training pixels, as a share
+    of theirs (0.1 in the paper). Off, because color tells flowers apart."""
     mean: RGB | None = None
     """Mean of R, G, B in [0, 1] for normalization; none = measured on the training split, or what model.pretrained was
     trained with."""

@@ -31,6 +31,12 @@ torch.set_num_threads(1)  # the tests' networks are too small for more
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("FASTFLOWER_SHARED_DATA", ROOT.parent / "shared" / "data"))
+# Of odd_images those that a decoder can read.
+READABLE = [
+    *("gray.jpg", "progressive.jpg", "cmyk.jpg", "subsampling_411.jpg", "png_bytes_named.jpg", "one_pixel.jpg"),
+    *("exif_orientation_3.jpg", "exif_orientation_6.jpg", "exif_orientation_8.jpg", "panorama_1200x40.jpg"),
+    *("big_3000x2250.jpg", "alpha.png", "palette.png"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

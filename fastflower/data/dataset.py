@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from nvidia.dali import backend
 
@@ -92,7 +93,21 @@ def choose_normalization(data: Data, train: Records, engine: Engine) -> Normaliz
     """The given constants, else those of the training split's pixels."""
     if data.mean and data.std:
         return Normalization(data.mean, data.std)
-    return pixel_statistics(train, engine)
+    return pixel_statistics(train, engine).normalization
+
+
+def choose_lighting(data: Data, train: Records, engine: Engine) -> np.ndarray | None:
+    """Directions of the color shift for `fastflower.data.sampler.training_requests`: [3, 3], or None where it is off.
+
+    They are the principal components of the training pixels, each with the pixels' standard deviation along it times
+    data.lighting. Krizhevsky et al. (2012, section 4.1) write the eigenvalue where its root has the unit of a pixel.
+    """
+    if not data.lighting:
+        return None
+    variance, directions = np.linalg.eigh(pixel_statistics(train, engine).covariance)
+    # an eigenvector is known up to its sign, which must not depend on the library that found it
+    directions *= np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(3)])
+    return data.lighting * directions * np.sqrt(np.maximum(variance, 0))
 
 
 @dataclass(frozen=True)
@@ -104,6 +119,8 @@ class TrainingBatches:
     seed: int
     global_batch: int
     ranks: Ranks
+    balanced: bool = False
+    lighting: np.ndarray | None = None
 
     @property
     def steps(self) -> int:
@@ -121,6 +138,8 @@ class TrainingBatches:
             start=start,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            labels=self.loader.records.labels if self.balanced else None,
+            lighting=self.lighting,
         )
         return self.loader.batches(requests)
 
@@ -160,8 +179,9 @@ def training_batches(
     *,
     batch_size: int,
     seed: int,
+    lighting: np.ndarray | None = None,
 ) -> TrainingBatches:
-    """Random scale, crop and flip in an order that changes each epoch.
+    """Random scale, crop and flip, and the color shift of `choose_lighting`, in an order that changes each epoch.
 
     A split smaller than `batch_size` (over all ranks) is trained in one batch of its size.
 
@@ -178,7 +198,8 @@ def training_batches(
     loader = Loader(
         records, View(data.crop, "random"), normalization, engine, device, batch=share, read_ahead=data.prefetch
     )
-    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, ranks)
+    balanced = data.sampling == "balanced"
+    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, ranks, balanced, lighting)
 
 
 def evaluation_batches(

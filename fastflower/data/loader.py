@@ -100,11 +100,21 @@ class Loader:
             if self._stream:
                 torch.cuda.current_stream(self.device).synchronize()
 
-    def _hand_over(self, images: torch.Tensor, labels: torch.Tensor, indices: np.ndarray, made: _Event) -> Batch:
+    def _hand_over(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        shift: torch.Tensor | None,
+        indices: np.ndarray,
+        made: _Event,
+    ) -> Batch:
         if made:
             torch.cuda.current_stream(self.device).wait_event(made)
         if images.dtype == torch.uint8:
-            images = normalize(images, self._mean, self._std)
+            mean = self._mean if shift is None else self._mean - 255 * shift
+            images = normalize(images, mean, self._std)
+        elif shift is not None:
+            images.add_((255 * shift / self._std)[:, :, None, None])
         return Batch(images, labels, indices)
 
     def _produce(self, requests: Iterator[Request], ready: queue.Queue[_Ready], stop: threading.Event) -> None:
@@ -147,11 +157,14 @@ class Loader:
     def _to_torch(self, pictures: graph.Pictures, request: Request) -> _Item:
         images = torch.from_dlpack(pictures.as_tensor()).permute(0, 3, 1, 2)  # the same memory, channels-last as it is
         labels = torch.from_numpy(self.records.labels[request.indices])
+        shift = None if request.shift is None else torch.from_numpy(request.shift)
         if not self._stream:
-            return images, labels, request.indices, None
+            return images, labels, shift, request.indices, None
         images = images.to(self.device, non_blocking=True)
         labels = labels.pin_memory().to(self.device, non_blocking=True)
-        return images, labels, request.indices, self._stream.record_event()
+        if shift is not None:
+            shift = shift.pin_memory().to(self.device, non_blocking=True)
+        return images, labels, shift, request.indices, self._stream.record_event()
 
     def _explain(self, error: Exception) -> Exception:
         """The record behind a failed batch: DALI names none, so try all that are in work."""
@@ -160,18 +173,18 @@ class Loader:
 
 
 _Event = torch.cuda.Event | None
-_Item = tuple[torch.Tensor, torch.Tensor, np.ndarray, _Event]
+_Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, np.ndarray, _Event]
 _Ready = _Item | Exception | None
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(images - mean) / std of channels-last uint8 [N, 3, S, S]; mean and std are [3], 0..255. Gives float32.
+    """(images - mean) / std of channels-last uint8 [N, 3, S, S], in float32; mean [3] or [N, 3] and std [3] are 0..255.
 
     It works on rows of S * 3 values: broadcasting along the three channels, which lie innermost, is half as fast.
     """
     n, channels, height, width = images.shape
-    rows = images.permute(0, 2, 3, 1).reshape(n * height, width * channels)
-    rows = rows.float().sub_(mean.repeat(width)).div_(std.repeat(width))
+    rows = images.permute(0, 2, 3, 1).reshape(n, height, width * channels)
+    rows = rows.float().sub_(mean.view(-1, 1, channels).repeat(1, 1, width)).div_(std.repeat(width))
     return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
 
 

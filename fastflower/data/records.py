@@ -25,7 +25,10 @@ from fastflower.data.tfrecord import scan, write_tfrecord
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, cache_dir, code_digest
 
-__all__ = ["Records", "class_names", "find_files", "load_split", "read_image", "write_tfrecord"]
+__all__ = [
+    *("Records", "class_names", "concatenate", "find_files", "load_files", "load_split", "read_image", "stored_size"),
+    "write_tfrecord",
+]
 
 Sizes = Literal["auto", "all"] | Sequence[int]
 
@@ -61,8 +64,7 @@ class Records:
     @property
     def sizes(self) -> list[int]:
         """The stored sizes in pixels, ascending; empty where no folder names one."""
-        folders = (_SIZE_FOLDER.fullmatch(path.parent.parent.name) for path in self.files)
-        return sorted({int(match[1]) for match in folders if match})
+        return sorted({size for path in self.files if (size := stored_size(path))})
 
     def describe(self, index: int) -> str:
         """File, record number and id, for messages."""
@@ -96,6 +98,25 @@ class Records:
 _COLUMNS = ("number", "offset", "length", "ids", "labels")
 
 
+def concatenate(parts: Sequence[Records]) -> Records:
+    """The records of all parts, one part after another."""
+    if len(parts) == 1:
+        return parts[0]
+    first = np.cumsum([0, *(len(part.files) for part in parts)])
+    return Records(
+        files=tuple(path for part in parts for path in part.files),
+        stamps=tuple(stamp for part in parts for stamp in part.stamps),
+        file=np.concatenate([part.file + start for part, start in zip(parts, first[:-1], strict=True)]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS},
+    )
+
+
+def stored_size(path: Path) -> int | None:
+    """The size in pixels that a file's tfrecords-jpeg-SxS folder names; None where there is no such folder."""
+    match = _SIZE_FOLDER.fullmatch(path.parent.parent.name)
+    return int(match[1]) if match else None
+
+
 def load_split(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> Records:
     """Index all records of a split; each has an image (see `Records.require` for the other features).
 
@@ -108,14 +129,22 @@ def load_split(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int 
     Raises:
         UserError: no such files, or one of them is refused (`fastflower.data.tfrecord.scan`).
     """
-    files = find_files(root, split, sizes=sizes, scale_min=scale_min)
+    records = load_files(find_files(root, split, sizes=sizes, scale_min=scale_min))
+    records.require("image")
+    return records
+
+
+def load_files(files: Sequence[Path]) -> Records:
+    """Index all records of TFRecord files, also those without an image.
+
+    Raises:
+        UserError: one of them is refused (`fastflower.data.tfrecord.scan`).
+    """
     stamps = tuple(_stamp(path) for path in files)
     tables = [_index(path, stamp) for path, stamp in zip(files, stamps, strict=True)]
     columns = {name: np.concatenate([table[name] for table in tables]) for name in _COLUMNS}
     file = np.repeat(np.arange(len(files)), [len(table["labels"]) for table in tables])
-    records = Records(files=tuple(files), stamps=stamps, file=file, **columns)
-    records.require("image")
-    return records
+    return Records(files=tuple(files), stamps=stamps, file=file, **columns)
 
 
 def find_files(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> list[Path]:

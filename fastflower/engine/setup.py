@@ -16,6 +16,7 @@ from fastflower.data.dataset import (
     Dataset,
     builtin_root,
     choose_engine,
+    choose_lighting,
     choose_normalization,
     ensure_builtin,
     evaluation_batches,
@@ -52,12 +53,21 @@ def prepare(config: Config, device: torch.device, ranks: Ranks, display: Display
         config, dataset = _open(config, display)
         engine = choose_engine(config.data, device, ranks)
         normalization = choose_normalization(config.data, dataset.train, engine)
+        lighting = choose_lighting(config.data, dataset.train, engine)
     precision = choose_precision(config.amp, config.amp_dtype, device)
     if precision.note:
         display.say(precision.note)
     batch_size = config.train.batch_size
     train = training_batches(
-        config.data, dataset.train, normalization, engine, device, ranks, batch_size=batch_size, seed=config.seed
+        config.data,
+        dataset.train,
+        normalization,
+        engine,
+        device,
+        ranks,
+        batch_size=batch_size,
+        seed=config.seed,
+        lighting=lighting,
     )
     val = evaluation_batches(config.data, dataset.val, normalization, engine, device, ranks, batch_size=batch_size)
     if train.global_batch < batch_size:
