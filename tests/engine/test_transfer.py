@@ -104,6 +104,7 @@ def test_weights_that_cannot_be_had_end_a_run_before_it_leaves_anything(small: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_download_once(small: Path, tmp_path: Path, weights_file: Path) -> None:
     digest = hashlib.sha256(weights_file.read_bytes()).hexdigest()
     name = f"tiny-{digest[:8]}.pth"
