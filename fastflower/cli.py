@@ -39,8 +39,8 @@ class TrainCommand:
 
     settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
     config: Path | None = None
-    """YAML file of settings, or the name of one that comes with fastflower (demo, flowers102_64, plain34, resnet34,
-    resnet50)."""
+    """YAML file of settings, or the name of one that comes with fastflower (demo, flowers102_64, paper, plain34,
+    resnet34, resnet50, resnet50_pretrained)."""
     run: Path | None = None
     """Folder for the configuration, logs and checkpoints; none = runs/CONFIG-DATE-TIME."""
     resume: Path | None = None

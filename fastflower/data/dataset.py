@@ -89,11 +89,11 @@ def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
     )
 
 
-def choose_normalization(data: Data, train: Records, engine: Engine) -> Normalization:
-    """The given constants, else those of the training split's pixels."""
+def choose_normalization(data: Data, train: Records, engine: Engine, inherited: Normalization | None) -> Normalization:
+    """The given constants, else those that belong to the weights to start from, else the training split's own."""
     if data.mean and data.std:
         return Normalization(data.mean, data.std)
-    return pixel_statistics(train, engine).normalization
+    return inherited or pixel_statistics(train, engine).normalization
 
 
 def choose_lighting(data: Data, train: Records, engine: Engine) -> np.ndarray | None:

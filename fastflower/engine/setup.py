@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,19 +41,31 @@ from fastflower.environment import environment
 from fastflower.errors import UserError
 from fastflower.models import create_model
 from fastflower.models.layers import choose_norm
+from fastflower.models.pretrained import load_pretrained, open_pretrained
 
 
-def prepare(config: Config, device: torch.device, ranks: Ranks, display: Display) -> tuple[Setup, State]:
+def prepare(
+    config: Config, device: torch.device, ranks: Ranks, display: Display, resumed: Mapping[str, Any] | None = None
+) -> tuple[Setup, State]:
     """Index the data, measure it where needed, build the network: all that a run needs before its first step.
 
+    Args:
+        config: the settings.
+        device: where the network runs.
+        ranks: the processes.
+        display: where progress is shown.
+        resumed: the checkpoint that will be restored, which makes pretrained weights needless; its normalization stays.
+
     Raises:
-        UserError: bad data or settings that do not fit it or this machine.
+        UserError: bad data, settings that do not fit it or this machine, or pretrained weights that cannot be had.
     """
     ranks.share_of(config.train.batch_size)
     with ranks.main_first():
         config, dataset = _open(config, display)
         engine = choose_engine(config.data, device, ranks)
-        normalization = choose_normalization(config.data, dataset.train, engine)
+        pretrained = None if resumed else open_pretrained(config.model, display.say)
+        inherited = _normalization(resumed) if resumed else pretrained.normalization if pretrained else None
+        normalization = choose_normalization(config.data, dataset.train, engine, inherited)
         lighting = choose_lighting(config.data, dataset.train, engine)
     precision = choose_precision(config.amp, config.amp_dtype, device)
     if precision.note:
@@ -80,6 +93,9 @@ def prepare(config: Config, device: torch.device, ranks: Ranks, display: Display
             "raise train.batch_size or data.crop."
         )
     network = build_network(config, len(dataset.classes), device, ranks)
+    if pretrained:
+        load_pretrained(network, pretrained)
+        display.say(f"Starting from {pretrained.source}, with a new last layer.")
     state = new_state(network, config, device, precision)
     saved_with = {
         "classes": dataset.classes,
@@ -129,6 +145,7 @@ def build_network(config: Config, classes: int, device: torch.device, ranks: Ran
         "norm": choose_norm(model.norm, device, sync=model.sync_norm),
         "sync_norm": model.sync_norm and ranks.world_size > 1,
     }
+    del settings["pretrained"]  # not the network's: `prepare` loads it, and a checkpoint replaces it
     torch.manual_seed(config.seed)
     network = create_model(num_classes=classes, **settings)
     return network.to(device).to(memory_format=torch.channels_last)
@@ -162,8 +179,13 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
 
 
 def _architecture(model: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what the weights are, and not how they are computed with."""
-    return {key: value for key, value in model.items() if key not in ("norm", "sync_norm")}
+    """The settings that decide what the weights are, and not where they came from or how they are computed with."""
+    return {key: value for key, value in model.items() if key not in ("pretrained", "norm", "sync_norm")}
+
+
+def _normalization(saved: Mapping[str, Any]) -> Normalization:
+    """What a checkpoint's network was trained with."""
+    return Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
 
 
 def dry_run(config: Config, console: Console) -> None:
@@ -206,7 +228,7 @@ def train_run(
         folder = ranks.gather(folder)[0]  # a new folder is named by the main rank's clock
         saved = load_checkpoint(checkpoint) if checkpoint else None
         with display:
-            setup, state = prepare(config, device, ranks, display)
+            setup, state = prepare(config, device, ranks, display, saved)
         note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None
         if ranks.is_main:
             if not checkpoint:
@@ -276,10 +298,9 @@ def evaluate_run(
         with ranks.main_first():
             records = load_split(data.root or ensure_builtin(), split, sizes=data.sizes, scale_min=data.scale[0])
             records.require_classes(classes)
-        normalization = Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
         engine = choose_engine(data, device, ranks)
         batch_size = config.train.batch_size
-        batches = evaluation_batches(data, records, normalization, engine, device, ranks, batch_size=batch_size)
+        batches = evaluation_batches(data, records, _normalization(saved), engine, device, ranks, batch_size=batch_size)
         network = build_network(config, classes, device, ranks)
         network.load_state_dict(weights_of(saved))
         display.task("evaluate", batches.steps)

@@ -1,6 +1,7 @@
 """The command line with a TinyNet, for processes that torchrun starts; says afterwards what each rank ended with.
 
 TINY_SIGNAL="rank:step" sends that rank SIGTERM in that step; TINY_CRASH="rank:step" raises there.
+TINY_WEIGHTS=URL is where IMAGENET1K_V1 of resnet18 comes from.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from fastflower import cli
 from fastflower.engine import setup as building
 from fastflower.engine.meters import TrainingSums
+from fastflower.models import pretrained
 from tests.conftest import TinyNet
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -48,4 +50,7 @@ if __name__ == "__main__":
     TrainingSums.add = add  # type: ignore[method-assign]
     building.train = train
     building.create_model = TinyNet
+    if "TINY_WEIGHTS" in os.environ:
+        pretrained.URL, _, name = os.environ["TINY_WEIGHTS"].rpartition("/")
+        pretrained.FILES["IMAGENET1K_V1"]["resnet18"] = name
     cli.main()
