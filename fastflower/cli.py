@@ -23,7 +23,7 @@ from rich.text import Text
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from fastflower import config as configuration
-from fastflower.config import Config
+from fastflower.config import Config, Data
 from fastflower.errors import UserError
 
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
@@ -60,8 +60,8 @@ class EvalCommand:
 
     run: Positional[Path]
     """Run folder (its best checkpoint) or a checkpoint file."""
-    root: Annotated[Path | None, arg(name="data.root")] = None
-    """Data folder; none = the run's."""
+    root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
+    """Data folder, or several that are taken together; none = the run's."""
     split: Literal["train", "val", "test"] = "val"
     """Which split; it must have classes."""
     device: Literal["run", "auto", "cpu", "cuda"] = "run"
@@ -96,8 +96,8 @@ class DemoCommand:
 class StatsCommand:
     """Measure the training split's pixels, for data.mean and data.std: fastflower data stats ROOT"""
 
-    root: Positional[Path]
-    """Data folder."""
+    root: Positional[tuple[Path, ...]]
+    """Data folder, or several that are taken together."""
     sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
     """Stored sizes to measure (pixels), as data.sizes."""
     debug: bool = False
@@ -206,7 +206,7 @@ def _config_file(given: str) -> Path:
     return path
 
 
-def _run_name(config: str | Path | None, root: str | Path | None) -> str:
+def _run_name(config: str | Path | None, root: object) -> str:
     return Path(config).stem if config else "train" if root else "demo"
 
 
@@ -281,10 +281,10 @@ def _demo(command: DemoCommand) -> int:
 
 def _stats(command: StatsCommand) -> int:
     from fastflower.data.pipeline import Engine
-    from fastflower.data.records import load_split
+    from fastflower.data.sources import training_pictures
     from fastflower.data.stats import pixel_statistics
 
-    records = load_split(command.root, "train", sizes=command.sizes)
+    records = training_pictures(Data(root=command.root, sizes=command.sizes), seed=0)
     found = pixel_statistics(records, Engine(threads=len(os.sched_getaffinity(0))))
     print(yaml.safe_dump({"data": {"mean": list(found.mean), "std": list(found.std)}}, default_flow_style=None), end="")
     return 0

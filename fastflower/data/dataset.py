@@ -15,8 +15,9 @@ from fastflower.data import demo
 from fastflower.data.demo import write_demo
 from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import Engine, Normalization, View
-from fastflower.data.records import Records, class_names, load_split
+from fastflower.data.records import Records, concatenate
 from fastflower.data.sampler import evaluation_requests, training_requests
+from fastflower.data.sources import class_list, join, leave_out, load_parts
 from fastflower.data.stats import pixel_statistics
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
@@ -49,23 +50,32 @@ class Dataset:
     """The training and validation splits."""
 
     train: Records
-    val: Records
+    val: Records | None  # None where training takes both splits
     classes: list[str]
+    left_out: int = 0  # records of both that data.skip lists
 
 
-def open_dataset(data: Data) -> Dataset:
+def open_dataset(data: Data, seed: int) -> Dataset:
     """Index both splits and check that every record has an image and a class in range.
+
+    `seed` chooses what validates where a folder of classes has no val.
 
     Raises:
         UserError: names the file, record or key.
     """
-    assert data.root is not None
-    train = load_split(data.root, "train", sizes=data.sizes, scale_min=data.scale[0])
-    val = load_split(data.root, "val", sizes=data.sizes, scale_min=data.scale[0])
-    classes = class_names(data.root, train)
+    train_parts, val_parts = load_parts(data, seed, "train", "val")
+    classes = class_list(train_parts)
+    train, val = join(train_parts, classes), join(val_parts, classes)
     for records in (train, val):
         records.require_classes(len(classes))
-    return Dataset(train, val, classes)
+    left_out = 0
+    if data.skip:
+        before = len(train) + len(val)
+        train, val = leave_out(train, data.skip), leave_out(val, data.skip)
+        left_out = before - len(train) - len(val)
+    if data.train_on == "train+val":
+        return Dataset(concatenate([train, val]), None, classes, left_out)
+    return Dataset(train, val, classes, left_out)
 
 
 def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
