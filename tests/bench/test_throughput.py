@@ -63,7 +63,7 @@ def test_loader_counts_pictures_and_appends_a_line(small: Path, tmp_path: Path) 
     assert first["mode"] == "loader"
     assert first["pictures"] == second["pictures"] == 2 * 4 * 20
     assert first["settings"]["scale"] == [36, 48]
-    assert first["settings"]["root"] == "small"  # no paths of one machine
+    assert first["settings"]["root"] == ["small"]  # no paths of one machine
     assert first["machine"]["gpu"] is None
 
 
