@@ -23,7 +23,7 @@ from rich.text import Text
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from fastflower import config as configuration
-from fastflower.config import Config
+from fastflower.config import Config, Data
 from fastflower.errors import UserError
 
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
@@ -63,8 +63,8 @@ class EvalCommand:
 
     run: Positional[Path]
     """Run folder (its best checkpoint) or a checkpoint file."""
-    root: Annotated[Path | None, arg(name="data.root")] = None
-    """Data folder; none = the run's."""
+    root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
+    """Data folder, or several that are taken together; none = the run's."""
     split: Literal["train", "val", "test"] = "val"
     """Which split; it must have classes."""
     device: Literal["run", "auto", "cpu", "cuda"] = "run"
@@ -117,8 +117,8 @@ class StatsCommand:
     Prints YAML for a configuration file; the covariance is a comment in it.
     """
 
-    root: Positional[Path]
-    """Data folder."""
+    root: Positional[tuple[Path, ...]]
+    """Data folder, or several that are taken together."""
     split: Literal["train", "train+val"] = "train"
     """What to measure, as data.train_on."""
     sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
@@ -233,7 +233,7 @@ def _config_file(given: str) -> Path:
     return path
 
 
-def _run_name(config: str | Path | None, root: str | Path | None) -> str:
+def _run_name(config: str | Path | None, root: object) -> str:
     return Path(config).stem if config else "train" if root else "demo"
 
 
@@ -328,10 +328,10 @@ def _check(command: CheckCommand) -> int:
 
 def _stats(command: StatsCommand) -> int:
     from fastflower.data.pipeline import Engine
-    from fastflower.data.records import concatenate, load_split
+    from fastflower.data.sources import load_pictures
     from fastflower.data.stats import pixel_statistics
 
-    records = concatenate([load_split(command.root, split, sizes=command.sizes) for split in command.split.split("+")])
+    records = load_pictures(Data(root=command.root, sizes=command.sizes), command.split.split("+"), seed=0)
     found = pixel_statistics(records, Engine(threads=len(os.sched_getaffinity(0))))
     settings = {"data": {"mean": list(found.normalization.mean), "std": list(found.normalization.std)}}
     print(yaml.safe_dump(settings, default_flow_style=None, width=120), end="")

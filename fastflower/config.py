@@ -48,13 +48,14 @@ class Data:
 
     root: Folders | None = None
     """Folder of the pictures, or several that are taken together; none = the built-in synthetic flowers. A folder holds
-    tfrecords-jpeg-SxS/{train,val,test}/*.tfrec, or train/CLASS/*.jpg, val/CLASS/*.jpg and test/*.jpg."""
+    tfrecords-jpeg-SxS/{train,val,test}/*.tfrec, or pictures in {train,val}/CLASS/ and test/, or in CLASS/ alone."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of each class's training pictures that validates where a folder of classes has no val."""
+    """Share of each class's training pictures that validates, chosen by the seed, where a folder of classes has no
+    val."""
     train_on: Literal["train", "train+val"] = "train"
     """train+val = a final fit on both, for all its epochs, with nothing left to validate on."""
     skip: Path | None = None
-    """What `fastflower data check --json` has printed: training leaves out the records that it lists."""
+    """File of what `fastflower data check --json` printed: training and validation leave out the records it lists."""
     sampling: Literal["uniform", "balanced"] = "uniform"
     """uniform = each record once an epoch; balanced = as many records, drawn so that all classes come equally often."""
     sizes: Literal["auto", "all"] | tuple[PositiveInt, ...] = "auto"
@@ -193,7 +194,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs; auto = on the GPU where there is one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of initialization, order and augmentation."""
+    """Of initialization, order, augmentation, and of what validates (data.val_share)."""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)

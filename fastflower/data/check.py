@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +14,19 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import DataNode, Pipeline
 from rich.table import Table
 
+from fastflower.data.folder import load_folder, split_folder
 from fastflower.data.pipeline import Engine, decode
 from fastflower.data.records import (
     MAX_CLASSES,
     NO_LABEL,
+    SPLITS,
     Records,
     class_names,
     concatenate,
     find_files,
+    holds_tfrecords,
+    is_picture,
+    listed_classes,
     load_files,
     read_image,
     stored_size,
@@ -29,7 +34,6 @@ from fastflower.data.records import (
 from fastflower.data.tfrecord import damaged_payloads
 from fastflower.errors import UserError
 
-SPLITS = ("train", "val", "test")
 MAX_ASPECT = 8  # a square crop of anything longer shows less than an eighth of it
 MIN_SIDE = 16  # pixels; what is smaller is an icon or a placeholder, and a blur once it is enlarged
 BATCH = 32  # pictures that are decoded, and so held in memory, at once
@@ -80,9 +84,12 @@ def check(root: Path, *, threads: int, follow: Callable[[str], Progress]) -> Rep
         UserError: there is no data set, or its list of class names is wrong.
     """
     root = root.absolute()
-    splits, problems = _open(root, follow("verify checksums"))
-    records: dict[str, Records] = {split: concatenate(parts) for split, parts in splits.items() if parts}
-    names = _class_names(root, records)
+    if root.is_dir() and not holds_tfrecords(root):
+        records, problems, names, unknown = _open_folder(root)
+    else:
+        parts, problems = _open(root, follow("verify checksums"))
+        records = {split: concatenate(each) for split, each in parts.items() if each}
+        names, unknown = _class_names(root, records), []
     if records:
         backwards = [split for split in reversed(SPLITS) if split in records]
         everything = concatenate([records[split] for split in backwards])
@@ -90,7 +97,7 @@ def check(root: Path, *, threads: int, follow: Callable[[str], Progress]) -> Rep
         digests, shapes = _examine(everything, threads, follow("decode"))
         found = [
             *_bad_pictures(everything, shapes),
-            *_bad_labels(everything, split, len(names)),
+            *_bad_labels(everything, split, len(names), unknown),
             *_bad_ids(everything, split),
             *_same_pictures(everything, split, np.where(shapes[:, 0] > 0, digests, 0)),
         ]
@@ -140,6 +147,30 @@ def _open(root: Path, progress: Progress) -> tuple[dict[str, list[Records]], lis
             problems += [Problem("crc", split, str(path), i, str(records.ids[i]), text) for i in damaged]
         progress(done, len(files))
     return splits, problems
+
+
+def _open_folder(root: Path) -> tuple[dict[str, Records], list[Problem], list[str], list[str]]:
+    """A folder of classes: the records of each split, what is wrong with its folders, the classes, and those of other
+    splits that train does not have; their labels come after the others.
+    """
+    records, problems, names = {}, [], list(listed_classes(root) or [])
+    unknown: list[str] = []
+    for split in SPLITS:
+        folder = split_folder(root, split)
+        if not folder:
+            continue
+        try:
+            found, classes = load_folder(root, split)
+        except UserError as error:
+            problems.append(Problem("file", split, str(folder), None, "", str(error)))
+            continue
+        if split == "train":
+            names = names or classes
+        unknown += [name for name in classes if name not in names + unknown]
+        label = [(names + unknown).index(name) for name in classes]
+        labels = np.array([each if each == NO_LABEL else label[each] for each in found.labels.tolist()], np.int64)
+        records[split] = replace(found, labels=labels)
+    return records, problems, names, unknown
 
 
 def split_files(root: Path, split: str) -> tuple[list[Path], list[Problem]]:
@@ -230,12 +261,16 @@ def _bad_pictures(records: Records, shapes: np.ndarray) -> Iterator[_Finding]:
             yield index, "shape", f"is {width}×{height} pixels"
 
 
-def _bad_labels(records: Records, split: np.ndarray, count: int) -> Iterator[_Finding]:
+def _bad_labels(records: Records, split: np.ndarray, count: int, unknown: Sequence[str]) -> Iterator[_Finding]:
     missing = records.labels == NO_LABEL
     for index in np.flatnonzero(missing & (split != "test")).tolist():
         yield index, "class", "has no class"
     for index in np.flatnonzero(~missing & ((records.labels < 0) | (records.labels >= count))).tolist():
-        yield index, "class", f"has class {records.labels[index]}, outside 0..{(count or MAX_CLASSES) - 1}"
+        label = int(records.labels[index])
+        if unknown:
+            yield index, "class", f"is of class {unknown[label - count]}, which train does not have"
+        else:
+            yield index, "class", f"has class {label}, outside 0..{(count or MAX_CLASSES) - 1}"
 
 
 def _bad_ids(records: Records, split: np.ndarray) -> Iterator[_Finding]:
@@ -261,7 +296,9 @@ def _same_pictures(records: Records, split: np.ndarray, digests: np.ndarray) -> 
             other = f", there of class {labels[1]}" if labels[0] != labels[1] and NO_LABEL not in labels else ""
             text = f"is the same picture as {records.describe(first)}{other}"
             yield index, "leak" if leak else "duplicate", text
-    for index, first in _repeats(np.flatnonzero(records.ids != ""), records.ids):
+    # files of class folders are numbered anew in each split, so their names tell nothing
+    named = np.array([not is_picture(path) for path in records.files])[records.file] & (records.ids != "")
+    for index, first in _repeats(np.flatnonzero(named), records.ids):
         if split[index] != split[first] and index not in leaks:
             yield index, "leak", f"has the id of {records.describe(first)}"
 
@@ -296,7 +333,8 @@ def sentences(report: Report) -> Iterator[str]:
     """The problems, for a terminal: at most SHOWN of them, and how many there are."""
     for problem in report.problems[:SHOWN]:
         name = f" (id {problem.id})" if problem.id else ""
-        where = "" if problem.record is None else f"{problem.file}, record {problem.record}{name} "
+        number = "" if is_picture(Path(problem.file)) else f", record {problem.record}{name}"
+        where = "" if problem.record is None else f"{problem.file}{number} "
         yield f"{problem.kind}: {where}{problem.text}"
     if len(report.problems) > SHOWN:
         yield f"and {len(report.problems) - SHOWN} more; --json lists all."

@@ -16,8 +16,9 @@ from fastflower.data import demo
 from fastflower.data.demo import write_demo
 from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import Engine, Normalization, View
-from fastflower.data.records import Records, class_names, load_split
+from fastflower.data.records import Records, concatenate
 from fastflower.data.sampler import evaluation_requests, training_requests
+from fastflower.data.sources import class_list, join, leave_out, load_parts
 from fastflower.data.stats import pixel_statistics
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
@@ -50,23 +51,32 @@ class Dataset:
     """The training and validation splits."""
 
     train: Records
-    val: Records
+    val: Records | None  # None where training takes both splits
     classes: list[str]
+    left_out: int = 0  # records of both that data.skip lists
 
 
-def open_dataset(data: Data) -> Dataset:
+def open_dataset(data: Data, seed: int) -> Dataset:
     """Index both splits and check that every record has an image and a class in range.
+
+    `seed` chooses what validates where a folder of classes has no val.
 
     Raises:
         UserError: names the file, record or key.
     """
-    assert data.root is not None
-    train = load_split(data.root, "train", sizes=data.sizes, scale_min=data.scale[0])
-    val = load_split(data.root, "val", sizes=data.sizes, scale_min=data.scale[0])
-    classes = class_names(data.root, train)
+    train_parts, val_parts = load_parts(data, seed, "train", "val")
+    classes = class_list(train_parts)
+    train, val = join(train_parts, classes), join(val_parts, classes)
     for records in (train, val):
         records.require_classes(len(classes))
-    return Dataset(train, val, classes)
+    left_out = 0
+    if data.skip:
+        before = len(train) + len(val)
+        train, val = leave_out(train, data.skip), leave_out(val, data.skip)
+        left_out = before - len(train) - len(val)
+    if data.train_on == "train+val":
+        return Dataset(concatenate([train, val]), None, classes, left_out)
+    return Dataset(train, val, classes, left_out)
 
 
 def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
@@ -99,15 +109,15 @@ def choose_normalization(data: Data, train: Records, engine: Engine, inherited: 
 def choose_lighting(data: Data, train: Records, engine: Engine) -> np.ndarray | None:
     """Directions of the color shift for `fastflower.data.sampler.training_requests`: [3, 3], or None where it is off.
 
-    They are the principal components of the training pixels, each with the pixels' standard deviation along it times
-    data.lighting. Krizhevsky et al. (2012, section 4.1) write the eigenvalue where its root has the unit of a pixel.
+    They are the principal components of the training pixels, each times its eigenvalue and data.lighting (Krizhevsky et
+    al. 2012, section 4.1). The eigenvalues are those of RGB in [0, 1], as in the ResNet implementations that followed.
     """
     if not data.lighting:
         return None
     variance, directions = np.linalg.eigh(pixel_statistics(train, engine).covariance)
     # an eigenvector is known up to its sign, which must not depend on the library that found it
     directions *= np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(3)])
-    return data.lighting * directions * np.sqrt(np.maximum(variance, 0))
+    return data.lighting * directions * np.maximum(variance, 0)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from nvidia.dali import fn, pipeline_def
@@ -94,7 +96,8 @@ def _measure(records: Records, engine: Engine) -> PixelStatistics:
 
 def _fingerprint(records: Records) -> str:
     digest = hashlib.sha256(code_digest(__file__, pipeline.__file__).encode())
+    resolve = functools.cache(Path.resolve)  # a picture's folder holds many
     for path, stamp in zip(records.files, records.stamps, strict=True):
-        digest.update(os.fsencode(f"{path.resolve()}\0{stamp}\0"))
+        digest.update(os.fsencode(f"{resolve(path.parent)}\0{path.name}\0{stamp}\0"))
     digest.update(records.file.tobytes() + records.offset.tobytes())
     return digest.hexdigest()[:32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from fastflower.config import Config, build, resolve
+from fastflower.config import Config, Data, build, resolve
 from fastflower.data.dataset import (
     Dataset,
     builtin_root,
@@ -25,7 +26,8 @@ from fastflower.data.dataset import (
     training_batches,
 )
 from fastflower.data.pipeline import Normalization
-from fastflower.data.records import load_split
+from fastflower.data.records import Records
+from fastflower.data.sources import load_records
 from fastflower.engine.checkpoint import load_checkpoint, weights_of
 from fastflower.engine.distributed import Ranks, Signals, processes
 from fastflower.engine.evaluate import evaluate
@@ -82,7 +84,9 @@ def prepare(
         seed=config.seed,
         lighting=lighting,
     )
-    val = evaluation_batches(config.data, dataset.val, normalization, engine, device, ranks, batch_size=batch_size)
+    val = None
+    if dataset.val is not None:
+        val = evaluation_batches(config.data, dataset.val, normalization, engine, device, ranks, batch_size=batch_size)
     if train.global_batch < batch_size:
         display.say(
             f"The training split is smaller than a batch of {batch_size}: a batch is {train.global_batch} pictures."
@@ -100,7 +104,7 @@ def prepare(
     saved_with = {
         "classes": dataset.classes,
         "normalization": {"mean": list(normalization.mean), "std": list(normalization.std)},
-        "train_records": len(dataset.train),
+        "train_records": {"count": len(dataset.train), "digest": _digest(dataset.train)},
     }
     weights = None
     if config.train.class_weights == "balanced":
@@ -112,22 +116,39 @@ def prepare(
 
 
 def _open(config: Config, display: Display) -> tuple[Config, Dataset]:
-    root = config.data.root
-    if root is None:
+    data = config.data
+    if data.root is None:
         display.say("No data.root given: training on the built-in synthetic flowers.")
         if not builtin_root().is_dir():
             display.say(f"Drawing them, once, into {builtin_root()}")
-        root = ensure_builtin(display.follow("draw synthetic flowers"))
-    config = replace(config, data=replace(config.data, root=root.absolute()))
-    return config, open_dataset(config.data)
+        data = replace(data, root=(ensure_builtin(display.follow("draw synthetic flowers")),))
+    config = replace(config, data=_absolute(data))
+    return config, open_dataset(config.data, config.seed)
+
+
+def _absolute(data: Data) -> Data:
+    """The same folders and files from wherever the run is resumed or evaluated."""
+    return replace(
+        data, root=data.root and tuple(root.absolute() for root in data.root), skip=data.skip and data.skip.absolute()
+    )
+
+
+def _digest(records: Records) -> str:
+    """Tells apart what is trained on, and in which order, wherever it is stored."""
+    ids = os.fsencode("\0".join(records.ids.tolist()))
+    return hashlib.blake2b(ids + records.labels.tobytes(), digest_size=8).hexdigest()
 
 
 def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
     config = setup.config
     for name, records in (("train", dataset.train), ("val", dataset.val)):
+        if records is None:
+            continue
         sizes = ", ".join(f"{size}x{size}" for size in records.sizes)
         stored = f" ({sizes})" if sizes else ""
         display.say(f"{name:>5}: {records.pictures} pictures, {len(records)} records{stored}")
+    if config.data.skip:
+        display.say(f"Left out {dataset.left_out} records that {config.data.skip} lists.")
     compiled = ", compiled" if setup.compiles else ""
     norm = choose_norm(config.model.norm, setup.device, sync=config.model.sync_norm)
     kernels = ", norm by Triton kernels" if norm == "triton" and setup.device.type == "cuda" else ""
@@ -165,7 +186,8 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
     for what, key in (("classes", "classes"), ("training records", "train_records")):
         if saved[key] != setup.saved_with[key]:
             raise UserError(
-                f"{checkpoint} was trained on other {what} than {config.data.root} has: give its data.root."
+                f"{checkpoint} was trained on other {what} than this would be: keep its data.root, data.val_share, "
+                "data.train_on, data.skip and seed."
             )
     if before["train"]["optimizer"] != config.train.optimizer:
         raise UserError(
@@ -270,11 +292,16 @@ def _choose_folder(name: str, run: Path | None, checkpoint: Path | None, overwri
 
 
 def evaluate_run(
-    run: Path, root: Path | None, split: str, device_setting: Literal["run", "auto", "cpu", "cuda"], console: Console
+    run: Path,
+    roots: tuple[Path, ...] | None,
+    split: str,
+    device_setting: Literal["run", "auto", "cpu", "cuda"],
+    console: Console,
 ) -> Evaluation:
     """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
 
-    Precision and batch are those of the run, so that the validation figures that it logged come out again.
+    Precision and batch are those of the run, so that the validation figures that it logged come out again; so are the
+    seed and data.val_share, where they divide a folder, and data.skip, unless `roots` names other folders than the run.
 
     Raises:
         UserError: no such run, or the data does not fit it.
@@ -285,29 +312,32 @@ def evaluate_run(
         raise UserError(f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file.")
     saved = load_checkpoint(path)
     config = build(saved["config"], str(path))
-    if root:
-        config = replace(config, data=replace(config.data, root=root.absolute()))
+    data, classes = config.data, saved["classes"]
+    if roots is not None:
+        known = set(data.root or ())
+        data = _absolute(replace(data, root=roots))
+        if not known.issuperset(data.root or ()):
+            data = replace(data, skip=None)
     choice = config.device if device_setting == "run" else device_setting
     device = choose_device(choice, _local_rank())
-    data, classes = config.data, len(saved["classes"])
     with (
         processes(device) as ranks,
         Signals() as signals,
         Display(console, shown=ranks.is_main) as display,
     ):
         with ranks.main_first():
-            records = load_split(data.root or ensure_builtin(), split, sizes=data.sizes, scale_min=data.scale[0])
-            records.require_classes(classes)
+            records = load_records(data, split, classes, config.seed)
+            records.require_classes(len(classes))
         engine = choose_engine(data, device, ranks)
         batch_size = config.train.batch_size
         batches = evaluation_batches(data, records, _normalization(saved), engine, device, ranks, batch_size=batch_size)
-        network = build_network(config, classes, device, ranks)
+        network = build_network(config, len(classes), device, ranks)
         network.load_state_dict(weights_of(saved))
         display.task("evaluate", batches.steps)
         return evaluate(
             network,
             display.counted(batches.once()),
-            classes=classes,
+            classes=len(classes),
             device=device,
             precision=choose_precision(config.amp, config.amp_dtype, device),
             ranks=ranks,

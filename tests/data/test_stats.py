@@ -103,13 +103,12 @@ def test_a_channel_that_never_varies_is_refused(tmp_path: Path) -> None:
         statistics(tmp_path, [png(flat(7, 4, 4))])
 
 
-def test_lighting_moves_along_the_principal_components_as_far_as_the_pixels_do(tmp_path: Path) -> None:
-    """So a shift by normal numbers has the pixels' own covariance, times the square of data.lighting."""
+def test_lighting_moves_along_the_principal_components_by_their_eigenvalues(tmp_path: Path) -> None:
     covariance = statistics(tmp_path, [png(picture) for picture in correlated()]).covariance
     records = load_split(tmp_path, "train")
     lighting = choose_lighting(Data(lighting=0.1, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)), records, Engine())
     assert lighting is not None
-    np.testing.assert_allclose(lighting @ lighting.T, 0.01 * covariance, rtol=1e-9)
+    np.testing.assert_allclose(lighting @ lighting.T, 0.01 * covariance @ covariance, rtol=1e-9)
     products = lighting.T @ lighting
     np.testing.assert_allclose(products - np.diag(np.diag(products)), 0, atol=1e-12)  # at right angles
     assert (lighting[np.abs(lighting).argmax(0), np.arange(3)] > 0).all()

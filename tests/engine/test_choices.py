@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def test_with_everything_on_a_resumed_run_equals_an_undisturbed_one(
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     assert fastflower(*train_arguments(small, whole), *options).code == 0
     with monkeypatch.context() as patch:
-        signal_at(patch, TrainingSums, call, 2)
+        signal_at(patch, TrainingSums, call, signal.SIGINT)
         assert fastflower(*train_arguments(small, stopped), *options).code == 130
     assert fastflower("train", "--resume", stopped).code == 0
     assert_same_run(whole, stopped)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,7 @@ def pictures(n: int = 5, side: int = 32) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
-def test_labels_have_the_share_that_the_pixels_have(options: dict[str, float]) -> None:
+def test_labels_have_the_share_that_the_pixels_have(options: dict[str, Any]) -> None:
     shares, kinds = [], set()
     for position in range(40):
         labels = torch.arange(5)

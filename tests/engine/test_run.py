@@ -69,7 +69,7 @@ def test_a_run_leaves_what_later_commands_need(finished: Path, small: Path) -> N
 
     settings = yaml.safe_load((finished / "config.yaml").read_text())
     rebuilt = configuration.build(settings, "config.yaml")
-    assert rebuilt.data.root == small
+    assert rebuilt.data.root == (small,)
     assert configuration.to_plain(rebuilt) == settings
 
     saved = torch.load(finished / "checkpoints/last.pt", weights_only=True)
