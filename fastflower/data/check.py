@@ -15,6 +15,7 @@ from nvidia.dali.pipeline import DataNode, Pipeline
 from rich.table import Table
 
 from fastflower.data.folder import load_folder, split_folder
+from fastflower.data.loader import has_header
 from fastflower.data.pipeline import Engine, decode
 from fastflower.data.records import (
     MAX_CLASSES,
@@ -207,7 +208,9 @@ def _examine(records: Records, threads: int, progress: Progress) -> tuple[np.nda
         batch = stored[start : start + BATCH]
         encoded = [read_image(records, index) for index in batch]
         digests[batch] = [int.from_bytes(hashlib.blake2b(data.data, digest_size=8).digest()) for data in encoded]
-        shapes[batch] = decoder.shapes(encoded)
+        pictures = np.array([has_header(data) for data in encoded])
+        if pictures.any():
+            shapes[batch[pictures]] = decoder.shapes([encoded[i] for i in np.flatnonzero(pictures)])
         for done in range(start, start + len(batch)):
             progress(done + 1, len(stored))
     return digests, shapes
@@ -240,7 +243,7 @@ class _Decoder:
             self._pipeline.build()
         self._pipeline.feed_input("encoded", list(encoded))
         (shapes,) = self._pipeline.run()
-        return shapes.as_array()[:, :2]
+        return shapes.as_array()[:, :2].copy()  # the next run writes over it
 
 
 _Finding = tuple[int, Kind, str]  # number of the record, kind, text

@@ -15,9 +15,9 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import DataNode
 
 from fastflower.data import pipeline
-from fastflower.data.loader import first_undecodable
+from fastflower.data.loader import first_undecodable, read_picture
 from fastflower.data.pipeline import Engine, Normalization, decode
-from fastflower.data.records import Records, read_image
+from fastflower.data.records import Records
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, cache_dir, code_digest
 
@@ -57,10 +57,15 @@ def pixel_statistics(records: Records, engine: Engine) -> PixelStatistics:
 def _measure(records: Records, engine: Engine) -> PixelStatistics:
     chunks = iter(np.split(np.arange(len(records)), range(BATCH, len(records), BATCH)))
     in_work: list[np.ndarray] = []
+    failures: list[UserError] = []
 
     def source() -> list[np.ndarray]:
         in_work.append(next(chunks))
-        return [read_image(records, index) for index in in_work[-1]]
+        try:
+            return [read_picture(records, index) for index in in_work[-1]]
+        except UserError as error:
+            failures.append(error)  # it would cross DALI's native code: end the data and raise it after
+            raise StopIteration from error
 
     @pipeline_def(batch_size=BATCH, num_threads=engine.threads, device_id=engine.device_id)
     def planes() -> DataNode:
@@ -83,6 +88,8 @@ def _measure(records: Records, engine: Engine) -> PixelStatistics:
         if sentence := first_undecodable(records, np.concatenate(in_work)):
             raise sentence from error
         raise
+    if failures:
+        raise failures[0]
     mean = (sums / (255 * pixels)).astype(np.float64)
     covariance = ((pixels * products - np.outer(sums, sums)) / (255 * pixels) ** 2).astype(np.float64)
     std = np.sqrt(np.diag(covariance))

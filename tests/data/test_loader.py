@@ -16,7 +16,7 @@ import torch
 
 from fastflower.config import Data
 from fastflower.data.dataset import evaluation_batches, training_batches
-from fastflower.data.loader import Batch, Loader, decodable, normalize
+from fastflower.data.loader import Batch, Loader, decodable, has_header, normalize
 from fastflower.data.pipeline import IMAGENET, Engine, Normalization, View
 from fastflower.data.records import Records, load_split
 from fastflower.data.sampler import evaluation_requests, training_requests
@@ -242,3 +242,10 @@ print(after)
 assert after[19] < 1.05 * after[4], after
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_header_tells_pictures_from_other_files() -> None:
+    whole = example(0, 0)["image"]
+    assert isinstance(whole, bytes)
+    for data, has in ((whole, True), (whole[:-200], True), (whole[:30], False), (b"no picture", False), (b"", False)):
+        assert has_header(np.frombuffer(data, np.uint8)) == has
