@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from tyro.conf import arg, subcommand
 
 from bench.common import CORES, append, circumstances, describe, require_positive, start
-from fastflower.config import Config, Data, build
+from fastflower.config import Config, Data, build, resolve
 from fastflower.data.dataset import choose_engine, ensure_builtin
 from fastflower.data.loader import Loader
 from fastflower.data.pipeline import IMAGENET, View
@@ -285,7 +285,7 @@ def training(
 ) -> Contender:
     """Training steps of `network` (moved to the images' device) on one batch, [N, 3, S, S] channels-last."""
     network.to(images.device).to(memory_format=torch.channels_last).train()
-    optimizer = new_state(network, Config(), images.device, Precision(None)).optimizer
+    optimizer = new_state(network, resolve(Config()), images.device, Precision(None)).optimizer
     forward = torch.compile(network, dynamic=False) if compiled else network
 
     def start(steps: int) -> Iterator[torch.Tensor]:

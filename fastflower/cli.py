@@ -6,7 +6,6 @@ Nothing heavy (torch, DALI) is imported before a command runs, so that help answ
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import json
 import os
 import signal
@@ -216,21 +215,10 @@ def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
         if checkpoint:
             source, settings = str(checkpoint), load_checkpoint(checkpoint)["config"]
     if given.config or not (given.root or settings):
-        path = _config_file(given.config or "demo")
+        path = configuration.find_config(given.config or "demo")
         source = str(path)
         settings = configuration.merge(settings, configuration.load_yaml(path))
     return configuration.build(settings, source), checkpoint
-
-
-def _config_file(given: str) -> Path:
-    """A path, or the name of a file that comes with fastflower."""
-    path = Path(given)
-    if not path.suffix and not path.is_file():
-        found = importlib.resources.files("fastflower.configs").joinpath(f"{given}.yaml")
-        with importlib.resources.as_file(found) as bundled:
-            if bundled.is_file():
-                return bundled
-    return path
 
 
 def _run_name(config: str | Path | None, root: object) -> str:
@@ -254,7 +242,7 @@ def _train(command: TrainCommand) -> int:
     if command.print_config:
         print(configuration.to_yaml(command.settings), end="")
         return 0
-    from fastflower.engine.setup import dry_run, train_run
+    from fastflower.engine.commands import dry_run, train_run
 
     if command.dry_run:
         dry_run(command.settings, Console())
@@ -272,8 +260,8 @@ def _train(command: TrainCommand) -> int:
 
 
 def _eval(command: EvalCommand) -> int:
+    from fastflower.engine.commands import evaluate_run
     from fastflower.engine.distributed import Interrupted
-    from fastflower.engine.setup import evaluate_run
 
     try:
         evaluation = evaluate_run(command.run, command.root, command.split, command.device, Console(stderr=True))

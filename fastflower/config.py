@@ -6,6 +6,7 @@ The text under a field is its help on the command line.
 from __future__ import annotations
 
 import difflib
+import importlib.resources
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -205,6 +206,17 @@ def resolve(config: Config) -> Config:
     if config.train.lr is not None:
         return config
     return replace(config, train=replace(config.train, lr=0.01 if config.model.pretrained else 0.1))
+
+
+def find_config(given: str | Path) -> Path:
+    """A configuration file by its path, or by its name where it comes with fastflower."""
+    path = Path(given)
+    if not path.suffix and not path.is_file():
+        found = importlib.resources.files("fastflower.configs").joinpath(f"{given}.yaml")
+        with importlib.resources.as_file(found) as bundled:
+            if bundled.is_file():
+                return bundled
+    return path
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

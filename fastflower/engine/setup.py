@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from rich.console import Console
 
-from fastflower.config import Config, Data, build, resolve
+from fastflower.config import Config, Data
 from fastflower.data.dataset import (
     Dataset,
+    EvaluationBatches,
+    TrainingBatches,
     builtin_root,
     choose_engine,
     choose_lighting,
@@ -27,23 +27,26 @@ from fastflower.data.dataset import (
 )
 from fastflower.data.pipeline import Normalization
 from fastflower.data.records import Records
-from fastflower.data.sources import load_records
-from fastflower.engine.checkpoint import load_checkpoint, weights_of
-from fastflower.engine.distributed import Ranks, Signals, processes
-from fastflower.engine.evaluate import evaluate
+from fastflower.engine.distributed import Ranks
 from fastflower.engine.loss import Criterion, balanced_weights
-from fastflower.engine.meters import Evaluation
-from fastflower.engine.precision import choose_device, choose_precision
+from fastflower.engine.precision import choose_precision
 from fastflower.engine.progress import Display
-from fastflower.engine.rehearsal import rehearse
-from fastflower.engine.run import RunFolder, changes, new_run
+from fastflower.engine.run import changes
 from fastflower.engine.state import Setup, State, new_state
-from fastflower.engine.train import train
-from fastflower.environment import environment
 from fastflower.errors import UserError
 from fastflower.models import create_model
 from fastflower.models.layers import choose_norm
 from fastflower.models.pretrained import load_pretrained, open_pretrained
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """Both splits as this process reads them."""
+
+    dataset: Dataset
+    normalization: Normalization
+    train: TrainingBatches
+    val: EvaluationBatches | None  # None in a final fit
 
 
 def prepare(
@@ -61,76 +64,104 @@ def prepare(
     Raises:
         UserError: bad data, settings that do not fit it or this machine, or pretrained weights that cannot be had.
     """
-    ranks.share_of(config.train.batch_size)
+    config = with_data(config, ranks, display)
     with ranks.main_first():
-        config, dataset = _open(config, display)
-        engine = choose_engine(config.data, device, ranks)
         pretrained = None if resumed else open_pretrained(config.model, display.say)
-        inherited = _normalization(resumed) if resumed else pretrained.normalization if pretrained else None
-        normalization = choose_normalization(config.data, dataset.train, engine, inherited)
-        lighting = choose_lighting(config.data, dataset.train, engine)
+    inherited = normalization_of(resumed) if resumed else pretrained.normalization if pretrained else None
+    loaders = build_loaders(config, device, ranks, inherited)
     precision = choose_precision(config.amp, config.amp_dtype, device)
     if precision.note:
         display.say(precision.note)
-    batch_size = config.train.batch_size
-    train = training_batches(
-        config.data,
-        dataset.train,
-        normalization,
-        engine,
-        device,
-        ranks,
-        batch_size=batch_size,
-        seed=config.seed,
-        lighting=lighting,
-    )
-    val = None
-    if dataset.val is not None:
-        val = evaluation_batches(config.data, dataset.val, normalization, engine, device, ranks, batch_size=batch_size)
-    if train.global_batch < batch_size:
+    if loaders.train.global_batch < config.train.batch_size:
         display.say(
-            f"The training split is smaller than a batch of {batch_size}: a batch is {train.global_batch} pictures."
+            f"The training split is smaller than a batch of {config.train.batch_size}: "
+            f"a batch is {loaders.train.global_batch} pictures."
         )
+    network = build_network(config, len(loaders.dataset.classes), device, ranks)
+    if pretrained:
+        load_pretrained(network, pretrained)
+        display.say(f"Starting from {pretrained.source}, with a new last layer.")
+    state = new_state(network, config, device, precision)
+    setup = Setup(
+        config=config,
+        device=device,
+        precision=precision,
+        ranks=ranks,
+        criterion=_build_criterion(config, loaders.dataset, device),
+        train=loaders.train,
+        val=loaders.val,
+        saved_with={
+            "classes": loaders.dataset.classes,
+            "normalization": {name: list(value) for name, value in asdict(loaders.normalization).items()},
+            "train_records": {"count": len(loaders.dataset.train), "digest": _digest(loaders.dataset.train)},
+        },
+    )
+    _introduce(setup, loaders.dataset, display)
+    return setup, state
+
+
+def with_data(config: Config, ranks: Ranks, display: Display) -> Config:
+    """The configuration with absolute data folders: those named, or the synthetic flowers, drawn where needed.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    data = config.data
+    if data.root is None:
+        display.say("No data.root given: training on the built-in synthetic flowers.")
+        with ranks.main_first():
+            if not builtin_root().is_dir():
+                display.say(f"Drawing them, once, into {builtin_root()}")
+            data = replace(data, root=(ensure_builtin(display.follow("draw synthetic flowers")),))
+    return replace(config, data=absolute(data))
+
+
+def absolute(data: Data) -> Data:
+    """The same folders and files from wherever the run is resumed or evaluated."""
+    return replace(
+        data, root=data.root and tuple(root.absolute() for root in data.root), skip=data.skip and data.skip.absolute()
+    )
+
+
+def build_loaders(
+    config: Config, device: torch.device, ranks: Ranks, inherited: Normalization | None = None
+) -> Loaders:
+    """Index the configured data, measure its pixels where needed, and make this process's loaders.
+
+    Args:
+        config: with data folders (`with_data`).
+        device: where batches are handed out.
+        ranks: the processes.
+        inherited: normalization where the settings give none; None measures the training split.
+
+    Raises:
+        UserError: bad data, or settings that do not fit it or this machine.
+    """
+    batch_size = config.train.batch_size
+    ranks.share_of(batch_size)
+    with ranks.main_first():
+        dataset = open_dataset(config.data, config.seed)
+        engine = choose_engine(config.data, device, ranks)
+        normalization = choose_normalization(config.data, dataset.train, engine, inherited)
+        lighting = choose_lighting(config.data, dataset.train, engine)
+    common = (normalization, engine, device, ranks)
+    train = training_batches(
+        config.data, dataset.train, *common, batch_size=batch_size, seed=config.seed, lighting=lighting
+    )
     if train.loader.batch == 1 and config.data.crop <= 32:
         raise UserError(
             "one picture a process and data.crop of at most 32 pixels leave BatchNorm a single value: "
             "raise train.batch_size or data.crop."
         )
-    network = build_network(config, len(dataset.classes), device, ranks)
-    if pretrained:
-        load_pretrained(network, pretrained)
-        display.say(f"Starting from {pretrained.source}, with a new last layer.")
-    state = new_state(network, config, device, precision)
-    saved_with = {
-        "classes": dataset.classes,
-        "normalization": {"mean": list(normalization.mean), "std": list(normalization.std)},
-        "train_records": {"count": len(dataset.train), "digest": _digest(dataset.train)},
-    }
+    val = evaluation_batches(config.data, dataset.val, *common, batch_size=batch_size) if dataset.val else None
+    return Loaders(dataset, normalization, train, val)
+
+
+def _build_criterion(config: Config, dataset: Dataset, device: torch.device) -> Criterion:
     weights = None
     if config.train.class_weights == "balanced":
         weights = balanced_weights(dataset.train.labels, len(dataset.classes)).to(device)
-    criterion = Criterion(config.train.label_smoothing, weights)
-    setup = Setup(config, device, precision, ranks, criterion, train, val, saved_with)
-    _introduce(setup, dataset, display)
-    return setup, state
-
-
-def _open(config: Config, display: Display) -> tuple[Config, Dataset]:
-    data = config.data
-    if data.root is None:
-        display.say("No data.root given: training on the built-in synthetic flowers.")
-        if not builtin_root().is_dir():
-            display.say(f"Drawing them, once, into {builtin_root()}")
-        data = replace(data, root=(ensure_builtin(display.follow("draw synthetic flowers")),))
-    config = replace(config, data=_absolute(data))
-    return config, open_dataset(config.data, config.seed)
-
-
-def _absolute(data: Data) -> Data:
-    """The same folders and files from wherever the run is resumed or evaluated."""
-    return replace(
-        data, root=data.root and tuple(root.absolute() for root in data.root), skip=data.skip and data.skip.absolute()
-    )
+    return Criterion(config.train.label_smoothing, weights)
 
 
 def _digest(records: Records) -> str:
@@ -151,7 +182,8 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
         display.say(f"Left out {dataset.left_out} records that {config.data.skip} lists.")
     compiled = ", compiled" if setup.compiles else ""
     norm = choose_norm(config.model.norm, setup.device, sync=config.model.sync_norm)
-    kernels = ", norm by Triton kernels" if norm == "triton" and setup.device.type == "cuda" else ""
+    where = "by" if setup.device.type == "cuda" else "in plain torch instead of"
+    kernels = f", norm {where} our Triton kernels" if norm == "triton" else ""
     processes = f", {setup.ranks.world_size} processes" if setup.ranks.world_size > 1 else ""
     display.say(
         f"{config.model.name}, {len(dataset.classes)} classes, {setup.precision} on {setup.device}"
@@ -205,146 +237,6 @@ def _architecture(model: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in model.items() if key not in ("pretrained", "norm", "sync_norm")}
 
 
-def _normalization(saved: Mapping[str, Any]) -> Normalization:
+def normalization_of(saved: Mapping[str, Any]) -> Normalization:
     """What a checkpoint's network was trained with."""
     return Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
-
-
-def dry_run(config: Config, console: Console) -> None:
-    """Build all that training from `config` needs, and try it in two steps.
-
-    Raises:
-        UserError: see `prepare` and `fastflower.engine.rehearsal.rehearse`.
-    """
-    config = resolve(config)
-    device = choose_device(config.device, _local_rank())
-    with processes(device) as ranks, Display(console, shown=ranks.is_main) as display:
-        rehearse(*prepare(config, device, ranks, display), display)
-
-
-def train_run(
-    config: Config, *, name: str, run: Path | None, checkpoint: Path | None, overwrite: bool, console: Console
-) -> int | None:
-    """Train from a configuration into a run folder; new, or going on from a checkpoint.
-
-    Args:
-        config: the settings, with a resumed run's already in them.
-        name: of a new folder under runs/.
-        run: the folder, or None for a new one (or the checkpoint's).
-        checkpoint: where to go on from; None starts anew.
-        overwrite: clear a run that is already in `run`.
-        console: where progress is shown.
-
-    Returns:
-        None when all epochs are done, else the number of the signal that ended it.
-
-    Raises:
-        UserError: see `prepare`, `restore` and `fastflower.engine.train.train`; or `run` already holds a run.
-    """
-    config = resolve(config)
-    device = choose_device(config.device, _local_rank())
-    with processes(device) as ranks:
-        display = Display(console, shown=ranks.is_main)
-        with ranks.main_first():
-            folder = _choose_folder(name, run, checkpoint, overwrite)
-        folder = ranks.gather(folder)[0]  # a new folder is named by the main rank's clock
-        saved = load_checkpoint(checkpoint) if checkpoint else None
-        with display:
-            setup, state = prepare(config, device, ranks, display, saved)
-        note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None
-        if ranks.is_main:
-            if not checkpoint:
-                folder.clear()
-            folder.write_config(setup.config, note)
-            folder.write_environment(environment(device) | {"world_size": ranks.world_size, "step": state.step})
-        display.say(f"Run folder: {folder.path}")
-        if state.epoch >= config.train.epochs:
-            display.say(f"All {config.train.epochs} epochs are done; give a larger --train.epochs to go on.")
-            return None
-        with display:
-            received = train(setup, state, folder, display)
-        if received:
-            display.say(
-                f"Stopped by {signal.Signals(received).name} and saved. "
-                f"Go on with: fastflower train --resume {folder.path}"
-            )
-        else:
-            display.say(f"Done. {_best(state, config)}: {folder.best}")
-        return received
-
-
-def _best(state: State, config: Config) -> str:
-    """What there is to say about the best checkpoint."""
-    if state.best is None:
-        return "Last epoch"
-    return f"Best validation {config.train.best.replace('_', ' ')} {state.best:.4f}"
-
-
-def _choose_folder(name: str, run: Path | None, checkpoint: Path | None, overwrite: bool) -> RunFolder:
-    if checkpoint:
-        return RunFolder(run or checkpoint.parents[1])
-    folder = RunFolder(run) if run else new_run(name)
-    if folder.exists and not overwrite:
-        raise UserError(
-            f"{folder.path} already holds a run: give --resume {folder.path}, --overwrite or another --run."
-        )
-    return folder
-
-
-def evaluate_run(
-    run: Path,
-    roots: tuple[Path, ...] | None,
-    split: str,
-    device_setting: Literal["run", "auto", "cpu", "cuda"],
-    console: Console,
-) -> Evaluation:
-    """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
-
-    Precision and batch are those of the run, so that the validation figures that it logged come out again; so are the
-    seed and data.val_share, where they divide a folder, and data.skip, unless `roots` names other folders than the run.
-
-    Raises:
-        UserError: no such run, or the data does not fit it.
-        Interrupted: a signal came.
-    """
-    path = run if run.is_file() else RunFolder(run).best
-    if not path.is_file():
-        raise UserError(f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file.")
-    saved = load_checkpoint(path)
-    config = build(saved["config"], str(path))
-    data, classes = config.data, saved["classes"]
-    if roots is not None:
-        known = set(data.root or ())
-        data = _absolute(replace(data, root=roots))
-        if not known.issuperset(data.root or ()):
-            data = replace(data, skip=None)
-    choice = config.device if device_setting == "run" else device_setting
-    device = choose_device(choice, _local_rank())
-    with (
-        processes(device) as ranks,
-        Signals() as signals,
-        Display(console, shown=ranks.is_main) as display,
-    ):
-        with ranks.main_first():
-            records = load_records(data, split, classes, config.seed)
-            records.require_classes(len(classes))
-        engine = choose_engine(data, device, ranks)
-        batch_size = config.train.batch_size
-        batches = evaluation_batches(data, records, _normalization(saved), engine, device, ranks, batch_size=batch_size)
-        network = build_network(config, len(classes), device, ranks)
-        network.load_state_dict(weights_of(saved))
-        display.task("evaluate", batches.steps)
-        return evaluate(
-            network,
-            display.counted(batches.once()),
-            classes=len(classes),
-            device=device,
-            precision=choose_precision(config.amp, config.amp_dtype, device),
-            ranks=ranks,
-            signals=signals,
-        )
-
-
-def _local_rank() -> int:
-    """Which of this machine's processes this is, as torchrun says."""
-    return int(os.environ.get("LOCAL_RANK", 0))

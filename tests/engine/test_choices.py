@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.meters import TrainingSums
@@ -32,6 +33,7 @@ EVERYTHING = (
         "macro_f1",
     ),
     *("--train.class_weights", "balanced", "--train.no_decay_norm_and_bias"),
+    *("--data.sampling", "balanced", "--data.lighting", "0.1"),
 )
 
 
@@ -119,6 +121,27 @@ def test_max_steps_ends_and_can_be_gone_on_from(small: Path, tmp_path: Path, ste
     assert ("stopped after" in result.out) == (steps != 6)
     assert fastflower("train", "--resume", limited, "--train.max_steps", "99").code == 0
     assert_same_run(whole, limited)
+
+
+def test_a_final_fit_trains_on_both_splits_to_its_end(small: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    options = ("--data.train_on", "train+val", "--train.schedule", "cosine")
+    result = fastflower(*train_arguments(small, run), *options, "--train.epochs", "2")
+    assert result.code == 0
+    assert "train: 68 pictures" in result.out
+    assert "val:" not in result.out
+    assert "Done. Last epoch" in result.out
+    for row in rows(run):
+        assert row["step"] == 8 * (row["epoch"] + 1)
+        assert row["train_loss"] > 0
+        assert [row[f"val_{figure}"] for figure in ("loss", "accuracy", "top5", "macro_f1")] == [None] * 4
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert not [tag for tag in events.Tags()["scalars"] if tag.endswith("/val")]
+    assert not differing(weights(run), weights(run, "best"))
+    assert json.loads(fastflower("eval", run, "--json").out)["n"] == 20
+    assert fastflower("train", "--resume", run, "--train.epochs", "3").code == 0
+    assert load_checkpoint(run / "checkpoints/best.pt")["epoch"] == 3
 
 
 def test_a_changed_weight_decay_acts_in_a_resumed_run(small: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fastflower import cli
-from fastflower.engine import setup as building
+from fastflower.engine import commands, setup
 from fastflower.engine.meters import TrainingSums
 from fastflower.models import pretrained
 from tests.conftest import TinyNet
@@ -46,10 +46,10 @@ def train(setup: Any, state: Any, folder: Any, display: Any) -> int | None:
 
 
 if __name__ == "__main__":
-    original_add, original_train = TrainingSums.add, building.train
+    original_add, original_train = TrainingSums.add, commands.train
     TrainingSums.add = add  # type: ignore[method-assign]
-    building.train = train
-    building.create_model = TinyNet
+    commands.train = train
+    setup.create_model = TinyNet
     if "TINY_WEIGHTS" in os.environ:
         pretrained.URL, _, name = os.environ["TINY_WEIGHTS"].rpartition("/")
         pretrained.FILES["IMAGENET1K_V1"]["resnet18"] = name
