@@ -31,7 +31,7 @@ def circumstances(command: object, device: torch.device, versions: Mapping[str, 
     cpu = next((line.partition(": ")[2] for line in info if line.startswith("model name")), "unknown")
     git = shlex.join(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"])
     failed, commit = subprocess.getstatusoutput(git)
-    settings = {key: value.name if isinstance(value, Path) else value for key, value in vars(command).items()}
+    settings = {key: _without_paths(value) for key, value in vars(command).items()}
     return {
         "settings": settings,
         "machine": {
@@ -45,6 +45,13 @@ def circumstances(command: object, device: torch.device, versions: Mapping[str, 
         "commit": None if failed else commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _without_paths(value: Any) -> Any:
+    """Folders by their names alone: paths are of one machine."""
+    if isinstance(value, tuple):
+        return [_without_paths(item) for item in value]
+    return value.name if isinstance(value, Path) else value
 
 
 def describe(machine: Mapping[str, Any]) -> str:

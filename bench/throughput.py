@@ -34,15 +34,16 @@ from torch.utils.data import DataLoader, Dataset
 from tyro.conf import arg, subcommand
 
 from bench.common import CORES, append, circumstances, describe, require_positive, start
-from fastflower.config import Config, Data, build
+from fastflower.config import Config, Data, build, resolve
 from fastflower.data.dataset import choose_engine, ensure_builtin
 from fastflower.data.loader import Loader
 from fastflower.data.pipeline import IMAGENET, View
-from fastflower.data.records import Records, load_split, read_image
+from fastflower.data.records import Records, read_image
 from fastflower.data.sampler import Request, training_requests
+from fastflower.data.sources import load_pictures
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.precision import Precision, choose_device
-from fastflower.engine.train import new_state
+from fastflower.engine.state import new_state
 from fastflower.errors import UserError
 from fastflower.models import create_model
 
@@ -74,8 +75,8 @@ class LoaderCommand(Common):
     The peer is a torch DataLoader with a worker for each core, PIL and torchvision's transforms.
     """
 
-    root: Annotated[Path | None, arg(name="data.root")] = None
-    """Folder that holds tfrecords-jpeg-SxS/train; none = the built-in synthetic flowers."""
+    root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
+    """Data folder, or several, as data.root; none = the built-in synthetic flowers."""
     sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
     """Stored sizes to read (pixels), as data.sizes."""
     crop: int | None = None
@@ -181,8 +182,9 @@ def _synchronize(device: torch.device) -> None:
 
 def with_defaults(command: LoaderCommand) -> LoaderCommand:
     """The command with data, geometry and threads filled in where they were not given."""
-    crop, scale = (224, (256, 480)) if command.root else (56, (64, 96))
-    root = command.root or ensure_builtin()
+    builtin = command.root is None
+    crop, scale = (56, (64, 96)) if builtin else (224, (256, 480))
+    root = (ensure_builtin(),) if builtin else command.root
     defaults: dict[str, Any] = {"root": root, "crop": crop, "scale": scale, "threads": CORES}
     return replace(command, **{key: value for key, value in defaults.items() if vars(command)[key] is None})
 
@@ -194,11 +196,11 @@ def loader_contenders(command: LoaderCommand, device: torch.device) -> list[Cont
     """
     settings = {key: vars(command)[key] for key in ("root", "sizes", "crop", "scale", "threads")}
     data = build({"data": settings | {"val_resize": None}}, "command line").data
-    assert data.root is not None
-    records = load_split(data.root, "train", sizes=data.sizes, scale_min=data.scale[0])
+    records = load_pictures(data, ["train"], seed=0)
     if len(records) < command.batch:
         raise UserError(
-            f"{data.root} has {len(records)} training records, fewer than --batch {command.batch}: lower it."
+            f"{', '.join(map(str, data.root or ()))}: {len(records)} training records, fewer than --batch "
+            f"{command.batch}: lower it."
         )
     contenders = []
     if command.peers:
@@ -283,7 +285,7 @@ def training(
 ) -> Contender:
     """Training steps of `network` (moved to the images' device) on one batch, [N, 3, S, S] channels-last."""
     network.to(images.device).to(memory_format=torch.channels_last).train()
-    optimizer = new_state(network, Config(), images.device, Precision(None)).optimizer
+    optimizer = new_state(network, resolve(Config()), images.device, Precision(None)).optimizer
     forward = torch.compile(network, dynamic=False) if compiled else network
 
     def start(steps: int) -> Iterator[torch.Tensor]:

@@ -6,7 +6,6 @@ Nothing heavy (torch, DALI) is imported before a command runs, so that help answ
 from __future__ import annotations
 
 import argparse
-import importlib.resources
 import json
 import os
 import signal
@@ -23,7 +22,7 @@ from rich.text import Text
 from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
 
 from fastflower import config as configuration
-from fastflower.config import Config
+from fastflower.config import Config, Data
 from fastflower.errors import UserError
 
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
@@ -39,8 +38,8 @@ class TrainCommand:
 
     settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
     config: Path | None = None
-    """YAML file of settings, or the name of one that comes with fastflower (demo, flowers102_64, plain34, resnet34,
-    resnet50)."""
+    """YAML file of settings, or the name of one that comes with fastflower (demo, flowers102_64, paper, plain34,
+    resnet34, resnet50, resnet50_pretrained)."""
     run: Path | None = None
     """Folder for the configuration, logs and checkpoints; none = runs/CONFIG-DATE-TIME."""
     resume: Path | None = None
@@ -50,6 +49,9 @@ class TrainCommand:
     """Replace the run that --run already holds."""
     print_config: bool = False
     """Print the settings as YAML and stop."""
+    dry_run: bool = False
+    """Build everything, train two steps, validate one batch, and say what time and memory they took; no run folder is
+    made."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -60,8 +62,8 @@ class EvalCommand:
 
     run: Positional[Path]
     """Run folder (its best checkpoint) or a checkpoint file."""
-    root: Annotated[Path | None, arg(name="data.root")] = None
-    """Data folder; none = the run's."""
+    root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
+    """Data folder, or several that are taken together; none = the run's."""
     split: Literal["train", "val", "test"] = "val"
     """Which split; it must have classes."""
     device: Literal["run", "auto", "cpu", "cuda"] = "run"
@@ -93,11 +95,31 @@ class DemoCommand:
 
 
 @dataclass(frozen=True)
-class StatsCommand:
-    """Measure the training split's pixels, for data.mean and data.std: fastflower data stats ROOT"""
+class CheckCommand:
+    """Read and decode every record of all splits and sizes, and name what is wrong: fastflower data check ROOT
+
+    Exit code 1 if there is a problem.
+    """
 
     root: Positional[Path]
     """Data folder."""
+    json: bool = False
+    """Print one JSON object: root, splits, classes, problems."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class StatsCommand:
+    """Measure all pixels, for data.mean and data.std: fastflower data stats ROOT
+
+    Prints YAML for a configuration file; the covariance is a comment in it.
+    """
+
+    root: Positional[tuple[Path, ...]]
+    """Data folder, or several that are taken together."""
+    split: Literal["train", "train+val"] = "train"
+    """What to measure, as data.train_on."""
     sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
     """Stored sizes to measure (pixels), as data.sizes."""
     debug: bool = False
@@ -106,9 +128,13 @@ class StatsCommand:
 
 @dataclass(frozen=True)
 class DataCommand:
-    """Draw or measure data sets."""
+    """Draw, check or measure data sets."""
 
-    command: Annotated[DemoCommand, subcommand("demo")] | Annotated[StatsCommand, subcommand("stats")]
+    command: (
+        Annotated[DemoCommand, subcommand("demo")]
+        | Annotated[CheckCommand, subcommand("check")]
+        | Annotated[StatsCommand, subcommand("stats")]
+    )
 
 
 Command = TrainCommand | EvalCommand | DataCommand
@@ -163,7 +189,7 @@ def parse(argv: Sequence[str]) -> Command:
         config=(OmitSubcommandPrefixes,),
     )
     if isinstance(command, TrainCommand):
-        checked = configuration.build(asdict(command.settings), "command line")
+        checked = configuration.resolve(configuration.build(asdict(command.settings), "command line"))
         command = replace(command, settings=checked, resume=checkpoint)
     return command
 
@@ -189,24 +215,13 @@ def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
         if checkpoint:
             source, settings = str(checkpoint), load_checkpoint(checkpoint)["config"]
     if given.config or not (given.root or settings):
-        path = _config_file(given.config or "demo")
+        path = configuration.find_config(given.config or "demo")
         source = str(path)
         settings = configuration.merge(settings, configuration.load_yaml(path))
     return configuration.build(settings, source), checkpoint
 
 
-def _config_file(given: str) -> Path:
-    """A path, or the name of a file that comes with fastflower."""
-    path = Path(given)
-    if not path.suffix and not path.is_file():
-        found = importlib.resources.files("fastflower.configs").joinpath(f"{given}.yaml")
-        with importlib.resources.as_file(found) as bundled:
-            if bundled.is_file():
-                return bundled
-    return path
-
-
-def _run_name(config: str | Path | None, root: str | Path | None) -> str:
+def _run_name(config: str | Path | None, root: object) -> str:
     return Path(config).stem if config else "train" if root else "demo"
 
 
@@ -218,6 +233,8 @@ def run(command: Command) -> int:
         return _eval(command)
     if isinstance(command.command, DemoCommand):
         return _demo(command.command)
+    if isinstance(command.command, CheckCommand):
+        return _check(command.command)
     return _stats(command.command)
 
 
@@ -225,8 +242,11 @@ def _train(command: TrainCommand) -> int:
     if command.print_config:
         print(configuration.to_yaml(command.settings), end="")
         return 0
-    from fastflower.engine.setup import train_run
+    from fastflower.engine.commands import dry_run, train_run
 
+    if command.dry_run:
+        dry_run(command.settings, Console())
+        return 0
     name = _run_name(command.config, command.settings.data.root)
     received = train_run(
         command.settings,
@@ -240,8 +260,8 @@ def _train(command: TrainCommand) -> int:
 
 
 def _eval(command: EvalCommand) -> int:
+    from fastflower.engine.commands import evaluate_run
     from fastflower.engine.distributed import Interrupted
-    from fastflower.engine.setup import evaluate_run
 
     try:
         evaluation = evaluate_run(command.run, command.root, command.split, command.device, Console(stderr=True))
@@ -279,12 +299,31 @@ def _demo(command: DemoCommand) -> int:
     return 0
 
 
+def _check(command: CheckCommand) -> int:
+    from fastflower.data.check import check, sentences, table
+    from fastflower.engine.progress import Display
+
+    with Display(Console(stderr=command.json), shown=True) as display:
+        report = check(command.root, threads=len(os.sched_getaffinity(0)), follow=display.follow)
+    if command.json:
+        print(json.dumps(report.to_plain()))
+    else:
+        Console().print(table(report))
+        for sentence in sentences(report):
+            display.say(sentence)
+    return 1 if report.problems else 0
+
+
 def _stats(command: StatsCommand) -> int:
     from fastflower.data.pipeline import Engine
-    from fastflower.data.records import load_split
+    from fastflower.data.sources import load_pictures
     from fastflower.data.stats import pixel_statistics
 
-    records = load_split(command.root, "train", sizes=command.sizes)
+    records = load_pictures(Data(root=command.root, sizes=command.sizes), command.split.split("+"), seed=0)
     found = pixel_statistics(records, Engine(threads=len(os.sched_getaffinity(0))))
-    print(yaml.safe_dump({"data": {"mean": list(found.mean), "std": list(found.std)}}, default_flow_style=None), end="")
+    settings = {"data": {"mean": list(found.normalization.mean), "std": list(found.normalization.std)}}
+    print(yaml.safe_dump(settings, default_flow_style=None, width=120), end="")
+    print("  # covariance, which data.lighting uses:")
+    for row in found.covariance.tolist():
+        print(f"  # - {row}")
     return 0

@@ -6,13 +6,14 @@ The text under a field is its help on the command line.
 from __future__ import annotations
 
 import difflib
+import importlib.resources
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastflower.errors import UserError
@@ -23,6 +24,10 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 RGB = tuple[float, float, float]
+# YAML may name one folder without a list around it.
+Folders = Annotated[
+    tuple[Path, ...], BeforeValidator(lambda value: [value] if isinstance(value, str | Path) else value)
+]
 
 _SWITCH = {"on": True, "true": True, "off": False, "false": False, "auto": None, "none": None}
 # A flag with a third state: `--x`, `--x on|off|auto`.
@@ -42,8 +47,18 @@ Switch = Annotated[
 class Data:
     """Pictures: where they are and how they become batches."""
 
-    root: Path | None = None
-    """Folder that holds tfrecords-jpeg-SxS/{train,val,test}; none = the built-in synthetic flowers."""
+    root: Folders | None = None
+    """Folder of the pictures, or several that are taken together; none = the built-in synthetic flowers. A folder holds
+    tfrecords-jpeg-SxS/{train,val,test}/*.tfrec, or pictures in {train,val}/CLASS/ and test/, or in CLASS/ alone."""
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of each class's training pictures that validates, chosen by the seed, where a folder of classes has no
+    val."""
+    train_on: Literal["train", "train+val"] = "train"
+    """train+val = a final fit on both, for all its epochs, with nothing left to validate on."""
+    skip: Path | None = None
+    """File of what `fastflower data check --json` printed: training and validation leave out the records it lists."""
+    sampling: Literal["uniform", "balanced"] = "uniform"
+    """uniform = each record once an epoch; balanced = as many records, drawn so that all classes come equally often."""
     sizes: Literal["auto", "all"] | tuple[PositiveInt, ...] = "auto"
     """Stored sizes to use (pixels): auto = the smallest that is at least the minimum of data.scale, else the largest;
     all = every picture at every size; or a list."""
@@ -53,10 +68,14 @@ class Data:
     """Training resizes each picture's shorter side to a size drawn uniformly from this range (pixels)."""
     val_resize: PositiveInt | None = 256
     """Validation resizes the shorter side to this before the center crop (pixels); none = crop the stored picture."""
+    lighting: NonNegativeFloat = 0.0
+    """Standard deviation of the random color shift along each principal component of the training pixels, as a share
+    of theirs (0.1 in the paper). Off, because color tells flowers apart."""
     mean: RGB | None = None
-    """Mean of R, G, B in [0, 1] for normalization; none = measured on the training split."""
+    """Mean of R, G, B in [0, 1] for normalization; none = measured on the training split, or what model.pretrained was
+    trained with."""
     std: RGB | None = None
-    """Standard deviation of R, G, B in [0, 1]; none = measured on the training split."""
+    """Standard deviation of R, G, B in [0, 1]; none = as for mean."""
     decoder: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes and augments; auto = on the GPU where there is one."""
     threads: PositiveInt | None = None
@@ -79,6 +98,9 @@ class Model:
     """Where bottleneck blocks subsample: 3x3 (v1.5, torchvision's) or 1x1 (v1, the paper's)."""
     zero_init_gamma: bool = False
     """Start each residual branch at zero (last BatchNorm's gamma = 0)."""
+    pretrained: str | None = None
+    """Weights to start from, all but the last layer: IMAGENET1K_V1 or IMAGENET1K_V2 (torchvision's, downloaded), a
+    .pth or .safetensors file of torchvision's names, or a run or checkpoint of fastflower."""
     norm: NormChoice = "auto"
     """BatchNorm + ReLU by torch's operators or by our Triton kernels (in plain torch on a CPU); auto = triton on kinds
     of GPU where it was measured to be faster, else torch. The weights are the same."""
@@ -94,28 +116,71 @@ class Train:
     """Passes over the training split."""
     batch_size: PositiveInt = 256
     """Pictures in a step, over all processes together."""
-    lr: PositiveFloat = 0.1
-    """Learning rate: the first (plateau) or the highest (cosine, onecycle)."""
+    optimizer: Literal["sgd", "adamw", "apex_sgd"] = "sgd"
+    """sgd and adamw = torch's, fused; apex_sgd = FusedSGD of NVIDIA's apex, on a GPU."""
+    lr: PositiveFloat | None = None
+    """Learning rate: the first (plateau, step) or the highest (cosine, onecycle); none = 0.1, or 0.01 with
+    model.pretrained."""
+    head_lr: PositiveFloat | None = None
+    """Learning rate of the last layer; none = lr. It follows the same schedule."""
+    freeze_epochs: Annotated[int, Field(ge=0)] = 0
+    """First epochs in which only the last layer learns, and BatchNorm's running statistics rest."""
     momentum: Share = 0.9
     """SGD's momentum."""
+    nesterov: bool = False
+    """Nesterov's momentum."""
     weight_decay: NonNegativeFloat = 1e-4
-    """L2 penalty on all parameters."""
-    schedule: Literal["plateau", "cosine", "onecycle"] = "plateau"
+    """L2 penalty on the parameters (adamw: decoupled)."""
+    decay_norm_and_bias: bool = True
+    """Whether weight decay also acts on BatchNorm's parameters and on biases."""
+    schedule: Literal["plateau", "step", "cosine", "onecycle"] = "plateau"
     """plateau = multiply lr by factor when the validation loss has not improved for more than patience epochs;
-    cosine = linear warm-up, then half a cosine to 0; onecycle = cosine up from lr/25 in the warm-up, then down to
-    lr/250000."""
+    step = multiply it by factor after each of the epochs in milestones; cosine = linear warm-up, then half a cosine to
+    0; onecycle = cosine up from lr/25 in the warm-up, then down to lr/250000."""
+    milestones: tuple[PositiveInt, ...] = (30, 60, 90)
+    """Epochs after which step lowers the learning rate."""
     factor: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """What plateau multiplies the learning rate by."""
+    """What plateau and step multiply the learning rate by."""
     patience: Annotated[int, Field(ge=0)] = 7
     """Epochs without improvement (by a relative 1e-4) that plateau lets pass; the next one lowers the rate."""
     warmup_epochs: NonNegativeFloat = 1.0
     """Length of the warm-up of cosine and onecycle (epochs; fractions allowed)."""
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the target that is spread evenly over all classes."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced = a record's loss counts in inverse proportion to the size of its class."""
+    mixup: NonNegativeFloat = 0.0
+    """Alpha of mixup's Beta distribution; 0 = off. With cutmix too, each batch gets one of them."""
+    cutmix: NonNegativeFloat = 0.0
+    """Alpha of cutmix's Beta distribution; 0 = off."""
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Decay of an exponential moving average of the weights (0.999, say), which then validates, decides what is best
+    and is what eval uses; 0 = off. It is lower in the first steps: at most (1 + steps) / (10 + steps)."""
+    clip_grad: PositiveFloat | None = None
+    """Largest norm of the gradient of all parameters together; none = unlimited."""
+    accumulate: PositiveInt = 1
+    """Pieces that a step's batch is computed in, one after another, to save memory; BatchNorm sees each by itself."""
+    best: Literal["loss", "accuracy", "macro_f1"] = "loss"
+    """The validation figure that decides which checkpoint is best."""
+    early_stop: PositiveInt | None = None
+    """End when the best figure has not improved for so many epochs; none = never."""
+    max_steps: PositiveInt | None = None
+    """End, and save, after so many optimizer steps; none = after the epochs."""
+    profile: bool = False
+    """Record some steps of the first epoch with torch's profiler: trace.json in the run folder, and a list of the ten
+    heaviest operations."""
     compile: Switch = None
     """torch.compile the network; auto = on a GPU only."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's mode."""
     log_every: PositiveInt = 20
     """Steps between readings of the loss from the device (progress line, NaN check)."""
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, once `resolve` has been asked for it."""
+        assert self.lr is not None
+        return self.lr
 
 
 @dataclass(frozen=True)
@@ -130,10 +195,28 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs; auto = on the GPU where there is one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of initialization, order and augmentation."""
+    """Of initialization, order, augmentation, and of what validates (data.val_share)."""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
+
+
+def resolve(config: Config) -> Config:
+    """The configuration with the learning rate that stands for none."""
+    if config.train.lr is not None:
+        return config
+    return replace(config, train=replace(config.train, lr=0.01 if config.model.pretrained else 0.1))
+
+
+def find_config(given: str | Path) -> Path:
+    """A configuration file by its path, or by its name where it comes with fastflower."""
+    path = Path(given)
+    if not path.suffix and not path.is_file():
+        found = importlib.resources.files("fastflower.configs").joinpath(f"{given}.yaml")
+        with importlib.resources.as_file(found) as bundled:
+            if bundled.is_file():
+                return bundled
+    return path
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
@@ -237,6 +320,8 @@ def _nearest(prefix: str, key: str) -> str | None:
 def _check_together(config: Config, source: str) -> None:
     data, train = config.data, config.train
     low, high = data.scale
+    low_rates = train.schedule in ("plateau", "step")
+    final = data.train_on == "train+val"
     problems = {
         f"data.scale is {low} {high}: give the smaller size first": low > high,
         f"data.scale starts at {low} pixels, below data.crop ({data.crop}): raise it or lower data.crop": low
@@ -247,8 +332,21 @@ def _check_together(config: Config, source: str) -> None:
         "data.mean and data.std go together: give both or neither": (data.mean is None) != (data.std is None),
         f"data.std is {data.std}: each value must be above 0": data.std is not None and min(data.std) <= 0,
         f"train.warmup_epochs is {train.warmup_epochs:g}, not below train.epochs ({train.epochs}): lower it": (
-            train.schedule != "plateau" and train.warmup_epochs >= train.epochs
+            not low_rates and train.warmup_epochs >= train.epochs
         ),
+        f"train.batch_size is {train.batch_size}, no multiple of train.accumulate ({train.accumulate}): change one": (
+            train.batch_size % train.accumulate != 0
+        ),
+        "train.schedule plateau needs a validation loss, which data.train_on train+val leaves none: take another": (
+            final and train.schedule == "plateau"
+        ),
+        "train.early_stop needs a validation figure, which data.train_on train+val leaves none: drop one of them": (
+            final and train.early_stop is not None
+        ),
+        f"train.freeze_epochs is {train.freeze_epochs}, not below train.epochs ({train.epochs}): lower it": (
+            train.freeze_epochs >= train.epochs
+        ),
+        "train.nesterov needs a train.momentum above 0": train.nesterov and train.momentum == 0,
     }
     for problem, holds in problems.items():
         if holds:

@@ -31,6 +31,12 @@ torch.set_num_threads(1)  # the tests' networks are too small for more
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("FASTFLOWER_SHARED_DATA", ROOT.parent / "shared" / "data"))
+# Of odd_images those that a decoder can read.
+READABLE = [
+    *("gray.jpg", "progressive.jpg", "cmyk.jpg", "subsampling_411.jpg", "png_bytes_named.jpg", "one_pixel.jpg"),
+    *("exif_orientation_3.jpg", "exif_orientation_6.jpg", "exif_orientation_8.jpg", "panorama_1200x40.jpg"),
+    *("big_3000x2250.jpg", "alpha.png", "palette.png"),
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -103,6 +109,19 @@ def write_dataset(
         for file, start in enumerate(range(0, count, share)):
             part = records[start : start + share]
             write_tfrecord(folder / f"{file:02}-{size}x{size}-{len(part)}.tfrec", part)
+    return root
+
+
+def write_folders(root: Path, counts: Mapping[str, int], *, first: int = 0) -> Path:
+    """Class folders: so many pictures in each folder below root, such as train/rose; as bright as the class's place."""
+    names = sorted({Path(folder).name for folder in counts})
+    for folder, count in counts.items():
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        for i in range(first, first + count):
+            image = example(i, names.index(Path(folder).name))["image"]
+            assert isinstance(image, bytes)
+            (root / folder / f"{i:06}.jpg").write_bytes(image)
+        first += count
     return root
 
 

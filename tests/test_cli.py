@@ -8,9 +8,14 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from fastflower.cli import TrainCommand, parse
+from fastflower.data.pipeline import Engine
+from fastflower.data.records import load_split
+from fastflower.data.stats import pixel_statistics
 from fastflower.engine.checkpoint import load_checkpoint
 from tests.conftest import fastflower, train_arguments
 
@@ -46,8 +51,9 @@ def test_help_answers_in_under_a_second() -> None:
         (["train", "--help"], ["(default: 256)", "(pixels)", "--amp, --no_amp", "--train.epochs", "--resume"]),
         (["eval", "--help"], ["--data.root", "(default: val)", "--json"]),
         (["data", "demo", "--help"], ["(default: 2400)", "(pixels)"]),
-        (["data", "stats", "--help"], ["--sizes", "(default: auto)"]),
-        (["data", "--help"], ["demo", "stats"]),
+        (["data", "check", "--help"], ["--json"]),
+        (["data", "stats", "--help"], ["--sizes", "(default: auto)", "--split", "train+val"]),
+        (["data", "--help"], ["demo", "check", "stats"]),
     ],
 )
 def test_help_shows_defaults_and_units(words: list[str], parts: list[str]) -> None:
@@ -139,6 +145,23 @@ def test_data_demo_writes_a_set_that_trains(tmp_path: Path, tiny_net: None) -> N
     again = fastflower("data", "demo", root, *counts)
     assert again.code == 2
     assert str(root) in again.err
+
+
+def test_data_stats_prints_a_configuration_with_the_covariance_as_a_comment(small: Path, tmp_path: Path) -> None:
+    printed = fastflower("data", "stats", small).out
+    settings = yaml.safe_load(printed)
+    assert {key: len(value) for key, value in settings["data"].items()} == {"mean": 3, "std": 3}
+    (tmp_path / "mine.yaml").write_text(printed)
+    command = parse(["train", "--config", str(tmp_path / "mine.yaml")])
+    assert isinstance(command, TrainCommand)
+    assert command.settings.data.std == tuple(settings["data"]["std"])
+    comments = "\n".join(line.partition("# ")[2] for line in printed.splitlines() if line.lstrip().startswith("# -"))
+    covariance = np.array(yaml.safe_load(comments))
+    np.testing.assert_allclose(np.sqrt(np.diag(covariance)), settings["data"]["std"], rtol=1e-12)
+    both = yaml.safe_load(fastflower("data", "stats", small, "--split", "train+val").out)["data"]["mean"]
+    val = pixel_statistics(load_split(small, "val"), Engine()).normalization.mean
+    # 48 pictures in train and 20 in val, all of one size
+    np.testing.assert_allclose(both, (48 * np.array(settings["data"]["mean"]) + 20 * np.array(val)) / 68, rtol=1e-12)
 
 
 def test_data_stats_prints_what_training_uses(small: Path, tmp_path: Path, tiny_net: None) -> None:

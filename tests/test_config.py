@@ -33,7 +33,7 @@ def test_command_line_wins_over_file_wins_over_defaults(tmp_path: Path) -> None:
 def test_without_configuration_and_data_the_demos_settings_are_the_defaults(tmp_path: Path) -> None:
     demo = configuration.build(configuration.load_yaml(CONFIGS[0].with_name("demo.yaml")), "demo.yaml")
     assert settings() == demo
-    assert settings("--data.root", tmp_path).train == Config().train
+    assert settings("--data.root", tmp_path).train == configuration.resolve(Config()).train
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
@@ -53,6 +53,26 @@ def test_the_studys_configurations_are_its_recipe() -> None:
         assert (train.epochs, train.lr, train.batch_size, train.schedule, train.patience, train.factor) == (
             *(epochs, 0.1, 256, "plateau", 7, 0.1),
         )
+
+
+def test_the_studys_transfer_and_the_papers_recipe() -> None:
+    transfer, paper = settings("--config", "resnet50_pretrained"), settings("--config", "paper")
+    assert (transfer.model.name, transfer.model.pretrained) == ("resnet50", "IMAGENET1K_V1")
+    assert (transfer.train.lr, transfer.train.epochs, transfer.train.schedule) == (0.01, 50, "plateau")
+    assert transfer.data.mean is None
+    assert (paper.train.lr, paper.train.epochs, paper.train.batch_size, paper.train.factor) == (0.1, 120, 256, 0.1)
+    assert (paper.data.scale, paper.data.crop, paper.data.lighting) == ((256, 480), 224, 0.1)
+
+
+def test_the_rate_without_one_given_depends_on_pretrained_weights() -> None:
+    assert settings("--data.root", "x").train.lr == 0.1
+    assert settings("--data.root", "x", "--model.pretrained", "IMAGENET1K_V1").train.lr == 0.01
+    assert settings("--data.root", "x", "--model.pretrained", "w.pth", "--train.lr", 0.3).train.lr == 0.3
+
+
+def test_help_names_every_configuration_that_ships() -> None:
+    shown = fastflower("train", "--help").out
+    assert [file.stem for file in CONFIGS if file.stem not in shown] == []
 
 
 def test_yaml_reads_back_to_the_same() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from nvidia.dali import backend
 
@@ -15,8 +16,9 @@ from fastflower.data import demo
 from fastflower.data.demo import write_demo
 from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import Engine, Normalization, View
-from fastflower.data.records import Records, class_names, load_split
+from fastflower.data.records import Records, concatenate
 from fastflower.data.sampler import evaluation_requests, training_requests
+from fastflower.data.sources import class_list, join, leave_out, load_parts
 from fastflower.data.stats import pixel_statistics
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
@@ -49,23 +51,32 @@ class Dataset:
     """The training and validation splits."""
 
     train: Records
-    val: Records
+    val: Records | None  # None where training takes both splits
     classes: list[str]
+    left_out: int = 0  # records of both that data.skip lists
 
 
-def open_dataset(data: Data) -> Dataset:
+def open_dataset(data: Data, seed: int) -> Dataset:
     """Index both splits and check that every record has an image and a class in range.
+
+    `seed` chooses what validates where a folder of classes has no val.
 
     Raises:
         UserError: names the file, record or key.
     """
-    assert data.root is not None
-    train = load_split(data.root, "train", sizes=data.sizes, scale_min=data.scale[0])
-    val = load_split(data.root, "val", sizes=data.sizes, scale_min=data.scale[0])
-    classes = class_names(data.root, train)
+    train_parts, val_parts = load_parts(data, seed, "train", "val")
+    classes = class_list(train_parts)
+    train, val = join(train_parts, classes), join(val_parts, classes)
     for records in (train, val):
         records.require_classes(len(classes))
-    return Dataset(train, val, classes)
+    left_out = 0
+    if data.skip:
+        before = len(train) + len(val)
+        train, val = leave_out(train, data.skip), leave_out(val, data.skip)
+        left_out = before - len(train) - len(val)
+    if data.train_on == "train+val":
+        return Dataset(concatenate([train, val]), None, classes, left_out)
+    return Dataset(train, val, classes, left_out)
 
 
 def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
@@ -88,11 +99,25 @@ def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
     )
 
 
-def choose_normalization(data: Data, train: Records, engine: Engine) -> Normalization:
-    """The given constants, else those of the training split's pixels."""
+def choose_normalization(data: Data, train: Records, engine: Engine, inherited: Normalization | None) -> Normalization:
+    """The given constants, else those that belong to the weights to start from, else the training split's own."""
     if data.mean and data.std:
         return Normalization(data.mean, data.std)
-    return pixel_statistics(train, engine)
+    return inherited or pixel_statistics(train, engine).normalization
+
+
+def choose_lighting(data: Data, train: Records, engine: Engine) -> np.ndarray | None:
+    """Directions of the color shift for `fastflower.data.sampler.training_requests`: [3, 3], or None where it is off.
+
+    They are the principal components of the training pixels, each times its eigenvalue and data.lighting (Krizhevsky et
+    al. 2012, section 4.1). The eigenvalues are those of RGB in [0, 1], as in the ResNet implementations that followed.
+    """
+    if not data.lighting:
+        return None
+    variance, directions = np.linalg.eigh(pixel_statistics(train, engine).covariance)
+    # an eigenvector is known up to its sign, which must not depend on the library that found it
+    directions *= np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(3)])
+    return data.lighting * directions * np.maximum(variance, 0)
 
 
 @dataclass(frozen=True)
@@ -104,6 +129,8 @@ class TrainingBatches:
     seed: int
     global_batch: int
     ranks: Ranks
+    balanced: bool = False
+    lighting: np.ndarray | None = None
 
     @property
     def steps(self) -> int:
@@ -121,6 +148,8 @@ class TrainingBatches:
             start=start,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            labels=self.loader.records.labels if self.balanced else None,
+            lighting=self.lighting,
         )
         return self.loader.batches(requests)
 
@@ -160,8 +189,9 @@ def training_batches(
     *,
     batch_size: int,
     seed: int,
+    lighting: np.ndarray | None = None,
 ) -> TrainingBatches:
-    """Random scale, crop and flip in an order that changes each epoch.
+    """Random scale, crop and flip, and the color shift of `choose_lighting`, in an order that changes each epoch.
 
     A split smaller than `batch_size` (over all ranks) is trained in one batch of its size.
 
@@ -178,7 +208,8 @@ def training_batches(
     loader = Loader(
         records, View(data.crop, "random"), normalization, engine, device, batch=share, read_ahead=data.prefetch
     )
-    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, ranks)
+    balanced = data.sampling == "balanced"
+    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, ranks, balanced, lighting)
 
 
 def evaluation_batches(

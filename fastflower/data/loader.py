@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from nvidia import nvimgcodec
 from nvidia.dali import pipeline_def
 
 from fastflower.data import pipeline as graph
@@ -100,11 +101,21 @@ class Loader:
             if self._stream:
                 torch.cuda.current_stream(self.device).synchronize()
 
-    def _hand_over(self, images: torch.Tensor, labels: torch.Tensor, indices: np.ndarray, made: _Event) -> Batch:
+    def _hand_over(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        shift: torch.Tensor | None,
+        indices: np.ndarray,
+        made: _Event,
+    ) -> Batch:
         if made:
             torch.cuda.current_stream(self.device).wait_event(made)
         if images.dtype == torch.uint8:
-            images = normalize(images, self._mean, self._std)
+            mean = self._mean if shift is None else self._mean - 255 * shift
+            images = normalize(images, mean, self._std)
+        elif shift is not None:
+            images.add_((255 * shift / self._std)[:, :, None, None])
         return Batch(images, labels, indices)
 
     def _produce(self, requests: Iterator[Request], ready: queue.Queue[_Ready], stop: threading.Event) -> None:
@@ -137,7 +148,7 @@ class Loader:
         if request is None:
             raise StopIteration
         try:
-            images = [read_image(self.records, index) for index in request.indices]
+            images = [read_picture(self.records, index) for index in request.indices]
         except UserError as error:
             self._failure = error  # an exception would cross DALI's native code: end the data and raise it after
             raise StopIteration from error
@@ -147,11 +158,14 @@ class Loader:
     def _to_torch(self, pictures: graph.Pictures, request: Request) -> _Item:
         images = torch.from_dlpack(pictures.as_tensor()).permute(0, 3, 1, 2)  # the same memory, channels-last as it is
         labels = torch.from_numpy(self.records.labels[request.indices])
+        shift = None if request.shift is None else torch.from_numpy(request.shift)
         if not self._stream:
-            return images, labels, request.indices, None
+            return images, labels, shift, request.indices, None
         images = images.to(self.device, non_blocking=True)
         labels = labels.pin_memory().to(self.device, non_blocking=True)
-        return images, labels, request.indices, self._stream.record_event()
+        if shift is not None:
+            shift = shift.pin_memory().to(self.device, non_blocking=True)
+        return images, labels, shift, request.indices, self._stream.record_event()
 
     def _explain(self, error: Exception) -> Exception:
         """The record behind a failed batch: DALI names none, so try all that are in work."""
@@ -160,19 +174,49 @@ class Loader:
 
 
 _Event = torch.cuda.Event | None
-_Item = tuple[torch.Tensor, torch.Tensor, np.ndarray, _Event]
+_Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, np.ndarray, _Event]
 _Ready = _Item | Exception | None
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(images - mean) / std of channels-last uint8 [N, 3, S, S]; mean and std are [3], 0..255. Gives float32.
+    """(images - mean) / std of channels-last uint8 [N, 3, S, S], in float32; mean [3] or [N, 3] and std [3] are 0..255.
 
     It works on rows of S * 3 values: broadcasting along the three channels, which lie innermost, is half as fast.
     """
     n, channels, height, width = images.shape
-    rows = images.permute(0, 2, 3, 1).reshape(n * height, width * channels)
-    rows = rows.float().sub_(mean.repeat(width)).div_(std.repeat(width))
+    rows = images.permute(0, 2, 3, 1).reshape(n, height, width * channels)
+    rows = rows.float().sub_(mean.view(-1, 1, channels).repeat(1, 1, width)).div_(std.repeat(width))
     return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+def read_picture(records: Records, index: int) -> np.ndarray:
+    """The encoded image of a record, [length] uint8, that has a picture's header.
+
+    One without a header among others makes DALI 2.4 crash now and then, where it should report an error.
+
+    Raises:
+        UserError: the record cannot be read or has no such header; names file and record.
+    """
+    encoded = read_image(records, index)
+    if not has_header(encoded):
+        raise undecodable(records, index)
+    return encoded
+
+
+def has_header(encoded: np.ndarray) -> bool:
+    """Whether encoded image bytes ([length] uint8) begin as a picture that DALI's decoder library knows (6 µs)."""
+    try:
+        return nvimgcodec.CodeStream(encoded).width > 0  # which parses it
+    except RuntimeError:
+        return False
+
+
+def undecodable(records: Records, index: int) -> UserError:
+    """The sentence for a record that cannot be decoded."""
+    return UserError(
+        f"{records.describe(index)} cannot be decoded as a picture ({records.length[index]} bytes): "
+        "replace the record or leave it out."
+    )
 
 
 def decodable(encoded: np.ndarray) -> bool:
@@ -193,10 +237,7 @@ def first_undecodable(records: Records, indices: np.ndarray) -> UserError | None
     """The sentence for the first of the records at `indices` ([m] int64) that the decoder cannot read."""
     for index in indices:
         if not decodable(read_image(records, index)):
-            return UserError(
-                f"{records.describe(index)} cannot be decoded as a picture ({records.length[index]} bytes): "
-                "replace the record or leave it out."
-            )
+            return undecodable(records, index)
     return None
 
 

@@ -1,7 +1,7 @@
 """A split of a data set as a table of records: find the files, index them once, read a record's bytes.
 
 A picture is an id; a record is an id at a stored size. The Kaggle layout holds each picture at several sizes:
-ROOT/tfrecords-jpeg-SxS/{train,val,test}/*.tfrec.
+ROOT/tfrecords-jpeg-SxS/{train,val,test}/*.tfrec. A picture may also be a file of its own (`fastflower.data.folder`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from io import BytesIO
@@ -25,10 +26,26 @@ from fastflower.data.tfrecord import scan, write_tfrecord
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, cache_dir, code_digest
 
-__all__ = ["Records", "class_names", "find_files", "load_split", "read_image", "write_tfrecord"]
+__all__ = [
+    "SPLITS",
+    "Records",
+    "class_names",
+    "concatenate",
+    "find_files",
+    "holds_tfrecords",
+    "is_picture",
+    "listed_classes",
+    "load_files",
+    "load_split",
+    "numbered_classes",
+    "read_image",
+    "stored_size",
+    "write_tfrecord",
+]
 
 Sizes = Literal["auto", "all"] | Sequence[int]
 
+SPLITS = ("train", "val", "test")
 SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
 MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
 NO_LABEL = np.iinfo(np.int64).min
@@ -61,13 +78,15 @@ class Records:
     @property
     def sizes(self) -> list[int]:
         """The stored sizes in pixels, ascending; empty where no folder names one."""
-        folders = (_SIZE_FOLDER.fullmatch(path.parent.parent.name) for path in self.files)
-        return sorted({int(match[1]) for match in folders if match})
+        return sorted({size for path in self.files if (size := stored_size(path))})
 
     def describe(self, index: int) -> str:
-        """File, record number and id, for messages."""
+        """File, record number and id, for messages; of a picture that is a file, just its path."""
+        path = self.files[self.file[index]]
+        if is_picture(path):
+            return str(path)
         name = f" (id {self.ids[index]})" if self.ids[index] else ""
-        return f"{self.files[self.file[index]]}, record {self.number[index]}{name}"
+        return f"{path}, record {self.number[index]}{name}"
 
     def select(self, indices: np.ndarray) -> Records:
         """The records at `indices` ([m] int64 or [n] bool), in that order."""
@@ -78,7 +97,10 @@ class Records:
         """Raise UserError naming the first record that lacks `feature`."""
         missing = {"image": self.offset < 0, "id": self.ids == "", "class": self.labels == NO_LABEL}[feature]
         if missing.any():
-            where = self.describe(int(np.argmax(missing)))
+            index = int(np.argmax(missing))
+            where = self.describe(index)
+            if is_picture(self.files[self.file[index]]):
+                raise UserError(f"{where} has no {feature}, which this command needs: put it into its class's folder.")
             raise UserError(f"{where} has no feature '{feature}', which this command needs: write it or drop the file.")
 
     def require_classes(self, count: int) -> None:
@@ -96,6 +118,38 @@ class Records:
 _COLUMNS = ("number", "offset", "length", "ids", "labels")
 
 
+def concatenate(parts: Sequence[Records]) -> Records:
+    """The records of all parts, one part after another."""
+    if len(parts) == 1:
+        return parts[0]
+    first = np.cumsum([0, *(len(part.files) for part in parts)])
+    return Records(
+        files=tuple(path for part in parts for path in part.files),
+        stamps=tuple(stamp for part in parts for stamp in part.stamps),
+        file=np.concatenate([part.file + start for part, start in zip(parts, first[:-1], strict=True)]),
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS},
+    )
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a record's file is the picture itself, and no TFRecord file."""
+    return path.suffix not in SUFFIXES
+
+
+def stored_size(path: Path) -> int | None:
+    """The size in pixels that a file's tfrecords-jpeg-SxS folder names; None where there is no such folder."""
+    match = _SIZE_FOLDER.fullmatch(path.parent.parent.name)
+    return int(match[1]) if match else None
+
+
+def holds_tfrecords(root: Path) -> bool:
+    """Whether `find_files` is the one to look into a folder."""
+    if any(_SIZE_FOLDER.fullmatch(name) for name in (root.name, *os.listdir(root))):
+        return True
+    folders = (root / split for split in SPLITS)
+    return any(name.endswith(SUFFIXES) for folder in folders if folder.is_dir() for name in os.listdir(folder))
+
+
 def load_split(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> Records:
     """Index all records of a split; each has an image (see `Records.require` for the other features).
 
@@ -108,14 +162,22 @@ def load_split(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int 
     Raises:
         UserError: no such files, or one of them is refused (`fastflower.data.tfrecord.scan`).
     """
-    files = find_files(root, split, sizes=sizes, scale_min=scale_min)
+    records = load_files(find_files(root, split, sizes=sizes, scale_min=scale_min))
+    records.require("image")
+    return records
+
+
+def load_files(files: Sequence[Path]) -> Records:
+    """Index all records of TFRecord files, also those without an image.
+
+    Raises:
+        UserError: one of them is refused (`fastflower.data.tfrecord.scan`).
+    """
     stamps = tuple(_stamp(path) for path in files)
     tables = [_index(path, stamp) for path, stamp in zip(files, stamps, strict=True)]
     columns = {name: np.concatenate([table[name] for table in tables]) for name in _COLUMNS}
     file = np.repeat(np.arange(len(files)), [len(table["labels"]) for table in tables])
-    records = Records(files=tuple(files), stamps=stamps, file=file, **columns)
-    records.require("image")
-    return records
+    return Records(files=tuple(files), stamps=stamps, file=file, **columns)
 
 
 def find_files(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> list[Path]:
@@ -167,18 +229,40 @@ def class_names(root: Path, train: Records | None = None) -> list[str]:
     Raises:
         UserError: the file is not a JSON list of names, or there is neither file nor training split.
     """
-    root = root.resolve()
-    path = (root.parent if _SIZE_FOLDER.fullmatch(root.name) else root) / "class_names.json"
-    if path.is_file():
-        try:
-            names = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path} cannot be read as JSON ({error}): write a list of class names.") from error
-        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-            raise UserError(f"{path} is not a JSON list of class names: write one name for each class, by index.")
+    if (names := listed_classes(root)) is not None:
         return names
     if train is None:
         raise UserError(f"{root} has no class_names.json, and no training split was read to count the classes.")
+    return numbered_classes(train)
+
+
+def listed_classes(root: Path) -> list[str] | None:
+    """What `class_names.json` of the data folder lists; None where there is no such file.
+
+    Raises:
+        UserError: it is not a JSON list of different names.
+    """
+    root = root.resolve()
+    path = (root.parent if _SIZE_FOLDER.fullmatch(root.name) else root) / "class_names.json"
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}): write a list of class names.") from error
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path} is not a JSON list of class names: write one name for each class, by index.")
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{path} has the class name {twice[0]!r} twice: give each class a name of its own.")
+    return names
+
+
+def numbered_classes(train: Records) -> list[str]:
+    """The numbers 0..C-1 up to the largest label, for classes without names.
+
+    Raises:
+        UserError: a record has no class, or one that cannot be meant.
+    """
     train.require_classes(MAX_CLASSES)
     return [str(label) for label in range(int(train.labels.max()) + 1)]
 

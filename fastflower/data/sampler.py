@@ -12,17 +12,18 @@ from dataclasses import dataclass
 import numpy as np
 
 # The highest word of Philox's 256-bit counter separates uses of one key, so that no two share random numbers.
-_ORDER, _AUGMENT = 0, 1
+_ORDER, _AUGMENT, _LIGHTING, _CLASSES, _MIX = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
 class Request:
-    """One batch to make: which records, and for each how it is resized, cropped and flipped."""
+    """One batch to make: which records, and for each how it is resized, cropped, flipped and shifted in color."""
 
     indices: np.ndarray  # [n] int64 into the split's records
     shorter: np.ndarray  # [n] int32, pixels of the shorter side after resizing
     crop_yx: np.ndarray  # [n, 2] float32 in [0, 1], share of the free height and width before the crop
     mirror: np.ndarray  # [n] int32, 1 = flipped left to right
+    shift: np.ndarray | None = None  # [n, 3] float32, added to R, G, B in [0, 1]; None = nothing
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -38,17 +39,38 @@ def training_requests(
     start: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    labels: np.ndarray | None = None,
+    lighting: np.ndarray | None = None,
 ) -> Iterator[Request]:
     """A rank's batches of one training epoch, from position `start`; the incomplete last global batch is dropped.
 
     Each rank takes its own span of every global batch, `global_batch / world_size` pictures.
+
+    Args:
+        count: records.
+        seed: of order and augmentation.
+        epoch: from 0.
+        scale: smallest and largest shorter side (pixels).
+        global_batch: pictures of a step over all ranks.
+        start: position in the epoch.
+        rank: whose batches.
+        world_size: ranks.
+        labels: [count] classes, for an order in which all classes come equally often; None = each record once.
+        lighting: [3, 3], a column for each independent direction of the color shift, as long as its standard deviation
+            in RGB of [0, 1]; None = colors as they are.
     """
-    order = permutation(count, seed=seed, epoch=epoch)
+    if labels is None:
+        order = permutation(count, seed=seed, epoch=epoch)
+    else:
+        order = balanced_order(labels, seed=seed, epoch=epoch)
     share = global_batch // world_size
     for position in range(start, count - global_batch + 1, global_batch):
         first = position + rank * share
         shorter, crop_yx, mirror = augmentation(first, first + share, seed=seed, epoch=epoch, scale=scale)
-        yield Request(order[first : first + share], shorter, crop_yx, mirror)
+        shift = None
+        if lighting is not None:
+            shift = (normals(first, first + share, seed=seed, epoch=epoch) @ lighting.T).astype(np.float32)
+        yield Request(order[first : first + share], shorter, crop_yx, mirror, shift)
 
 
 def evaluation_requests(
@@ -70,6 +92,26 @@ def permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.argsort(_raw(count, seed=seed, epoch=epoch, use=_ORDER), kind="stable")
 
 
+def balanced_order(labels: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """An epoch's order in which all classes come equally often: [n] int64 for labels [n].
+
+    Each position draws a class, uniformly among those that have records, and takes the class's next record in an order
+    that changes each epoch, from its start again when all have come. So two records of a class come equally often in an
+    epoch, or one of them once more.
+    """
+    _, member, sizes = np.unique(labels, return_inverse=True, return_counts=True)
+    drawn = np.floor(_uniform(len(labels), seed=seed, epoch=epoch, use=_CLASSES) * len(sizes)).astype(np.int64)
+    order = permutation(len(labels), seed=seed, epoch=epoch)
+    by_class = order[np.argsort(member[order], kind="stable")]
+    positions = np.argsort(drawn, kind="stable")  # of all draws, class by class
+    draws = np.bincount(drawn, minlength=len(sizes))
+    turn = np.arange(len(labels)) - np.repeat(np.cumsum(draws) - draws, draws)  # how often its class came before
+    first = np.cumsum(sizes) - sizes
+    balanced = np.empty_like(order)
+    balanced[positions] = by_class[np.repeat(first, draws) + turn % np.repeat(sizes, draws)]
+    return balanced
+
+
 def augmentation(
     start: int, stop: int, *, seed: int, epoch: int, scale: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -78,13 +120,35 @@ def augmentation(
     The shorter side is uniform over the whole pixels scale[0]..scale[1], both included; half of the pictures flip.
     """
     # One counter step gives four words: scale, y, x and flip of one position.
-    raw = _raw(4 * (stop - start), seed=seed, epoch=epoch, use=_AUGMENT, skip=start).reshape(-1, 4)
-    u = (raw >> np.uint64(11)) * 2.0**-53  # [n, 4] float64 in [0, 1)
+    u = _uniform(4 * (stop - start), seed=seed, epoch=epoch, use=_AUGMENT, skip=start).reshape(-1, 4)
     low, high = scale
     shorter = (low + np.floor(u[:, 0] * (high - low + 1))).astype(np.int32)
     return shorter, u[:, 1:3].astype(np.float32), (u[:, 3] < 0.5).astype(np.int32)
 
 
+def normals(start: int, stop: int, *, seed: int, epoch: int) -> np.ndarray:
+    """Three independent numbers of the standard normal distribution for positions start..stop-1 of an epoch: [n, 3].
+
+    By the transformation of Box and Muller (1958), since Generator.normal may change with numpy's versions.
+    """
+    u = _uniform(4 * (stop - start), seed=seed, epoch=epoch, use=_LIGHTING, skip=start).reshape(-1, 4)
+    radius, angle = np.sqrt(-2 * np.log(1 - u[:, :2])), 2 * np.pi * u[:, 2:]
+    return np.column_stack([radius * np.cos(angle), radius[:, 0] * np.sin(angle[:, 0])])
+
+
+def _uniform(count: int, *, seed: int, epoch: int, use: int, skip: int = 0) -> np.ndarray:
+    """[count] float64 in [0, 1), from counter step `skip` on; a step gives four."""
+    return (_raw(count, seed=seed, epoch=epoch, use=use, skip=skip) >> np.uint64(11)) * 2.0**-53
+
+
+def generator(*, seed: int, epoch: int, position: int) -> np.random.Generator:
+    """Random numbers for a whole batch, the one that begins at `position` of an epoch."""
+    return np.random.Generator(_philox(seed=seed, epoch=epoch, use=_MIX, skip=position))
+
+
 def _raw(count: int, *, seed: int, epoch: int, use: int, skip: int = 0) -> np.ndarray:
-    generator = np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([skip, 0, 0, use], np.uint64))
-    return generator.random_raw(count)
+    return _philox(seed=seed, epoch=epoch, use=use, skip=skip).random_raw(count)
+
+
+def _philox(*, seed: int, epoch: int, use: int, skip: int) -> np.random.Philox:
+    return np.random.Philox(key=np.array([seed, epoch], np.uint64), counter=np.array([skip, 0, 0, use], np.uint64))

@@ -45,6 +45,31 @@ def scan(path: Path) -> Iterator[Example]:
         UserError: the file cannot be read, is no TFRecord, is cut off or empty, or a record is no tf.train.Example
             with `image` and `id` as one bytes value and `class` as one int64.
     """
+    for data, number, start, end in _frames(path):
+        try:
+            yield _parse_example(data, start, end)
+        except (ValueError, IndexError) as error:
+            reason = error.args[0] if isinstance(error, ValueError) else "it ends within a field"
+            raise UserError(
+                f"{path}, record {number} is not a tf.train.Example with image, id and class ({reason}): "
+                "write it again or remove the file."
+            ) from error
+
+
+def damaged_payloads(path: Path) -> Iterator[int]:
+    """The numbers of the records whose bytes do not match their CRC. It reads the whole file.
+
+    Raises:
+        UserError: the file cannot be read, is no TFRecord, is cut off or empty.
+    """
+    for data, number, start, end in _frames(path):
+        (crc,) = struct.unpack_from("<I", data, end)
+        if masked_crc(bytes(data[start:end])) != crc:
+            yield number
+
+
+def _frames(path: Path) -> Iterator[tuple[memoryview, int, int, int]]:
+    """Of each record: the file's bytes, the record's number, start and end of its payload."""
     try:
         size = path.stat().st_size
         data = memoryview(np.memmap(path, np.uint8, "r")) if size else memoryview(b"")  # type: ignore[arg-type]
@@ -57,14 +82,7 @@ def scan(path: Path) -> Iterator[Example]:
     position = number = 0
     while position < size:
         start, end = _frame(path, data, position, number)
-        try:
-            yield _parse_example(data, start, end)
-        except (ValueError, IndexError) as error:
-            reason = error.args[0] if isinstance(error, ValueError) else "it ends within a field"
-            raise UserError(
-                f"{path}, record {number} is not a tf.train.Example with image, id and class ({reason}): "
-                "write it again or remove the file."
-            ) from error
+        yield data, number, start, end
         position, number = end + FOOTER_BYTES, number + 1
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save as to_safetensors
 from fastflower.errors import UserError
 from fastflower.files import atomic_write
 
-FORMAT = 1
+FORMAT = 2  # goes up when an older checkpoint cannot be gone on from
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -46,9 +46,19 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} is not a checkpoint or is damaged: give a run's checkpoints/last.pt or best.pt."
         ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} is not a checkpoint of fastflower: give a run's checkpoints/last.pt or best.pt.")
+    if state["format"] != FORMAT:
+        raise UserError(
+            f"{path} was written by another version of fastflower (format {state['format']}, this one reads {FORMAT}): "
+            "use that version, or train again."
+        )
     return state
+
+
+def weights_of(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """The state_dict that a checkpoint's figures are about: the average's, where one was kept."""
+    return saved["ema"] or saved["model"]
 
 
 def save_weights(path: Path, model: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TypeVar
@@ -17,8 +17,15 @@ _HEADER = (
     f"{'epoch':>5} {'lr':>9} │ {'train loss':>10} {'acc':>6} │ {'val loss':>8} {'acc':>6} {'top-5':>6} {'F1':>6} │ "
     f"{'images/s':>8} {'wait':>5} {'time':>7}"
 )
-
-
+_ROW = (
+    "{epoch:>5} {lr:>9} │ {train_loss:>10} {train_accuracy:>6} │ {val_loss:>8} {val_accuracy:>6} {val_top5:>6} "
+    "{val_macro_f1:>6} │ {images_per_s:>8} {data_wait:>5} {epoch_s:>7}"
+)
+_FORMATS = {"lr": ".2g", "images_per_s": ",.0f", "data_wait": ".0%", "epoch": "", "step": "", "epoch_s": ""} | {
+    f"{split}_{figure}": spec
+    for split in ("train", "val")
+    for figure, spec in {"loss": ".4f", "accuracy": ".1%", "top5": ".1%", "macro_f1": ".3f"}.items()
+}
 PLAIN_LINE_S = 10  # a log file wants a sign of life, not a line a second
 
 
@@ -100,16 +107,13 @@ class Display:
             self._last_line = time.monotonic()
             self.say(f"{epoch} step {step}/{steps}  {text}")
 
-    def row(self, row: dict[str, float]) -> None:
-        """The table row of a finished epoch."""
+    def row(self, row: Mapping[str, float | None]) -> None:
+        """The table row of a finished epoch; a dash for what was not measured."""
         if self._header_due:
             self.say(_HEADER)
             self._header_due = False
-        self.say(
-            f"{row['epoch'] + 1:>5} {row['lr']:>9.2g} │ {row['train_loss']:>10.4f} {row['train_accuracy']:>6.1%} │ "
-            f"{row['val_loss']:>8.4f} {row['val_accuracy']:>6.1%} {row['val_top5']:>6.1%} {row['val_macro_f1']:>6.3f} "
-            f"│ {row['images_per_s']:>8,.0f} {row['data_wait']:>5.0%} {_clock(row['epoch_s']):>7}"
-        )
+        texts = {key: "-" if value is None else format(value, _FORMATS[key]) for key, value in row.items()}
+        self.say(_ROW.format(**texts | {"epoch": int(row["epoch"] or 0) + 1, "epoch_s": _clock(row["epoch_s"] or 0)}))
 
 
 def _clock(seconds: float) -> str:

@@ -32,7 +32,7 @@ class RunFolder:
 
     @property
     def best(self) -> Path:
-        """Checkpoint of the lowest validation loss."""
+        """Checkpoint of the best validation figure."""
         return self.path / "checkpoints" / "best.pt"
 
     @property
@@ -51,6 +51,11 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def trace(self) -> Path:
+        """What torch's profiler recorded."""
+        return self.path / "trace.json"
+
+    @property
     def environment(self) -> Path:
         """Versions and hardware of each start of the run, one JSON object a line."""
         return self.path / "environment.jsonl"
@@ -63,7 +68,7 @@ class RunFolder:
     def clear(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        for path in (self.config, self.metrics, self.environment, *self.path.glob("events.out.tfevents.*")):
+        for path in (self.config, self.metrics, self.environment, self.trace, *self.path.glob("events.out.tfevents.*")):
             path.unlink(missing_ok=True)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
@@ -132,13 +137,14 @@ class RunLog:
         # TensorBoard hides steps from here on that are already in its files
         self._writer = SummaryWriter(str(folder.path), purge_step=first_epoch if before else None)
 
-    def write(self, row: Mapping[str, float]) -> None:
-        """One epoch: a line, and TensorBoard's tags at the epoch's number."""
+    def write(self, row: Mapping[str, float | None]) -> None:
+        """One epoch: a line, and TensorBoard's tags at the epoch's number; what was not measured is None."""
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        epoch = int(row["epoch"])
+        epoch = int(row["epoch"] or 0)
         for tag, key in _TAGS.items():
-            self._writer.add_scalar(tag, row[key], epoch)
+            if row[key] is not None:
+                self._writer.add_scalar(tag, row[key], epoch)
         self._writer.flush()
 
     def close(self) -> None:

@@ -63,7 +63,7 @@ def test_loader_counts_pictures_and_appends_a_line(small: Path, tmp_path: Path) 
     assert first["mode"] == "loader"
     assert first["pictures"] == second["pictures"] == 2 * 4 * 20
     assert first["settings"]["scale"] == [36, 48]
-    assert first["settings"]["root"] == "small"  # no paths of one machine
+    assert first["settings"]["root"] == ["small"]  # no paths of one machine
     assert first["machine"]["gpu"] is None
 
 
@@ -75,7 +75,7 @@ def test_default_data_are_the_builtin_flowers(small: Path, monkeypatch: pytest.M
 
 def test_peer_hands_over_the_same_pictures(small: Path) -> None:
     # shorter side = crop, and the pictures are square: nothing is random but the flip
-    command = LoaderCommand(root=small, crop=36, scale=(36, 36), batch=20, peers=True)
+    command = LoaderCommand(root=(small,), crop=36, scale=(36, 36), batch=20, peers=True)
     ours, peer = throughput.loader_contenders(command, CPU)
     for _ in range(2):  # the workers serve a second repeat
         batches = list(zip(ours.start(5), peer.start(5), strict=True))

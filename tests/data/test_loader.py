@@ -7,18 +7,21 @@ import subprocess
 import sys
 import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastflower.data.loader import Batch, Loader, decodable
-from fastflower.data.pipeline import Engine, Normalization, View
+from fastflower.config import Data
+from fastflower.data.dataset import evaluation_batches, training_batches
+from fastflower.data.loader import Batch, Loader, decodable, has_header, normalize
+from fastflower.data.pipeline import IMAGENET, Engine, Normalization, View
 from fastflower.data.records import Records, load_split
 from fastflower.data.sampler import evaluation_requests, training_requests
-from fastflower.data.stats import pixel_statistics
 from fastflower.data.tfrecord import write_tfrecord
+from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
 from tests.conftest import example, jpeg, write_dataset
 
@@ -180,41 +183,44 @@ def test_the_pipeline_warns_of_nothing(small: Path) -> None:
         list(made.batches(evaluation_requests(48, shorter=36, batch=8)))
 
 
-def test_statistics_are_those_of_all_pixels(tmp_path: Path) -> None:
-    """A large black and a small white picture: the mean of two deviations would be 0."""
-    images = []
-    for level, side in ((0, 60), (255, 30)):
-        pixels = np.full((side, side, 3), level, np.uint8)
-        images.append((pixels, _png(pixels)))
-    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(i, 0, data) for i, (_, data) in enumerate(images)])
-    found = pixel_statistics(load_split(tmp_path, "train"), Engine())
-    everything = np.concatenate([pixels.reshape(-1, 3) for pixels, _ in images]) / 255
-    np.testing.assert_allclose(found.mean, everything.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(found.std, everything.std(0), rtol=1e-6)
-
-
-def test_statistics_are_cached_and_name_a_bad_picture(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_shift_is_added_to_each_picture(small: Path) -> None:
     records = load_split(small, "train")
-    first = pixel_statistics(records, Engine())
-    with monkeypatch.context() as patch:
-        patch.setattr("fastflower.data.stats._measure", lambda *_: pytest.fail("measured again"))
-        assert pixel_statistics(records, Engine()) == first
-        patch.setattr("fastflower.data.stats.code_digest", lambda *_: "another")
-        with pytest.raises(pytest.fail.Exception, match="measured again"):
-            pixel_statistics(records, Engine())
-    write_tfrecord(small / "tfrecords-jpeg-40x40" / "bad" / "a.tfrec", [example(0, 0), example(1, 0, b"no picture")])
-    with pytest.raises(UserError, match="record 1 .* cannot be decoded"):
-        pixel_statistics(load_split(small, "bad"), Engine())
+    made = Loader(records, View(32, "random"), IMAGENET, Engine(), CPU, 8)
+    requests = partial(training_requests, 48, seed=0, epoch=0, scale=(36, 48), global_batch=8)
+    lighting = np.diag([0.2, 0.3, 0.1])
+    std = np.array(IMAGENET.std, np.float32)
+    asked = list(requests(lighting=lighting))
+    passes = list(made.batches(requests())), list(made.batches(asked))
+    for plain, shifted, request in zip(*passes, asked, strict=True):
+        assert request.shift is not None
+        assert np.ptp(request.shift, axis=0).min() > 0.1
+        wanted = plain.images + torch.from_numpy(request.shift / std)[:, :, None, None]
+        torch.testing.assert_close(shifted.images, wanted, rtol=1e-5, atol=1e-5)
+        assert shifted.images.is_contiguous(memory_format=torch.channels_last)
 
 
-def _png(pixels: np.ndarray) -> bytes:
-    from io import BytesIO
+def test_training_batches_follow_the_settings_and_validation_does_not(small: Path) -> None:
+    records = load_split(small, "train").select(np.flatnonzero(np.arange(48) % 3 != 1))
+    data, lighting = Data(crop=32, scale=(36, 48), sampling="balanced", lighting=0.1), np.diag([0.2, 0.3, 0.1])
+    common = (data, records, PLAIN, Engine(), CPU, Ranks())
+    made = training_batches(*common, batch_size=8, seed=5, lighting=lighting)
+    requests = partial(training_requests, len(records), seed=5, epoch=2, scale=(36, 48), global_batch=8, start=8)
+    expected = list(made.loader.batches(requests(labels=records.labels, lighting=lighting)))
+    for batch, other in zip(made.epoch(2, start=8), expected, strict=True):
+        assert torch.equal(batch.images, other.images)
+        assert batch.indices.tolist() == other.indices.tolist()
+    validation = evaluation_batches(*common, batch_size=8)
+    each_once = evaluation_requests(len(records), shorter=256, batch=8)
+    plain = Loader(records, View(32), PLAIN, Engine(), CPU, 8).batches(each_once)
+    for batch, other in zip(validation.once(), plain, strict=True):
+        assert torch.equal(batch.images, other.images)
 
-    from PIL import Image
 
-    buffer = BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
+def test_without_color_shift_normalizing_is_the_plain_formula_to_the_bit() -> None:
+    levels = torch.arange(3 * 256, dtype=torch.int32).remainder(256).to(torch.uint8)
+    images = levels.view(2, 3, 1, 128).contiguous(memory_format=torch.channels_last)
+    mean, std = (255 * torch.tensor(values) for values in (IMAGENET.mean, IMAGENET.std))
+    assert torch.equal(normalize(images, mean, std), (images.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1))
 
 
 @pytest.mark.slow
@@ -236,3 +242,10 @@ print(after)
 assert after[19] < 1.05 * after[4], after
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_header_tells_pictures_from_other_files() -> None:
+    whole = example(0, 0)["image"]
+    assert isinstance(whole, bytes)
+    for data, has in ((whole, True), (whole[:-200], True), (whole[:30], False), (b"no picture", False), (b"", False)):
+        assert has_header(np.frombuffer(data, np.uint8)) == has

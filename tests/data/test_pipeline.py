@@ -16,7 +16,7 @@ from fastflower.data import pipeline as graph
 from fastflower.data.loader import normalize
 from fastflower.data.pipeline import IMAGENET, Engine, Normalization, View, build_pipeline
 from fastflower.data.records import load_split, read_image
-from tests.conftest import jpeg
+from tests.conftest import READABLE, jpeg
 
 
 def run(
@@ -135,18 +135,16 @@ def test_shrinking_is_antialiased() -> None:
         assert pixels.std() < 4  # a filter that only picks pixels gives 127
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *("gray.jpg", "progressive.jpg", "cmyk.jpg", "subsampling_411.jpg", "png_bytes_named.jpg", "one_pixel.jpg"),
-        *("exif_orientation_3.jpg", "exif_orientation_6.jpg", "exif_orientation_8.jpg", "panorama_1200x40.jpg"),
-        *("big_3000x2250.jpg", "alpha.png", "palette.png"),
-    ],
-)
+@pytest.mark.filterwarnings("ignore:Palette images")  # by PIL
+@pytest.mark.parametrize("name", READABLE)
 def test_odd_files_come_out_as_upright_rgb(odd_images: Path, name: str) -> None:
-    data = (odd_images / name).read_bytes()
-
+    """In training and validation; test_stats.py has them in the statistics."""
+    data, place = (odd_images / name).read_bytes(), (0.2, 0.7)
     assert_same_pixels(run([data], View(64), 80)[0], expected(data, 64, 80), most=2)
+    stored = expected(data, 64, None if min(Image.open(BytesIO(data)).size) >= 64 else 64)
+    assert_same_pixels(run([data], View(64, resize=False), 0)[0], stored, most=2)
+    random = run([data], View(64, "random"), 80, np.array([place]), [1])[0]
+    assert_same_pixels(random, expected(data, 64, 80, place, 1), most=2)
 
 
 def test_normalizing_in_the_graph_equals_normalizing_after_it() -> None:

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import pytest
 
-from fastflower.data.sampler import Request, augmentation, evaluation_requests, permutation, training_requests
+from fastflower.data.sampler import (
+    Request,
+    augmentation,
+    balanced_order,
+    evaluation_requests,
+    normals,
+    permutation,
+    training_requests,
+)
 
 SCALE = (256, 480)
+LABELS = np.repeat([0, 5, 7, 2], [200, 3, 40, 1])[permutation(244, seed=1, epoch=0)]  # classes 1, 3, 4, 6 are empty
 
 
 def joined(requests: list[Request]) -> tuple[np.ndarray, ...]:
@@ -73,6 +85,10 @@ def test_pinned_numbers() -> None:
     assert shorter.tolist() == [406, 375]
     np.testing.assert_allclose(crop_yx, [[0.5373295, 0.8719566], [0.5742778, 0.8456830]], rtol=0, atol=1e-6)
     assert mirror.tolist() == [1, 1]
+    np.testing.assert_allclose(
+        normals(1000, 1001, seed=7, epoch=3), [[1.7111636, -0.2987024, -1.1661286]], rtol=0, atol=1e-6
+    )
+    assert balanced_order(LABELS, seed=0, epoch=0)[:6].tolist() == [51, 178, 54, 51, 224, 38]
 
 
 # Augmentation does not depend on how it is asked for
@@ -204,6 +220,90 @@ def test_one_picture_at_sixteen_positions_is_augmented_in_sixteen_ways() -> None
 def test_one_position_differs_by_epoch_and_seed() -> None:
     rows = [augmentation(40, 41, seed=s, epoch=e, scale=SCALE)[1].tolist() for s in range(4) for e in range(4)]
     assert len(np.unique(np.reshape(rows, (16, 2)), axis=0)) == 16
+
+
+# Color shift
+
+
+def test_color_shift_is_normal_along_each_component() -> None:
+    lighting = np.array([[0.05, -0.02, 0.0], [0.04, 0.01, -0.01], [0.06, 0.01, 0.02]])
+    (request,) = training_requests(N, seed=11, epoch=1, scale=SCALE, global_batch=N, lighting=lighting)
+    assert request.shift is not None
+    assert (request.shift.dtype, request.shift.shape) == (np.float32, (N, 3))
+    alpha = request.shift @ np.linalg.inv(lighting).T
+    # standard deviations over N samples: of a mean 0.0032, of a variance 0.0045, of a fourth moment 0.031
+    np.testing.assert_allclose(alpha.mean(0), 0, atol=0.015)
+    np.testing.assert_allclose(np.cov(alpha.T), np.eye(3), atol=0.02)
+    np.testing.assert_allclose((alpha**4).mean(0), 3, atol=0.13)
+    assert 3.5 < abs(alpha).max() < 6
+    within = [(np.abs(alpha) < limit).mean() for limit in (0.5, 1, 2)]
+    np.testing.assert_allclose(within, [0.3829, 0.6827, 0.9545], atol=0.004)
+
+
+def test_color_shift_leaves_all_else_as_it_is_and_follows_the_position_alone() -> None:
+    requests = partial(training_requests, 96, seed=7, scale=SCALE, lighting=np.eye(3))
+
+    def shifts(batch: int, number: int = 3, **place: Any) -> np.ndarray:
+        made = requests(epoch=number, global_batch=batch, **place)
+        return np.concatenate([request.shift for request in made if request.shift is not None])
+
+    whole = shifts(96)
+    np.testing.assert_array_equal(shifts(12), whole)
+    np.testing.assert_array_equal(shifts(12, start=36), whole[36:])
+    halves = [shifts(12, rank=rank, world_size=2).reshape(8, 6, 3) for rank in range(2)]
+    np.testing.assert_array_equal(np.concatenate(halves, axis=1).reshape(96, 3), whole)
+    assert len(np.unique(np.concatenate([whole, shifts(96, number=4)]), axis=0)) == 192
+    plain = requests(epoch=3, global_batch=12, lighting=None)
+    for a, b in zip(plain, requests(epoch=3, global_batch=12), strict=True):
+        assert_same(joined([a]), joined([b]))
+        assert a.shift is None
+
+
+def test_validation_has_no_color_shift() -> None:
+    assert all(request.shift is None for request in evaluation_requests(10, shorter=8, batch=4))
+
+
+# Balance
+
+
+def test_balanced_order_draws_classes_evenly_and_each_of_their_records_equally_often() -> None:
+    per_class = np.zeros(8)
+    for number in range(50):
+        order = balanced_order(LABELS, seed=3, epoch=number)
+        assert (order.dtype, len(order)) == (np.int64, len(LABELS))
+        per_class += np.bincount(LABELS[order], minlength=8)
+        times = np.bincount(order, minlength=len(LABELS))
+        for label in (0, 5, 7, 2):
+            assert np.ptp(times[label == LABELS]) <= 1
+    drawn = per_class[[0, 5, 7, 2]]
+    assert drawn.sum() == per_class.sum() == 50 * 244
+    expected = drawn.sum() / 4
+    assert ((drawn - expected) ** 2 / expected).sum() < 16.3  # 99.9% of chi-square with 3 degrees of freedom
+
+
+def test_balanced_order_is_shuffled_anew_each_epoch() -> None:
+    orders = [balanced_order(LABELS, seed=s, epoch=e) for s in range(2) for e in range(2)]
+    assert len({tuple(order.tolist()) for order in orders}) == 4
+    np.testing.assert_array_equal(balanced_order(LABELS, seed=1, epoch=1), orders[3])
+    classes = LABELS[orders[0]]
+    assert 0.15 < (classes[1:] == classes[:-1]).mean() < 0.35  # a quarter, if neighbours are independent
+    common = [set(order[LABELS[order] == 0].tolist()) for order in orders]  # about 61 of 200 records
+    assert len(common[0] & common[1]) < 40  # about 19 when each epoch starts with other ones
+
+
+@pytest.mark.parametrize("labels", [[4], [4, 4, 4], [0, 1], []])
+def test_balanced_order_of_few_records(labels: list[int]) -> None:
+    order = balanced_order(np.array(labels, np.int64), seed=0, epoch=0)
+    assert len(order) == len(labels)
+    assert set(order.tolist()) <= set(range(len(labels)))
+    if len(set(labels)) == 1:
+        assert sorted(order.tolist()) == list(range(len(labels)))
+
+
+def test_balanced_requests_take_that_order_and_the_augmentation_of_their_positions() -> None:
+    requests = partial(training_requests, 244, seed=7, epoch=3, scale=SCALE, global_batch=12)
+    uniform, balanced = joined(list(requests())), joined(list(requests(labels=LABELS)))
+    assert_same((balanced_order(LABELS, seed=7, epoch=3)[:240], *uniform[1:]), balanced)
 
 
 # Evaluation

@@ -16,6 +16,7 @@ from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
 from tests.conftest import TinyNet, example, fastflower, jpeg, torchrun, train_arguments, write_dataset
+from tests.engine.test_choices import EVERYTHING
 from tests.engine.test_run import assert_same_run, rows
 
 LIMIT_S = 150
@@ -84,6 +85,22 @@ def test_two_ranks_with_common_statistics_train_as_one_process_does(uneven: Path
         torch.testing.assert_close(saved[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
     for a, b in zip(rows(alone), rows(both), strict=True):
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("choice", ["off", pytest.param("on", marks=pytest.mark.slow)])
+def test_ranks_stay_alike_with_every_choice_on_and_go_on_after_a_signal(
+    uneven: Path, tmp_path: Path, choice: str
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    options = (*EVERYTHING, "--train.epochs", "2", "--train.compile", choice)
+    result = train_in_ranks(*train_arguments(uneven, whole), *options)
+    assert result.returncode == 0, result.stderr
+    ends = [json.loads((whole / f"rank{rank}.json").read_text()) for rank in range(2)]
+    assert ends[0] == ends[1]
+    result = train_in_ranks(*train_arguments(uneven, stopped), *options, TINY_SIGNAL="0:7")  # just unfrozen
+    assert "Stopped by SIGTERM and saved" in result.stdout
+    assert train_in_ranks("train", "--resume", stopped).returncode == 0
+    assert_same_run(whole, stopped)
 
 
 def test_a_bad_record_on_one_rank_stops_all(tmp_path: Path) -> None:

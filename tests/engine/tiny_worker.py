@@ -1,6 +1,7 @@
 """The command line with a TinyNet, for processes that torchrun starts; says afterwards what each rank ended with.
 
 TINY_SIGNAL="rank:step" sends that rank SIGTERM in that step; TINY_CRASH="rank:step" raises there.
+TINY_WEIGHTS=URL is where IMAGENET1K_V1 of resnet18 comes from.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from fastflower import cli
-from fastflower.engine import setup as building
+from fastflower.engine import commands, setup
 from fastflower.engine.meters import TrainingSums
+from fastflower.models import pretrained
 from tests.conftest import TinyNet
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -35,15 +37,20 @@ def add(self: TrainingSums, loss: Any, logits: Any, labels: Any, step: int, lr: 
 
 def train(setup: Any, state: Any, folder: Any, display: Any) -> int | None:
     received = original_train(setup, state, folder, display)
-    weights = b"".join(tensor.numpy().tobytes() for tensor in state.network.state_dict().values())
+    weights = b"".join(
+        tensor.numpy().tobytes() for net in (state.network, state.validated) for tensor in net.state_dict().values()
+    )
     end = {"lr": state.schedule.lr, "weights": hashlib.sha256(weights).hexdigest(), "step": state.step}
     (Path(folder.path) / f"rank{RANK}.json").write_text(json.dumps(end))
     return received
 
 
 if __name__ == "__main__":
-    original_add, original_train = TrainingSums.add, building.train
+    original_add, original_train = TrainingSums.add, commands.train
     TrainingSums.add = add  # type: ignore[method-assign]
-    building.train = train
-    building.create_model = TinyNet
+    commands.train = train
+    setup.create_model = TinyNet
+    if "TINY_WEIGHTS" in os.environ:
+        pretrained.URL, _, name = os.environ["TINY_WEIGHTS"].rpartition("/")
+        pretrained.FILES["IMAGENET1K_V1"]["resnet18"] = name
     cli.main()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,3 +92,21 @@ def test_an_epoch_that_is_left_early_leaves_the_loader_usable(pictures: Records)
         assert torch.equal(next(batches).images, whole[0])
         batches.close()  # type: ignore[attr-defined]
     assert all(torch.equal(batch.images, images) for batch, images in zip(epoch(made), whole, strict=True))
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_color_shift_is_that_of_the_cpu(pictures: Records, on_gpu: bool) -> None:
+    """Decoded on the CPU and normalized on the GPU, or both on the GPU."""
+    device = torch.device("cuda", 0)
+    engine = Engine(device="gpu", device_id=0, threads=4) if on_gpu else Engine(threads=4)
+    made = Loader(pictures, View(128, "random"), IMAGENET, engine, device, BATCH)
+    requests = partial(training_requests, COUNT, seed=0, epoch=0, scale=(144, 200), global_batch=BATCH)
+    std, asked = torch.tensor(IMAGENET.std), list(requests(lighting=np.diag([0.2, 0.3, 0.1])))
+    unshifted = [batch.images.float().cpu() for batch in made.batches(requests())]
+    for images, shifted, request in zip(unshifted, made.batches(asked), asked, strict=True):
+        assert request.shift is not None
+        wanted = images + (torch.from_numpy(request.shift) / std)[:, :, None, None]
+        assert shifted.images.dtype == (torch.float16 if on_gpu else torch.float32)
+        assert shifted.images.is_contiguous(memory_format=torch.channels_last)
+        # half of an fp16 step, which is at most 2**-8 for values below 8, twice
+        torch.testing.assert_close(shifted.images.float().cpu(), wanted, rtol=0, atol=2**-8)

@@ -1,0 +1,193 @@
+"""From the data's folders to one table of records for each split: which layout, which classes, what is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from fastflower.config import Data
+from fastflower.data.folder import LAYOUTS, held_out, load_folder, split_folder
+from fastflower.data.records import (
+    NO_LABEL,
+    Records,
+    concatenate,
+    holds_tfrecords,
+    listed_classes,
+    load_split,
+    numbered_classes,
+)
+from fastflower.errors import UserError
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of the data's folders has of a split."""
+
+    root: Path
+    split: str
+    records: Records
+    names: list[str] | None  # what the labels stand for; None where they are mere numbers
+
+
+def load_parts(data: Data, seed: int, *splits: str) -> list[list[Part]]:
+    """Index splits: for each of them a part for each folder of `data.root`.
+
+    A folder of classes without val gives up data.val_share of its training pictures, chosen by `seed`; what validates
+    of one such folder trains in no other.
+
+    Raises:
+        UserError: names the folder, file or record.
+    """
+    if not data.root:
+        raise UserError("--data.root names no folder: give one or more.")
+    layouts = {root: _holds_tfrecords(root) for root in data.root}
+    whole = {
+        root: _load(data, root, "train", tfrecords=False)
+        for root, tfrecords in layouts.items()
+        if set(splits) & {"train", "val"} and not tfrecords and not split_folder(root, "val")
+    }
+    validating = set().union(*(held_out(part.records, data.val_share, seed) for part in whole.values()))
+
+    def load(root: Path, split: str) -> Part:
+        if split == "test" or root not in whole:
+            return _load(data, root, split, tfrecords=layouts[root])
+        records = whole[root].records
+        chosen = np.array([name in validating for name in records.ids.tolist()])
+        return Part(root, split, records.select(chosen if split == "val" else ~chosen), whole[root].names)
+
+    return [[load(root, split) for root in data.root] for split in splits]
+
+
+def class_list(train: Sequence[Part]) -> list[str]:
+    """The classes of the training split by index: the names that files list, in their order, then those of class
+    folders, sorted; or numbers, where no folder has names.
+
+    Raises:
+        UserError: some folders have names and others only numbers.
+    """
+    named = [part for part in train if part.names is not None]
+    numbered = [part for part in train if part.names is None]
+    if named and numbered:
+        raise UserError(
+            f"{numbered[0].root} has only numbers for classes, but {named[0].root} has names: "
+            f"write the names into {numbered[0].root / 'class_names.json'}, a JSON list."
+        )
+    if numbered:
+        return numbered_classes(concatenate([part.records for part in numbered]))
+    listed = dict.fromkeys(name for part in named for name in listed_classes(part.root) or ())
+    return [*listed, *sorted({name for part in named for name in part.names or ()} - set(listed))]
+
+
+def join(parts: Sequence[Part], classes: list[str]) -> Records:
+    """One table of a split, with labels by the class list of the training split.
+
+    Raises:
+        UserError: a class that is not in the list (a test picture then has no label), or no records at all.
+    """
+    joined = concatenate([_relabel(part, classes) for part in parts])
+    if not len(joined):
+        roots = ", ".join(str(part.root) for part in parts)
+        raise UserError(
+            f"{roots}: there are no records for {parts[0].split}: add some (a class needs two pictures, "
+            "for one to validate)."
+        )
+    return joined
+
+
+def load_records(data: Data, split: str, classes: list[str], seed: int) -> Records:
+    """A split with labels by a known class list, and without what data.skip lists; see `load_parts` and `join`."""
+    (parts,) = load_parts(data, seed, split)
+    records = join(parts, classes)
+    return leave_out(records, data.skip) if data.skip else records
+
+
+def load_pictures(data: Data, splits: Sequence[str], *, seed: int) -> Records:
+    """The records of some splits together, for what asks for no classes; see `load_parts`."""
+    return concatenate([part.records for parts in load_parts(data, seed, *splits) for part in parts])
+
+
+def leave_out(records: Records, skip: Path) -> Records:
+    """Without the records that a file of what `fastflower data check --json` printed lists.
+
+    Raises:
+        UserError: it is no such file, or it lists all of them.
+    """
+    listed = _listed(skip)
+    names = {path.name for path, _ in listed}
+    suspects = {i: _settled(path) for i, path in enumerate(records.files) if path.name in names}
+    bad = np.zeros(len(records), bool)
+    for i in np.flatnonzero(np.isin(records.file, list(suspects))):
+        bad[i] = (suspects[records.file[i]], records.number[i]) in listed
+    if bad.all():
+        raise UserError(f"{skip} lists every record of a split, which leaves nothing: shorten it or drop data.skip.")
+    return records.select(~bad)
+
+
+def _listed(skip: Path) -> set[tuple[Path, int]]:
+    """File and record number of each problem with a record; a record without an id is none for training."""
+    try:
+        problems = json.loads(skip.read_text(encoding="utf-8"))["problems"]
+        records = [each for each in problems if each["record"] is not None and each["kind"] != "no id"]
+        return {(_settled(Path(problem["file"])), int(problem["record"])) for problem in records}
+    except OSError as error:
+        raise UserError(f"data.skip {skip} cannot be read ({error.strerror}): give an existing file.") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"data.skip {skip} does not hold the problems that `fastflower data check ROOT --json` prints: "
+            "write its output into it."
+        ) from error
+
+
+def _settled(path: Path) -> Path:
+    """The same for each way to name a file's folder; a link to a file stays another file."""
+    return path.parent.resolve() / path.name
+
+
+def _holds_tfrecords(root: Path) -> bool:
+    if not root.is_dir():
+        raise UserError(f"--data.root {root} is not a folder: {LAYOUTS}.")
+    try:
+        return holds_tfrecords(root)
+    except OSError as error:
+        raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from error
+
+
+def _load(data: Data, root: Path, split: str, *, tfrecords: bool) -> Part:
+    names = listed_classes(root)
+    if tfrecords:
+        records = load_split(root, split, sizes=data.sizes, scale_min=data.scale[0])
+        if names and (records.labels != NO_LABEL).any():
+            records.require_classes(len(names))
+        return Part(root, split, records, names)
+    records, folders = load_folder(root, split)
+    unknown = set(folders) - set(names or folders)
+    if unknown and split != "test":
+        raise UserError(
+            f"{root} has pictures of class {min(unknown)!r} in {split}, which its class_names.json does not list: "
+            "correct the folder's name or the list."
+        )
+    return Part(root, split, records, folders)
+
+
+def _relabel(part: Part, classes: list[str]) -> Records:
+    if part.names is None or part.names == classes:
+        return part.records
+    index = {name: label for label, name in enumerate(classes)}
+    labelled = part.records.labels != NO_LABEL
+    table = np.array([index.get(name, NO_LABEL) for name in part.names], np.int64)
+    labels = part.records.labels.copy()
+    labels[labelled] = table[labels[labelled]]
+    unknown = labelled & (labels == NO_LABEL)
+    if unknown.any() and part.split != "test":
+        first = int(np.argmax(unknown))
+        some = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
+        raise UserError(
+            f"{part.root} has pictures of class {part.names[part.records.labels[first]]!r} in {part.split} "
+            f"({part.records.describe(first)}), which is none of the {len(classes)} classes of training ({some}): "
+            "correct the name or take them away."
+        )
+    return replace(part.records, labels=labels)

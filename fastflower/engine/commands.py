@@ -1,0 +1,173 @@
+"""Training, a dry run and an evaluation, from settings to results: what the command line calls."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from fastflower.config import Config, build, resolve
+from fastflower.data.dataset import (
+    choose_engine,
+    evaluation_batches,
+)
+from fastflower.data.sources import load_records
+from fastflower.engine.checkpoint import load_checkpoint, weights_of
+from fastflower.engine.distributed import Signals, processes
+from fastflower.engine.evaluate import evaluate
+from fastflower.engine.meters import Evaluation
+from fastflower.engine.precision import choose_device, choose_precision
+from fastflower.engine.progress import Display
+from fastflower.engine.rehearsal import rehearse
+from fastflower.engine.run import RunFolder, new_run
+from fastflower.engine.setup import absolute, build_network, normalization_of, prepare, restore
+from fastflower.engine.state import State
+from fastflower.engine.train import train
+from fastflower.environment import environment
+from fastflower.errors import UserError
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Build all that training from `config` needs, and try it in two steps.
+
+    Raises:
+        UserError: see `prepare` and `fastflower.engine.rehearsal.rehearse`.
+    """
+    config = resolve(config)
+    device = choose_device(config.device, _local_rank())
+    with processes(device) as ranks, Display(console, shown=ranks.is_main) as display:
+        rehearse(*prepare(config, device, ranks, display), display)
+
+
+def train_run(
+    config: Config, *, name: str, run: Path | None, checkpoint: Path | None, overwrite: bool, console: Console
+) -> int | None:
+    """Train from a configuration into a run folder; new, or going on from a checkpoint.
+
+    Args:
+        config: the settings, with a resumed run's already in them.
+        name: of a new folder under runs/.
+        run: the folder, or None for a new one (or the checkpoint's).
+        checkpoint: where to go on from; None starts anew.
+        overwrite: clear a run that is already in `run`.
+        console: where progress is shown.
+
+    Returns:
+        None when all epochs are done, else the number of the signal that ended it.
+
+    Raises:
+        UserError: see `prepare`, `restore` and `fastflower.engine.train.train`; or `run` already holds a run.
+    """
+    config = resolve(config)
+    device = choose_device(config.device, _local_rank())
+    with processes(device) as ranks:
+        display = Display(console, shown=ranks.is_main)
+        with ranks.main_first():
+            folder = _choose_folder(name, run, checkpoint, overwrite)
+        folder = ranks.gather(folder)[0]  # a new folder is named by the main rank's clock
+        saved = load_checkpoint(checkpoint) if checkpoint else None
+        with display:
+            setup, state = prepare(config, device, ranks, display, saved)
+        note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None
+        if ranks.is_main:
+            if not checkpoint:
+                folder.clear()
+            folder.write_config(setup.config, note)
+            folder.write_environment(environment(device) | {"world_size": ranks.world_size, "step": state.step})
+        display.say(f"Run folder: {folder.path}")
+        if state.epoch >= config.train.epochs:
+            display.say(f"All {config.train.epochs} epochs are done; give a larger --train.epochs to go on.")
+            return None
+        with display:
+            received = train(setup, state, folder, display)
+        if received:
+            display.say(
+                f"Stopped by {signal.Signals(received).name} and saved. "
+                f"Go on with: fastflower train --resume {folder.path}"
+            )
+        else:
+            display.say(f"Done. {_best(state, config)}: {folder.best}")
+        return received
+
+
+def _best(state: State, config: Config) -> str:
+    """What there is to say about the best checkpoint."""
+    if state.best is None:
+        return "Last epoch"
+    return f"Best validation {config.train.best.replace('_', ' ')} {state.best:.4f}"
+
+
+def _choose_folder(name: str, run: Path | None, checkpoint: Path | None, overwrite: bool) -> RunFolder:
+    if checkpoint:
+        return RunFolder(run or checkpoint.parents[1])
+    folder = RunFolder(run) if run else new_run(name)
+    if folder.exists and not overwrite:
+        raise UserError(
+            f"{folder.path} already holds a run: give --resume {folder.path}, --overwrite or another --run."
+        )
+    return folder
+
+
+def evaluate_run(
+    run: Path,
+    roots: tuple[Path, ...] | None,
+    split: str,
+    device_setting: Literal["run", "auto", "cpu", "cuda"],
+    console: Console,
+) -> Evaluation:
+    """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
+
+    Precision and batch are those of the run, so that the validation figures that it logged come out again; so are the
+    seed and data.val_share, where they divide a folder, and data.skip, unless `roots` names other folders than the run.
+
+    Raises:
+        UserError: no such run, or the data does not fit it.
+        Interrupted: a signal came.
+    """
+    path = run if run.is_file() else RunFolder(run).best
+    if not path.is_file():
+        raise UserError(f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file.")
+    saved = load_checkpoint(path)
+    config = build(saved["config"], str(path))
+    data, classes = config.data, saved["classes"]
+    if roots is not None:
+        known = set(data.root or ())
+        data = absolute(replace(data, root=roots))
+        if not known.issuperset(data.root or ()):
+            data = replace(data, skip=None)
+    choice = config.device if device_setting == "run" else device_setting
+    device = choose_device(choice, _local_rank())
+    with (
+        processes(device) as ranks,
+        Signals() as signals,
+        Display(console, shown=ranks.is_main) as display,
+    ):
+        with ranks.main_first():
+            records = load_records(data, split, classes, config.seed)
+            records.require_classes(len(classes))
+        engine = choose_engine(data, device, ranks)
+        batch_size = config.train.batch_size
+        batches = evaluation_batches(
+            data, records, normalization_of(saved), engine, device, ranks, batch_size=batch_size
+        )
+        network = build_network(config, len(classes), device, ranks)
+        network.load_state_dict(weights_of(saved))
+        display.task("evaluate", batches.steps)
+        return evaluate(
+            network,
+            display.counted(batches.once()),
+            classes=len(classes),
+            device=device,
+            precision=choose_precision(config.amp, config.amp_dtype, device),
+            ranks=ranks,
+            signals=signals,
+        )
+
+
+def _local_rank() -> int:
+    """Which of this machine's processes this is, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", 0))

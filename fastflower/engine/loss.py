@@ -1,0 +1,102 @@
+"""What a network learns from: cross entropy, its class weights, mixup and cutmix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from fastflower.config import Train
+from fastflower.data.sampler import generator
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Classes of a batch, each picture's own or a mixture of two."""
+
+    labels: torch.Tensor  # [N] int64; of a mixture, the class with the larger share
+    others: torch.Tensor | None = None  # [N] int64, the second class
+    share: float = 1.0  # of `labels`
+
+    def chunk(self, pieces: int) -> Iterator[Targets]:
+        """At most `pieces` parts, as torch.chunk makes them."""
+        labels = self.labels.chunk(pieces)
+        others = self.others.chunk(pieces) if self.others is not None else [None] * len(labels)
+        for mine, other in zip(labels, others, strict=True):
+            yield Targets(mine, other, self.share)
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """Cross entropy with label smoothing and class weights."""
+
+    label_smoothing: float = 0.0
+    class_weights: torch.Tensor | None = None  # [C], 1 on average over the training records
+
+    def __call__(self, logits: torch.Tensor, targets: Targets) -> torch.Tensor:
+        """Mean over the pictures, [], of logits [N, C]."""
+        loss = self._mean(logits, targets.labels)
+        if targets.others is None:
+            return loss
+        return targets.share * loss + (1 - targets.share) * self._mean(logits, targets.others)
+
+    def _mean(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.class_weights is None:
+            return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        # torch's weighted mean divides by the batch's weights, which would depend on who is in it
+        return F.cross_entropy(
+            logits, labels, self.class_weights, label_smoothing=self.label_smoothing, reduction="none"
+        ).mean()
+
+
+def balanced_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
+    """Weights [classes] float32 in inverse proportion to the classes' sizes, 1 on average over `labels` [n]."""
+    sizes = np.bincount(labels, minlength=classes)
+    weights = len(labels) / (np.count_nonzero(sizes) * np.maximum(sizes, 1))
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+def mix(
+    images: torch.Tensor, labels: torch.Tensor, train: Train, *, seed: int, epoch: int, position: int
+) -> tuple[torch.Tensor, Targets]:
+    """Mix each picture with its neighbor in the batch by mixup or cutmix, where they are on; one share for the batch.
+
+    Mixup (Zhang et al. 2018) blends the pictures; cutmix (Yun et al. 2019) replaces a rectangle. The choice, the share
+    and the rectangle are functions of (seed, epoch, position) alone.
+
+    Args:
+        images: [N, 3, S, S]; cutmix writes into it.
+        labels: [N] int64.
+        train: settings.
+        seed: of the run.
+        epoch: from 0.
+        position: pictures of the epoch that are done, over all ranks.
+    """
+    if not (train.mixup or train.cutmix) or len(labels) < 2:
+        return images, Targets(labels)
+    random = generator(seed=seed, epoch=epoch, position=position)
+    cut = bool(train.cutmix) and (not train.mixup or random.random() < 0.5)
+    alpha = train.cutmix if cut else train.mixup
+    share = float(random.beta(alpha, alpha))
+    others = labels.roll(1)
+    if cut:
+        top, bottom, left, right = _rectangle(random, 1 - share, images.shape[2])
+        # a copy, since the source lies in the memory that is written
+        images[:, :, top:bottom, left:right] = images[:, :, top:bottom, left:right].roll(1, 0)
+        share = 1 - (bottom - top) * (right - left) / images.shape[2] ** 2
+    else:
+        images = images.roll(1, 0).lerp_(images, share)
+    if share < 0.5:
+        labels, others, share = others, labels, 1 - share
+    return images, Targets(labels, others, share)
+
+
+def _rectangle(random: np.random.Generator, area: float, side: int) -> tuple[int, int, int, int]:
+    """Top, bottom, left, right of a square of `area` (share of side²) around a random center, cut off at the edges."""
+    half = math.sqrt(area) * side / 2
+    y, x = random.random(2) * side
+    return tuple(round(min(max(edge, 0), side)) for edge in (y - half, y + half, x - half, x + half))

@@ -1,0 +1,76 @@
+"""The optimizer: which parameters learn at which rate, and with which decay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastflower.config import Train
+from fastflower.environment import find_apex
+from fastflower.errors import UserError
+
+HEAD = "fc."  # what the names of the last layer's parameters begin with
+LR_SCALE = "lr_scale"  # of a group: what the schedule's rate is multiplied by
+
+
+def new_optimizer(network: torch.nn.Module, train: Train, device: torch.device) -> torch.optim.Optimizer:
+    """The configured optimizer over all parameters of `network`.
+
+    Raises:
+        UserError: NVIDIA's apex is asked for and is not there, or there is no GPU for it.
+    """
+    groups = parameter_groups(network, train)
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=train.peak_lr, fused=True)
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=train.peak_lr, momentum=train.momentum, nesterov=train.nesterov, fused=True)
+    if device.type != "cuda":
+        raise UserError("train.optimizer apex_sgd runs on a GPU only: take sgd, which torch fuses too.")
+    if (found := find_apex()) != "nvidia":
+        reason = "another package of that name is installed" if found else "it is not installed"
+        raise UserError(f"train.optimizer apex_sgd needs NVIDIA's apex, but {reason}: take sgd, which torch fuses too.")
+    from apex.optimizers import FusedSGD
+
+    return FusedSGD(groups, lr=train.peak_lr, momentum=train.momentum, nesterov=train.nesterov)
+
+
+def parameter_groups(network: torch.nn.Module, train: Train) -> list[dict[str, Any]]:
+    """Backbone and head, each with and without the parameters that `decay_norm_and_bias` is about.
+
+    The groups are the same whatever the settings, so that these may change when a run is resumed.
+    """
+    groups = []
+    for head in (False, True):
+        for vectors in (False, True):  # biases and BatchNorm's parameters have one dimension
+            named = [(name, p) for name, p in network.named_parameters() if name.startswith(HEAD) == head]
+            rate = train.head_lr if head and train.head_lr else train.peak_lr
+            groups.append(
+                {
+                    "params": [p for _, p in named if (p.ndim <= 1) == vectors],
+                    "lr": rate,
+                    LR_SCALE: rate / train.peak_lr,
+                    "weight_decay": 0.0 if vectors and not train.decay_norm_and_bias else train.weight_decay,
+                }
+            )
+    return groups
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, keep_lr: bool) -> None:
+    """Restore what the optimizer remembers of each parameter; its options stay those of the configuration.
+
+    With `keep_lr` the learning rates are the saved ones.
+    """
+    configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, options in zip(optimizer.param_groups, configured, strict=True):
+        if keep_lr:
+            del options["lr"]
+        group.update(options)
+
+
+def freeze(network: torch.nn.Module, *, frozen: bool) -> None:
+    """Let only the head learn, or all; while the rest is frozen, BatchNorm uses and keeps its running statistics."""
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(not frozen or name.startswith(HEAD))
+    network.train(not frozen)

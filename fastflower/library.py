@@ -1,0 +1,91 @@
+"""The steps of a run as functions, for notebooks and programs of your own: `import fastflower`.
+
+Everything runs in this process and on its own; many GPUs are the command line's business (torchrun).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from fastflower import config as configuration
+from fastflower.config import Config, find_config
+from fastflower.engine.commands import evaluate_run, train_run
+from fastflower.engine.distributed import Ranks
+from fastflower.engine.meters import Evaluation
+from fastflower.engine.precision import choose_device
+from fastflower.engine.progress import Display
+from fastflower.engine.setup import Loaders, build_loaders, build_network, with_data
+from fastflower.models.pretrained import load_pretrained, open_pretrained
+
+
+def load_config(source: str | Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:
+    """A configuration: the defaults, then a file's, then your own.
+
+    Args:
+        source: a YAML file, or the name of one that comes with fastflower ("demo", "resnet34", ...).
+        settings: nested, as in the file: {"data": {"root": "DATA"}, "train": {"epochs": 10}}.
+
+    Raises:
+        UserError: no such file, an unknown key, or a bad value.
+    """
+    path = find_config(source) if source else None
+    merged = configuration.merge(configuration.load_yaml(path) if path else {}, settings or {})
+    return configuration.resolve(configuration.build(merged, str(path or "settings")))
+
+
+def load_data(config: Config) -> Loaders:
+    """Both splits: classes in `dataset.classes`, training batches of an epoch by `train.epoch(number)`, validation's by
+    `val.once()`. A batch has `images` [N, 3, S, S], normalized and channels-last, `labels` [N] and `indices` [N].
+
+    Raises:
+        UserError: bad data, or settings that do not fit it or this machine.
+    """
+    ranks = Ranks()
+    config = with_data(config, ranks, Display(Console(), shown=False))
+    return build_loaders(config, choose_device(config.device), ranks)
+
+
+def build_model(config: Config, classes: int) -> torch.nn.Module:
+    """The configured network: logits [N, classes] for images [N, 3, H, W], with seeded or pretrained weights.
+
+    Raises:
+        UserError: settings that do not fit together, or pretrained weights that cannot be had.
+    """
+    network = build_network(config, classes, choose_device(config.device), Ranks())
+    if pretrained := open_pretrained(config.model, lambda _: None):
+        load_pretrained(network, pretrained)
+    return network
+
+
+def train(config: Config, run: str | Path, *, overwrite: bool = False, quiet: bool = False) -> Path:
+    """Train as `fastflower train` does; the run folder, with checkpoints, metrics.jsonl and TensorBoard's events.
+
+    Args:
+        config: the settings.
+        run: folder for the results.
+        overwrite: replace a run that is already there.
+        quiet: show no progress.
+
+    Raises:
+        UserError: the folder holds a run, bad data, settings that do not fit it, or a loss that is not finite.
+        KeyboardInterrupt: by Ctrl-C; all steps until then are saved.
+    """
+    console = Console(quiet=quiet)
+    if train_run(config, name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=console):
+        raise KeyboardInterrupt
+    return Path(run)
+
+
+def evaluate(run: str | Path, *, root: str | Path | None = None, split: str = "val") -> Evaluation:
+    """The figures of a run's best checkpoint (or of a checkpoint file) on a split with classes.
+
+    Raises:
+        UserError: no such run, or data that does not fit it.
+    """
+    roots = (Path(root),) if root else None
+    return evaluate_run(Path(run), roots, split, "run", Console(quiet=True))

@@ -1,0 +1,123 @@
+"""The statistics of a split's pixels: against numpy on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from fastflower.config import Data
+from fastflower.data.dataset import choose_lighting
+from fastflower.data.pipeline import Engine
+from fastflower.data.records import load_split, read_image
+from fastflower.data.stats import PixelStatistics, pixel_statistics
+from fastflower.data.tfrecord import write_tfrecord
+from fastflower.errors import UserError
+from tests.conftest import READABLE, example
+
+
+def png(pixels: np.ndarray) -> bytes:
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def statistics(folder: Path, images: Sequence[bytes]) -> PixelStatistics:
+    write_tfrecord(folder / "train" / "a.tfrec", [example(i, 0, data) for i, data in enumerate(images)])
+    return pixel_statistics(load_split(folder, "train"), Engine())
+
+
+def noise(height: int, width: int, low: int, high: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(low, high, (height, width, 3)).astype(np.uint8)
+
+
+def flat(level: int, height: int, width: int) -> np.ndarray:
+    return np.full((height, width, 3), level, np.uint8)
+
+
+def correlated() -> list[np.ndarray]:
+    """Red and green rise together and blue falls, in pictures of several shapes."""
+    pictures = [noise(20 + i, 70 - i, 0, 100, i) for i in range(70)]  # more than a batch
+    for i, picture in enumerate(pictures):
+        picture += np.array([1, 1, 0], np.uint8) * np.uint8(i) + np.array([0, 0, 1], np.uint8) * np.uint8(100 - i)
+    return pictures
+
+
+@pytest.mark.parametrize(
+    "pictures",
+    [
+        pytest.param(correlated(), id="correlated channels"),
+        pytest.param([flat(0, 60, 60), flat(255, 30, 30)], id="large black and small white"),
+        # a mean 600 times the deviation: in single precision nothing of it would be left
+        pytest.param([flat(254, 300, 300)] * 3 + [noise(300, 300, 253, 256, 1)], id="mean far above the deviation"),
+        pytest.param([noise(1, 1, 0, 99, 2), noise(1, 1, 100, 256, 3)], id="two pixels"),
+    ],
+)
+def test_statistics_are_numpys_on_all_pixels(tmp_path: Path, pictures: list[np.ndarray]) -> None:
+    found = statistics(tmp_path, [png(picture) for picture in pictures])
+    everything = np.concatenate([picture.reshape(-1, 3) for picture in pictures]) / 255
+    np.testing.assert_allclose(found.normalization.mean, everything.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.normalization.std, everything.std(0), rtol=1e-10)
+    np.testing.assert_allclose(found.covariance, np.cov(everything.T, bias=True), rtol=1e-9, atol=1e-15)
+
+
+def test_a_black_and_a_white_picture_have_a_deviation_of_one_half(tmp_path: Path) -> None:
+    """A mean of the pictures' own deviations would be 0."""
+    found = statistics(tmp_path, [png(flat(0, 40, 40)), png(flat(255, 40, 40))])
+    assert found.normalization.std == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images")  # by PIL
+@pytest.mark.parametrize("name", READABLE)
+def test_odd_files_count_as_their_rgb_pixels(odd_images: Path, tmp_path: Path, name: str) -> None:
+    data, dots = (odd_images / name).read_bytes(), np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
+    found = statistics(tmp_path, [data, png(dots)])  # the dots give a deviation to a single pixel too
+    picture = ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB")
+    everything = np.concatenate([np.asarray(picture).reshape(-1, 3), dots[0]]) / 255
+    np.testing.assert_allclose(found.normalization.mean, everything.mean(0), atol=0.5 / 255)
+    np.testing.assert_allclose(found.covariance, np.cov(everything.T, bias=True), atol=2e-3)
+
+
+def test_statistics_are_cached_and_name_a_bad_picture(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = load_split(small, "train")
+    first = pixel_statistics(records, Engine())
+    with monkeypatch.context() as patch:
+        patch.setattr("fastflower.data.stats._measure", lambda *_: pytest.fail("measured again"))
+        again = pixel_statistics(records, Engine())
+        assert again.normalization == first.normalization
+        np.testing.assert_array_equal(again.covariance, first.covariance, strict=True)
+        patch.setattr("fastflower.data.stats.code_digest", lambda *_: "another")
+        with pytest.raises(pytest.fail.Exception, match="measured again"):
+            pixel_statistics(records, Engine())
+    write_tfrecord(small / "tfrecords-jpeg-40x40" / "bad" / "a.tfrec", [example(0, 0), example(1, 0, b"no picture")])
+    with pytest.raises(UserError, match="record 1 .* cannot be decoded"):
+        pixel_statistics(load_split(small, "bad"), Engine())
+
+
+def test_a_channel_that_never_varies_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"give data\.mean and data\.std"):
+        statistics(tmp_path, [png(flat(7, 4, 4))])
+
+
+def test_lighting_moves_along_the_principal_components_by_their_eigenvalues(tmp_path: Path) -> None:
+    covariance = statistics(tmp_path, [png(picture) for picture in correlated()]).covariance
+    records = load_split(tmp_path, "train")
+    lighting = choose_lighting(Data(lighting=0.1, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)), records, Engine())
+    assert lighting is not None
+    np.testing.assert_allclose(lighting @ lighting.T, 0.01 * covariance @ covariance, rtol=1e-9)
+    products = lighting.T @ lighting
+    np.testing.assert_allclose(products - np.diag(np.diag(products)), 0, atol=1e-12)  # at right angles
+    assert (lighting[np.abs(lighting).argmax(0), np.arange(3)] > 0).all()
+    assert choose_lighting(Data(), records, Engine()) is None
+
+
+def test_photographs(flowers5: Path) -> None:
+    records = load_split(flowers5, "train", sizes=[192])
+    found = pixel_statistics(records, Engine())
+    pixels = [np.asarray(Image.open(BytesIO(read_image(records, i).tobytes()))) for i in range(len(records))]
+    everything = np.concatenate([picture.reshape(-1, 3) for picture in pixels]) / 255
+    np.testing.assert_allclose(found.covariance, np.cov(everything.T, bias=True), rtol=1e-3)
