@@ -100,7 +100,7 @@ def check(root: Path, *, threads: int, follow: Callable[[str], Progress]) -> Rep
             *_bad_pictures(everything, shapes),
             *_bad_labels(everything, split, len(names), unknown),
             *_bad_ids(everything, split),
-            *_same_pictures(everything, split, np.where(shapes[:, 0] > 0, digests, 0)),
+            *_same_pictures(everything, split, np.where(shapes[:, 0] > 0, digests, 0), [*names, *unknown]),
         ]
         problems += [_problem(everything, split, *each) for each in found]
     problems.sort(key=lambda p: (SPLITS.index(p.split), p.file, -1 if p.record is None else p.record))
@@ -288,7 +288,9 @@ def _bad_ids(records: Records, split: np.ndarray) -> Iterator[_Finding]:
                 yield index, "id twice", f"has the id of {records.describe(first)}"
 
 
-def _same_pictures(records: Records, split: np.ndarray, digests: np.ndarray) -> Iterator[_Finding]:
+def _same_pictures(
+    records: Records, split: np.ndarray, digests: np.ndarray, classes: Sequence[str]
+) -> Iterator[_Finding]:
     """Equal bytes under several ids or in several splits, and equal ids in several splits; digest 0 = unreadable."""
     leaks = set()
     for index, first in _repeats(np.flatnonzero(digests), digests):
@@ -296,7 +298,10 @@ def _same_pictures(records: Records, split: np.ndarray, digests: np.ndarray) -> 
         if leak or records.ids[index] != records.ids[first] or not records.ids[index]:
             leaks.add(index)
             labels = records.labels[[index, first]]
-            other = f", there of class {labels[1]}" if labels[0] != labels[1] and NO_LABEL not in labels else ""
+            other = ""
+            if labels[0] != labels[1] and NO_LABEL not in labels:
+                known = 0 <= labels[1] < len(classes)
+                other = f", there of class {classes[labels[1]] if known else labels[1]}"
             text = f"is the same picture as {records.describe(first)}{other}"
             yield index, "leak" if leak else "duplicate", text
     # files of class folders are numbered anew in each split, so their names tell nothing

@@ -189,6 +189,8 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
         f"{config.model.name}, {len(dataset.classes)} classes, {setup.precision} on {setup.device}"
         f"{compiled}{kernels}{processes}"
     )
+    if config.train.ema:
+        display.say("The moving average of the weights validates and decides what is best.")
 
 
 def build_network(config: Config, classes: int, device: torch.device, ranks: Ranks) -> torch.nn.Module:

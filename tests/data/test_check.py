@@ -18,7 +18,7 @@ from fastflower.data.check import BATCH, SHOWN, Problem, Report, check, sentence
 from fastflower.data.records import load_split
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.errors import UserError
-from tests.conftest import READABLE, example, fastflower, jpeg, write_dataset
+from tests.conftest import READABLE, example, fastflower, jpeg, write_dataset, write_folders
 
 Record = dict[str, bytes | int]
 
@@ -254,6 +254,29 @@ def test_photographs_at_four_sizes_have_no_problems(flowers5: Path) -> None:
     assert report.splits["train"] == {"records": 880, "pictures": 220, "classes": 5, "sizes": [192, 224, 331, 512]}
     assert set(report.classes) == {"daisy", "dandelion", "rose", "sunflower", "tulip"}
     assert {tuple(counts.items()) for counts in report.classes.values()} == {(("train", 44), ("val", 10))}
+
+
+def test_class_folders_are_checked_alike(tmp_path: Path) -> None:
+    root = write_folders(tmp_path, {"train/rose": 4, "train/tulip": 3, "val/rose": 2, "val/weed": 1, "test": 1})
+    (root / "train/rose/page.JPG").write_bytes(b"<html>")
+    (root / "val/rose/copy.jpeg").write_bytes((root / "train/tulip/000005.jpg").read_bytes())
+    (root / "val/rose/000000.jpg").write_bytes(jpeg(40, 40))  # a name as in train, and another picture
+    report = run(root)
+    assert report.classes == {"rose": {"train": 5, "val": 4}, "tulip": {"train": 3, "val": 0}}
+    assert report.splits["test"] == {"records": 1, "pictures": 1, "classes": 0, "sizes": []}
+    assert found(report) == [
+        ("unreadable", "train", 0, "rose/page"),
+        ("leak", "train", 0, "tulip/000005"),
+        ("class", "val", 0, "weed/000009"),
+    ]
+    assert report.problems[0].file == str(root / "train/rose/page.JPG")
+    lines = list(sentences(report))
+    assert lines[0] == f"unreadable: {root}/train/rose/page.JPG cannot be decoded as a picture (6 bytes)"
+    assert lines[1].endswith(f"is the same picture as {root}/val/rose/copy.jpeg, there of class rose")
+    assert lines[2].endswith("is of class weed, which train does not have")
+    (root / "train/empty").mkdir()
+    (problem,) = (p for p in run(root).problems if p.kind == "file")
+    assert "train/empty holds no pictures" in problem.text
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])

@@ -62,7 +62,8 @@ def test_with_everything_on_a_resumed_run_equals_an_undisturbed_one(
 
 def test_the_average_validates_is_best_and_is_what_eval_uses(small: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    fastflower(*train_arguments(small, run), "--train.epochs", "2", "--train.ema", "0.8")
+    result = fastflower(*train_arguments(small, run), "--train.epochs", "2", "--train.ema", "0.8")
+    assert "The moving average of the weights validates" in result.out
     averaged = weights(run, "best", "ema")
     assert differing(averaged, weights(run, "best"))
     assert not differing(averaged, load_file(run / "checkpoints/best.safetensors"))

@@ -52,6 +52,18 @@ def test_a_folder_without_val_trains_and_is_evaluated_to_the_logged_figures(fold
     assert f"{folders} has no folder test" in refused.err
 
 
+def test_what_check_finds_can_be_left_out(folders: Path, tmp_path: Path) -> None:
+    (folders / "rose/page.jpg").write_bytes(b"<html>")
+    (folders / "rose/cut.png").write_bytes(jpeg(40, 40)[:300])
+    assert fastflower(*train_arguments(folders, tmp_path / "a"), *ONE_EPOCH).code == 2
+    checked = fastflower("data", "check", folders, "--json")
+    assert checked.code == 1
+    (tmp_path / "skip.json").write_text(checked.out)
+    result = fastflower(*train_arguments(folders, tmp_path / "b"), *ONE_EPOCH, "--data.skip", tmp_path / "skip.json")
+    assert result.code == 0, result.err
+    assert "Left out 2 records" in result.out
+
+
 def test_resuming_keeps_the_split_and_refuses_another(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
