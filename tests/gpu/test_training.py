@@ -16,6 +16,7 @@ from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models import create_model
 from tests.conftest import fastflower, train_arguments
+from tests.engine.test_choices import EVERYTHING
 from tests.engine.test_run import rows
 
 pytestmark = pytest.mark.gpu
@@ -50,6 +51,20 @@ def test_compiled_and_eager_agree(small: Path, tmp_path: Path, norm: str) -> Non
         assert result.code == 0, result.err
         figures.append([row["val_loss"] for row in rows(run)])
     assert figures[0] == pytest.approx(figures[1], rel=0.02)
+
+
+@pytest.mark.usefixtures("tiny_net")
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_every_choice_trains_compiled_in_fp16(small: Path, tmp_path: Path, mode: str) -> None:
+    figures = []
+    for choice in ("off", "on"):
+        torch._dynamo.reset()
+        run = tmp_path / choice
+        options = (*EVERYTHING, "--train.epochs", 3, "--train.compile", choice, "--train.compile_mode", mode)
+        result = fastflower(*train_arguments(small, run), *options, "--amp", "--amp_dtype", "fp16")
+        assert result.code == 0, result.err
+        figures.append([row["val_loss"] for row in rows(run)])
+    assert figures[0] == pytest.approx(figures[1], rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "plain18"])
