@@ -43,11 +43,13 @@ def load_data(config: Config) -> Loaders:
     `val.once()`. A batch has `images` [N, 3, S, S], normalized and channels-last, `labels` [N] and `indices` [N].
 
     Raises:
-        UserError: bad data, or settings that do not fit it or this machine.
+        UserError: bad data, settings that do not fit it or this machine, or pretrained weights that cannot be had.
     """
     ranks = Ranks()
     config = with_data(config, ranks, Display(Console(), shown=False))
-    return build_loaders(config, choose_device(config.device), ranks)
+    pretrained = open_pretrained(config.model, lambda _: None)
+    inherited = pretrained.normalization if pretrained else None
+    return build_loaders(config, choose_device(config.device), ranks, inherited)
 
 
 def build_model(config: Config, classes: int) -> torch.nn.Module:

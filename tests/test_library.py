@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import fastflower
+from fastflower.engine.checkpoint import load_checkpoint
 from tests.conftest import ROOT, train_arguments, write_dataset
 from tests.conftest import fastflower as command
 from tests.engine.test_run import without_times
@@ -50,6 +51,20 @@ def test_a_loop_of_ones_own(small: Path, tiny_net: None) -> None:
     assert network(batches[0].images).shape == (8, 3)
     assert data.val is not None
     assert sum(len(batch.labels) for batch in data.val.once()) == 20
+
+
+def test_pretrained_weights_bring_their_normalization_and_rate(small: Path, tmp_path: Path, tiny_net: None) -> None:
+    given = settings(small, train={"batch_size": 8, "epochs": 1})
+    run = fastflower.train(fastflower.load_config(settings=given), tmp_path / "run", quiet=True)
+    source = run / "checkpoints/best.safetensors"
+    other = write_dataset(tmp_path / "other", {"train": 8, "val": 4}, first=500)
+    model = {"name": "resnet18", "pretrained": str(source)}
+    config = fastflower.load_config(settings=settings(other, model=model, train={"batch_size": 8}))
+    assert config.train.lr == 0.01
+    saved = load_checkpoint(run / "checkpoints/best.pt")
+    data = fastflower.load_data(config)
+    assert list(data.normalization.mean) == saved["normalization"]["mean"]
+    assert torch.equal(fastflower.build_model(config, 3).state_dict()["conv1.weight"], saved["model"]["conv1.weight"])
 
 
 def test_configurations_have_names_and_defaults() -> None:

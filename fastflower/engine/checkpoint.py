@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
+from fastflower.data.pipeline import Normalization
 from fastflower.errors import UserError
 from fastflower.files import atomic_write
 
@@ -42,7 +42,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with file:
             state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler raises whatever the instructions in a damaged file run into
         raise UserError(
             f"{path} is not a checkpoint or is damaged: give a run's checkpoints/last.pt or best.pt."
         ) from error
@@ -59,6 +59,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def weights_of(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The state_dict that a checkpoint's figures are about: the average's, where one was kept."""
     return saved["ema"] or saved["model"]
+
+
+def normalization_of(saved: Mapping[str, Any]) -> Normalization:
+    """What a checkpoint's network was trained with."""
+    return Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
 
 
 def save_weights(path: Path, model: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:

@@ -11,12 +11,9 @@ from typing import Literal
 from rich.console import Console
 
 from fastflower.config import Config, build, resolve
-from fastflower.data.dataset import (
-    choose_engine,
-    evaluation_batches,
-)
+from fastflower.data.dataset import choose_engine, evaluation_batches
 from fastflower.data.sources import load_records
-from fastflower.engine.checkpoint import load_checkpoint, weights_of
+from fastflower.engine.checkpoint import load_checkpoint, normalization_of, weights_of
 from fastflower.engine.distributed import Signals, processes
 from fastflower.engine.evaluate import evaluate
 from fastflower.engine.meters import Evaluation
@@ -24,7 +21,7 @@ from fastflower.engine.precision import choose_device, choose_precision
 from fastflower.engine.progress import Display
 from fastflower.engine.rehearsal import rehearse
 from fastflower.engine.run import RunFolder, new_run
-from fastflower.engine.setup import absolute, build_network, normalization_of, prepare, restore
+from fastflower.engine.setup import absolute, build_network, prepare, restore
 from fastflower.engine.state import State
 from fastflower.engine.train import train
 from fastflower.environment import environment
@@ -150,9 +147,8 @@ def evaluate_run(
             records = load_records(data, split, classes, config.seed)
             records.require_classes(len(classes))
         engine = choose_engine(data, device, ranks)
-        batch_size = config.train.batch_size
         batches = evaluation_batches(
-            data, records, normalization_of(saved), engine, device, ranks, batch_size=batch_size
+            data, records, normalization_of(saved), engine, device, ranks, batch_size=config.train.batch_size
         )
         network = build_network(config, len(classes), device, ranks)
         network.load_state_dict(weights_of(saved))

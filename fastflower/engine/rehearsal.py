@@ -9,10 +9,9 @@ import time
 import torch
 
 from fastflower.engine.distributed import Signals
-from fastflower.engine.evaluate import evaluate
 from fastflower.engine.progress import Display
 from fastflower.engine.state import Setup, State
-from fastflower.engine.step import compiled, training_network, training_step
+from fastflower.engine.step import compiled, evaluate_in, training_network, training_step
 
 STEPS = 2  # the first compiles and allocates
 
@@ -41,16 +40,7 @@ def rehearse(setup: Setup, state: State, display: Display) -> None:
         )
         if setup.val:
             began = time.perf_counter()
-            evaluate(
-                validated,
-                itertools.islice(setup.val.once(), 1),
-                classes=len(setup.saved_with["classes"]),
-                device=setup.device,
-                precision=setup.precision,
-                ranks=setup.ranks,
-                signals=signals,
-                pad_to=setup.val.loader.batch if setup.compiles else None,
-            )
+            evaluate_in(setup, validated, itertools.islice(setup.val.once(), 1), signals)
             display.say(f"A batch of validation {time.perf_counter() - began:.2f} s, reading included.")
     display.say(f"Peak memory of this process: {_peak_memory(setup.device)}. Dry run: no run folder was made.")
 

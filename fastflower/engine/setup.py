@@ -27,6 +27,7 @@ from fastflower.data.dataset import (
 )
 from fastflower.data.pipeline import Normalization
 from fastflower.data.records import Records
+from fastflower.engine.checkpoint import normalization_of
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.loss import Criterion, balanced_weights
 from fastflower.engine.precision import choose_precision
@@ -237,8 +238,3 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
 def _architecture(model: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what the weights are, and not where they came from or how they are computed with."""
     return {key: value for key, value in model.items() if key not in ("pretrained", "norm", "sync_norm")}
-
-
-def normalization_of(saved: Mapping[str, Any]) -> Normalization:
-    """What a checkpoint's network was trained with."""
-    return Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))

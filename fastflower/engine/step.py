@@ -1,15 +1,19 @@
-"""One training step, and the network as steps call it."""
+"""One training step, an evaluation in between, and the network as both call it."""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterable
 from typing import cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fastflower.data.loader import Batch
+from fastflower.engine.distributed import Signals
+from fastflower.engine.evaluate import evaluate
 from fastflower.engine.loss import mix
+from fastflower.engine.meters import Evaluation
 from fastflower.engine.optimizer import freeze
 from fastflower.engine.state import Setup, State
 
@@ -73,3 +77,17 @@ def training_step(setup: Setup, state: State, network: torch.nn.Module, batch: B
     state.position += setup.train.global_batch
     if state.ema:
         state.ema.update(state.step)
+
+
+def evaluate_in(setup: Setup, network: torch.nn.Module, batches: Iterable[Batch], signals: Signals) -> Evaluation:
+    """The figures of `network` on batches of the validation split; see `fastflower.engine.evaluate.evaluate`."""
+    return evaluate(
+        network,
+        batches,
+        classes=len(setup.saved_with["classes"]),
+        device=setup.device,
+        precision=setup.precision,
+        ranks=setup.ranks,
+        signals=signals,
+        pad_to=setup.val.loader.batch if setup.val and setup.compiles else None,
+    )

@@ -13,14 +13,13 @@ import torch
 from fastflower.config import to_plain
 from fastflower.engine.checkpoint import first_non_finite, save_checkpoint, save_weights, weights_of
 from fastflower.engine.distributed import Interrupted, Signals
-from fastflower.engine.evaluate import evaluate
 from fastflower.engine.meters import Evaluation, TrainingSums
 from fastflower.engine.optimizer import freeze
 from fastflower.engine.profile import Profiler
 from fastflower.engine.progress import Display, Figures
 from fastflower.engine.run import RunFolder, RunLog
 from fastflower.engine.state import Setup, State
-from fastflower.engine.step import compiled, is_frozen, training_network, training_step
+from fastflower.engine.step import compiled, evaluate_in, is_frozen, training_network, training_step
 from fastflower.errors import UserError
 
 T = TypeVar("T")
@@ -45,7 +44,7 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
     profiler = Profiler(folder, display) if config.profile and setup.ranks.is_main else None
     with Signals() as signals:
         try:
-            while state.epoch < config.epochs and not out_of_steps(setup, state):
+            while state.epoch < config.epochs and not _out_of_steps(setup, state):
                 if state.epoch == config.freeze_epochs > 0:
                     network = training_network(setup, state)
                 watch = Stopwatch()
@@ -53,7 +52,7 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
                 if state.position < setup.train.steps * setup.train.global_batch:
                     break  # out of steps
                 trained = state.sums.means(setup.ranks)
-                evaluation = validate(setup, state, validated, signals, display, watch)
+                evaluation = _validate(setup, state, validated, signals, display, watch)
                 row = _row(state, trained, evaluation, watch)
                 improved = state.see(evaluation, config.best)
                 if evaluation:
@@ -79,7 +78,7 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
                 profiler.close()
 
 
-def out_of_steps(setup: Setup, state: State) -> bool:
+def _out_of_steps(setup: Setup, state: State) -> bool:
     """Whether all steps are done that the configuration allows."""
     limit = setup.config.train.max_steps
     return limit is not None and state.step >= limit
@@ -110,13 +109,13 @@ def _train_epoch(
             _refuse_bad_loss(setup, state)
             step = state.position // data.global_batch
             display.figures(epoch, step, data.steps, figures=_figures(setup, state, watch))
-        if out_of_steps(setup, state):
+        if _out_of_steps(setup, state):
             break
     _refuse_bad_loss(setup, state)  # also waits for the device, so that the epoch's time is the device's
     watch.training_s = watch.elapsed_s
 
 
-def validate(
+def _validate(
     setup: Setup, state: State, network: torch.nn.Module, signals: Signals, display: Display, watch: Stopwatch
 ) -> Evaluation | None:
     """The figures of the validation split, where there is one."""
@@ -125,16 +124,7 @@ def validate(
     if not setup.val:
         return None
     display.task(f"{_epoch_of(setup, state)} validate", setup.val.steps)
-    evaluation = evaluate(
-        network,
-        display.counted(watch.waiting_for(setup.val.once())),
-        classes=len(setup.saved_with["classes"]),
-        device=setup.device,
-        precision=setup.precision,
-        ranks=setup.ranks,
-        signals=signals,
-        pad_to=setup.val.loader.batch if setup.compiles else None,
-    )
+    evaluation = evaluate_in(setup, network, display.counted(watch.waiting_for(setup.val.once())), signals)
     if not math.isfinite(evaluation.loss):
         raise UserError(
             f"the validation loss of epoch {state.epoch + 1} is {evaluation.loss}; nothing of it was saved. "

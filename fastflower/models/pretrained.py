@@ -14,7 +14,7 @@ from safetensors import safe_open
 
 from fastflower.config import Model
 from fastflower.data.pipeline import IMAGENET, Normalization
-from fastflower.engine.checkpoint import FORMAT, first_non_finite
+from fastflower.engine.checkpoint import FORMAT, first_non_finite, normalization_of, weights_of
 from fastflower.engine.run import RunFolder
 from fastflower.errors import UserError
 
@@ -73,9 +73,7 @@ def open_pretrained(model: Model, say: Callable[[str], None]) -> Pretrained | No
     weights, about = _read(path)
     if "architecture" in about:
         _refuse_other_architecture(path, about["architecture"], model)
-    normalization = IMAGENET
-    if "normalization" in about:
-        normalization = Normalization(*(tuple(about["normalization"][key]) for key in ("mean", "std")))
+    normalization = normalization_of(about) if "normalization" in about else IMAGENET
     return Pretrained(path, {_plain_name(name): tensor for name, tensor in weights.items()}, normalization)
 
 
@@ -162,9 +160,9 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, Any]]:
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(saved, Mapping):
         return saved, {}
-    if saved.get("format") == FORMAT:  # a checkpoint of ours; its average, if it has one, is what was validated
+    if saved.get("format") == FORMAT:  # a checkpoint of ours
         about = {"architecture": saved["config"]["model"], "normalization": saved["normalization"]}
-        return saved.get("ema") or saved["model"], about
+        return weights_of(saved), about
     return saved.get("state_dict", saved.get("model", saved)), {}
 
 

@@ -105,8 +105,11 @@ def test_resume_finds_or_names_what_is_missing(
     data = write_dataset(tmp_path / "data3", {"train": 12, "val": 4})
     assert "other training records" in fastflower("train", "--resume", finished, "--data.root", data).err
     damaged = finished / "checkpoints/damaged.pt"
-    damaged.write_bytes((finished / "checkpoints/last.pt").read_bytes()[:5000])
-    assert "is not a checkpoint or is damaged" in fastflower("train", "--resume", damaged).err
+    whole = (finished / "checkpoints/last.pt").read_bytes()
+    # \x80\x02 begins a pickle: what follows pops an empty stack, and takes a value that nobody put
+    for content in (whole[:5000], b"\x80\x02a.", b"\x80\x02h\x05.", b"\x80\x02]K\x01t."):
+        damaged.write_bytes(content)
+        assert "is not a checkpoint or is damaged" in fastflower("train", "--resume", damaged).err
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "auto"
     arguments = [*train_arguments(small, run), "--train.epochs", "1", "--resume", "auto"]

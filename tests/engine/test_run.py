@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastflower import config as configuration
 from fastflower.data.records import load_split
 from fastflower.data.tfrecord import write_tfrecord
+from fastflower.engine import step
 from fastflower.engine import train as training
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.models import create_model
@@ -175,14 +176,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(finished: Pa
 
 def test_a_statistic_that_is_not_finite_is_never_saved(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last = (finished / "checkpoints/last.pt").read_bytes()
-    evaluate = training.evaluate
+    evaluate = step.evaluate
 
     def poisoned(network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = evaluate(network, *args, **kwargs)
         network.bn1.running_var.fill_(math.inf)  # type: ignore[union-attr,operator]
         return result
 
-    monkeypatch.setattr(training, "evaluate", poisoned)
+    monkeypatch.setattr(step, "evaluate", poisoned)
     result = fastflower("train", "--resume", finished, "--train.epochs", "3")
     assert result.code == 2
     assert "model.bn1.running_var is not finite at step 18" in result.err
