@@ -87,15 +87,17 @@ def train_run(
                 f"Go on with: fastflower train --resume {folder.path}"
             )
         else:
-            display.say(f"Done. {_best(state, config)}: {folder.best}")
+            display.say(f"Done. {_outcome(state, config, folder)}")
         return received
 
 
-def _best(state: State, config: Config) -> str:
-    """What there is to say about the best checkpoint."""
+def _outcome(state: State, config: Config, folder: RunFolder) -> str:
+    """What a run has come to, and where it is."""
+    if state.best_epoch < 0:
+        return f"No epoch is complete yet: {folder.last}"
     if state.best is None:
-        return "Last epoch"
-    return f"Best validation {config.train.best.replace('_', ' ')} {state.best:.4f}"
+        return f"Last epoch: {folder.best}"
+    return f"Best validation {config.train.best.replace('_', ' ')} {state.best:.4f}: {folder.best}"
 
 
 def _choose_folder(name: str, run: Path | None, checkpoint: Path | None, overwrite: bool) -> RunFolder:

@@ -120,6 +120,9 @@ def test_max_steps_ends_and_can_be_gone_on_from(small: Path, tmp_path: Path, ste
     assert result.code == 0
     assert load_checkpoint(limited / "checkpoints/last.pt")["step"] == steps
     assert ("stopped after" in result.out) == (steps != 6)
+    named = Path(result.out.split("Done. ")[1].split(": ")[1].strip())
+    assert named == limited / "checkpoints" / ("last.pt" if steps < 6 else "best.pt")
+    assert named.is_file()
     assert fastflower("train", "--resume", limited, "--train.max_steps", "99").code == 0
     assert_same_run(whole, limited)
 

@@ -39,7 +39,9 @@ def options_by_name(network: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 def test_every_parameter_has_its_rate_and_decay(name: Any) -> None:
     network = TinyNet("", 3)
     train = Train(lr=0.2, head_lr=1.0, weight_decay=0.01, decay_norm_and_bias=False, optimizer=name)
-    found = options_by_name(network, new_optimizer(network, train, CPU))
+    optimizer = new_optimizer(network, train, CPU)
+    assert optimizer.defaults["fused"]
+    found = options_by_name(network, optimizer)
     assert found == {
         "conv1.weight": (0.2, 0.01),
         "conv2.weight": (0.2, 0.01),
