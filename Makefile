@@ -2,7 +2,7 @@
 # make test       the fast tier of tests; make test-all adds the slow one
 # make lint       ruff and mypy, as CI runs them
 # make gpu-check  on a machine with a GPU: its tests, then the kernel benchmark; PYTHON=... is any Python that has the
-#                 packages that setup.py names, with pytest and matplotlib
+#                 packages that setup.py names, with pytest
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
