@@ -11,133 +11,37 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 import yaml
 from rich.console import Console
 from rich.text import Text
-from tyro.conf import OmitSubcommandPrefixes, Positional, arg, subcommand
+from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from fastflower import config as configuration
 from fastflower.config import Config, Data
 from fastflower.errors import UserError
+from fastflower.options import (
+    CheckCommand,
+    DataCommand,
+    DemoCommand,
+    EvalCommand,
+    PredictCommand,
+    StatsCommand,
+    TestOptions,
+    TrainCommand,
+)
+
+if TYPE_CHECKING:
+    from fastflower.engine.testing import Testing
 
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
 _NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
 
-
-@dataclass(frozen=True)
-class TrainCommand:
-    """Train a network: fastflower train --amp
-
-    Settings come from the defaults, then --config (or the run that is resumed), then the options given here.
-    """
-
-    settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
-    config: Path | None = None
-    """YAML file of settings, or the name of one that comes with fastflower (demo, flowers102_64, paper, plain34,
-    resnet34, resnet50, resnet50_pretrained)."""
-    run: Path | None = None
-    """Folder for the configuration, logs and checkpoints; none = runs/CONFIG-DATE-TIME."""
-    resume: Path | None = None
-    """Go on from a run folder (its last checkpoint), a checkpoint file of it, or auto = the run in --run (else the
-    newest of this configuration) if there is one, or a new run."""
-    overwrite: bool = False
-    """Replace the run that --run already holds."""
-    print_config: bool = False
-    """Print the settings as YAML and stop."""
-    dry_run: bool = False
-    """Build everything, train two steps, validate one batch, and say what time and memory they took; no run folder is
-    made."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-@dataclass(frozen=True)
-class EvalCommand:
-    """Evaluate a trained run: fastflower eval runs/NAME --split val"""
-
-    run: Positional[Path]
-    """Run folder (its best checkpoint) or a checkpoint file."""
-    root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
-    """Data folder, or several that are taken together; none = the run's."""
-    split: Literal["train", "val", "test"] = "val"
-    """Which split; it must have classes."""
-    device: Literal["run", "auto", "cpu", "cuda"] = "run"
-    """Where the network runs; run = as in training."""
-    json: bool = False
-    """Print one JSON object: split, n, loss, accuracy, top5, macro_f1."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-@dataclass(frozen=True)
-class DemoCommand:
-    """Draw the synthetic flowers in the Kaggle layout: fastflower data demo DIR"""
-
-    dir: Positional[Path]
-    """Folder to make."""
-    sizes: tuple[int, ...] = (64,)
-    """Stored sizes (pixels)."""
-    train: int = 2400
-    """Pictures in the training split."""
-    val: int = 480
-    """Pictures in the validation split."""
-    test: int = 480
-    """Pictures in the test split (without classes)."""
-    seed: int = 0
-    """Of the drawing."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-@dataclass(frozen=True)
-class CheckCommand:
-    """Read and decode every record of all splits and sizes, and name what is wrong: fastflower data check ROOT
-
-    Exit code 1 if there is a problem.
-    """
-
-    root: Positional[Path]
-    """Data folder."""
-    json: bool = False
-    """Print one JSON object: root, splits, classes, problems."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-@dataclass(frozen=True)
-class StatsCommand:
-    """Measure all pixels, for data.mean and data.std: fastflower data stats ROOT
-
-    Prints YAML for a configuration file; the covariance is a comment in it.
-    """
-
-    root: Positional[tuple[Path, ...]]
-    """Data folder, or several that are taken together."""
-    split: Literal["train", "train+val"] = "train"
-    """What to measure, as data.train_on."""
-    sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
-    """Stored sizes to measure (pixels), as data.sizes."""
-    debug: bool = False
-    """Show the traceback of an error."""
-
-
-@dataclass(frozen=True)
-class DataCommand:
-    """Draw, check or measure data sets."""
-
-    command: (
-        Annotated[DemoCommand, subcommand("demo")]
-        | Annotated[CheckCommand, subcommand("check")]
-        | Annotated[StatsCommand, subcommand("stats")]
-    )
-
-
-Command = TrainCommand | EvalCommand | DataCommand
+Command = TrainCommand | EvalCommand | PredictCommand | DataCommand
 
 
 def main() -> None:
@@ -178,6 +82,7 @@ def parse(argv: Sequence[str]) -> Command:
     commands: Any = (
         Annotated[TrainCommand, subcommand("train", default=TrainCommand(settings))]
         | Annotated[EvalCommand, subcommand("eval")]
+        | Annotated[PredictCommand, subcommand("predict")]
         | Annotated[DataCommand, subcommand("data", description=DataCommand.__doc__)]
     )
     command = tyro.cli(
@@ -231,6 +136,8 @@ def run(command: Command) -> int:
         return _train(command)
     if isinstance(command, EvalCommand):
         return _eval(command)
+    if isinstance(command, PredictCommand):
+        return _predict(command)
     if isinstance(command.command, DemoCommand):
         return _demo(command.command)
     if isinstance(command.command, CheckCommand):
@@ -261,15 +168,11 @@ def _train(command: TrainCommand) -> int:
 
 def _eval(command: EvalCommand) -> int:
     from fastflower.engine.commands import evaluate_run
-    from fastflower.engine.distributed import Interrupted
 
-    try:
-        evaluation = evaluate_run(command.run, command.root, command.split, command.device, Console(stderr=True))
-    except Interrupted:
-        return 128 + signal.SIGINT
-    figures = {"split": command.split, **asdict(evaluation)}
+    evaluated = evaluate_run(command.run, command.split, _testing(command), Console(stderr=True))
     if not _is_main():
         return 0
+    figures = {"split": command.split, **asdict(evaluated.figures)}
     if command.json:
         print(json.dumps(figures))
     else:
@@ -279,6 +182,36 @@ def _eval(command: EvalCommand) -> int:
             )
         )
     return 0
+
+
+def _predict(command: PredictCommand) -> int:
+    from fastflower.predict import predict_pictures, predict_run
+
+    testing = _testing(command)
+    if not command.images:
+        files = {"out": command.out, "submission": command.submission, "sample": command.sample}
+        predict_run(command.run, command.split, testing, Console(), **files)
+        return 0
+    if command.submission or command.sample:
+        raise UserError("--submission and --sample are about a split: drop them, or --images.")
+    predict_pictures(command.run, command.images, testing, Console(stderr=True), out=command.out)
+    return 0
+
+
+def _testing(options: TestOptions) -> Testing:
+    from fastflower.engine.testing import Testing
+    from fastflower.engine.views import Views
+
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"--batch_size is {options.batch_size}: give at least 1.")
+    return Testing(
+        roots=options.root,
+        sizes=options.sizes,
+        views=Views(options.crops, options.scales),
+        device=options.device,
+        batch_size=options.batch_size,
+        compiled=options.compile,
+    )
 
 
 def _demo(command: DemoCommand) -> int:

@@ -20,6 +20,7 @@ from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
 from fastflower.engine.setup import Loaders, build_loaders, build_network, with_data
+from fastflower.engine.testing import Testing
 from fastflower.models.pretrained import load_pretrained, open_pretrained
 
 
@@ -90,4 +91,4 @@ def evaluate(run: str | Path, *, root: str | Path | None = None, split: str = "v
         UserError: no such run, or data that does not fit it.
     """
     roots = (Path(root),) if root else None
-    return evaluate_run(Path(run), roots, split, "run", Console(quiet=True))
+    return evaluate_run(Path(run), split, Testing(roots), Console(quiet=True)).figures

@@ -191,8 +191,12 @@ class TinyNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] to [N, num_classes]."""
+        return self.fc(self.features(x).mean((2, 3)))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] to [N, 8, ceil(H / 2), ceil(W / 2)]."""
         x = self.bn1(self.conv1(x))
-        return self.fc(self.bn2(self.conv2(x), x).mean((2, 3)))
+        return self.bn2(self.conv2(x), x)
 
 
 @pytest.fixture

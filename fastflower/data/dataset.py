@@ -17,7 +17,7 @@ from fastflower.data.demo import write_demo
 from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import Engine, Normalization, View
 from fastflower.data.records import Records, concatenate
-from fastflower.data.sampler import evaluation_requests, training_requests
+from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
 from fastflower.data.sources import class_list, join, leave_out, load_parts
 from fastflower.data.stats import pixel_statistics
 from fastflower.engine.distributed import Ranks
@@ -179,6 +179,29 @@ class EvaluationBatches:
         return self.loader.batches(requests)
 
 
+@dataclass(frozen=True)
+class WholePictures:
+    """A rank's share of a split, each record once, as whole pictures; those of one shape come together."""
+
+    loader: Loader
+    shapes: np.ndarray  # [n, 2] height and width (pixels)
+    shorter: int | None
+    ranks: Ranks
+
+    def once(self) -> Iterator[Batch]:
+        """One pass."""
+        return self.loader.batches(
+            whole_requests(
+                self.shapes,
+                shorter=self.shorter,
+                crop=self.loader.view.crop,
+                batch=self.loader.batch,
+                rank=self.ranks.rank,
+                world_size=self.ranks.world_size,
+            )
+        )
+
+
 def training_batches(
     data: Data,
     records: Records,
@@ -227,3 +250,21 @@ def evaluation_batches(
     view = View(data.crop, "center", resize=data.val_resize is not None)
     loader = Loader(records, view, normalization, engine, device, batch=share, read_ahead=data.prefetch)
     return EvaluationBatches(loader, data.val_resize or 0, ranks)
+
+
+def whole_pictures(
+    data: Data,
+    records: Records,
+    shapes: np.ndarray,
+    normalization: Normalization,
+    engine: Engine,
+    device: torch.device,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+) -> WholePictures:
+    """The resized (or stored) picture without a crop; `batch_size` is of crops, over all ranks."""
+    share = max(1, min(batch_size, len(records)) // ranks.world_size)
+    view = View(data.crop, "whole", resize=data.val_resize is not None)
+    loader = Loader(records, view, normalization, engine, device, batch=share, read_ahead=data.prefetch)
+    return WholePictures(loader, shapes, data.val_resize, ranks)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fastflower.data.records import NO_LABEL, SPLITS, Records, Stamp
+from fastflower.data.records import NO_LABEL, SPLITS, Records, Stamp, is_picture, stamp_of
 from fastflower.errors import UserError
 
 # What DALI decodes.
@@ -65,6 +67,23 @@ def load_folder(root: Path, split: str) -> tuple[Records, list[str]]:
     return _records(folder, found)
 
 
+def picture_files(paths: Sequence[Path]) -> Records:
+    """Picture files that are named one by one, without classes; a path is the id.
+
+    Raises:
+        UserError: one cannot be read, is not a picture's file, or is given twice.
+    """
+    for path, times in Counter(paths).items():
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: give picture files, or a data set's folder as --data.root.")
+        if not is_picture(path):
+            raise UserError(f"{path} holds records and is no picture: give its data set's folder as --data.root.")
+        if times > 1:
+            raise UserError(f"{path} is given twice: give each picture once.")
+    stamps = [stamp_of(path) for path in paths]
+    return _one_each(paths, stamps, np.array([str(path) for path in paths]), np.full(len(paths), NO_LABEL))
+
+
 def held_out(records: Records, share: float, seed: int) -> set[str]:
     """The ids that validate where a folder of classes has no val: of each class round(share * n), but at least one and
     not all.
@@ -113,20 +132,24 @@ def _ignored(name: str) -> bool:
 
 def _records(folder: Path, found: list[Found]) -> tuple[Records, list[str]]:
     paths, stamps = zip(*found, strict=True)
-    n = len(paths)
     stems = np.array([path[: path.rindex(".")] for path in paths])
     _, same, counts = np.unique(stems, return_inverse=True, return_counts=True)
     classes = [path.partition("/")[0] if "/" in path else "" for path in paths]
     names = sorted(set(classes) - {""})
     index = {name: label for label, name in enumerate(names)} | {"": NO_LABEL}
-    records = Records(
-        files=tuple(folder / path for path in paths),
-        stamps=stamps,
-        file=np.arange(n),
-        number=np.zeros(n, np.int64),
-        offset=np.zeros(n, np.int64),
+    ids, labels = np.where(counts[same] > 1, paths, stems), np.array([index[name] for name in classes], np.int64)
+    return _one_each([folder / path for path in paths], stamps, ids, labels), names
+
+
+def _one_each(files: Sequence[Path], stamps: Sequence[Stamp], ids: np.ndarray, labels: np.ndarray) -> Records:
+    """Records that are files of their own."""
+    return Records(
+        files=tuple(files),
+        stamps=tuple(stamps),
+        file=np.arange(len(files)),
+        number=np.zeros(len(files), np.int64),
+        offset=np.zeros(len(files), np.int64),
         length=np.array([size for size, _ in stamps], np.int64),
-        ids=np.where(counts[same] > 1, paths, stems),
-        labels=np.array([index[name] for name in classes], np.int64),
+        ids=ids,
+        labels=labels,
     )
-    return records, names

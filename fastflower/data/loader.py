@@ -24,7 +24,7 @@ from fastflower.errors import UserError
 class Batch:
     """Pictures ready for the network."""
 
-    images: torch.Tensor  # [N, 3, S, S] channels-last, normalized: float32, or float16 where DALI normalizes (GPU)
+    images: torch.Tensor  # [N, 3, H, W] channels-last, normalized: float32, or float16 where DALI normalizes (GPU)
     labels: torch.Tensor  # [N] int64
     indices: np.ndarray  # [N] int64, which records they are
 
@@ -68,7 +68,7 @@ class Loader:
         self._failure: UserError | None = None
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """Yield a batch for each request, in order.
+        """Yield a batch for each request, in order; of a request whose pictures are of several shapes, one for each.
 
         On a GPU a batch's memory stays valid until the work queued up to the next step of the iteration is done.
 
@@ -136,7 +136,8 @@ class Loader:
                     except StopIteration:
                         self._pipeline.reset()
                         break
-                    ready.put(self._to_torch(pictures, self._in_work.popleft()))
+                    for item in self._to_torch(pictures, self._in_work.popleft()):
+                        ready.put(item)
             ready.put(self._failure)
         except Exception as error:
             self._pipeline = None  # after an error its batches no longer match our requests
@@ -155,8 +156,21 @@ class Loader:
         self._in_work.append(request)
         return images, request.shorter, request.crop_yx, request.mirror
 
-    def _to_torch(self, pictures: graph.Pictures, request: Request) -> _Item:
-        images = torch.from_dlpack(pictures.as_tensor()).permute(0, 3, 1, 2)  # the same memory, channels-last as it is
+    def _to_torch(self, pictures: graph.Pictures, request: Request) -> Iterator[_Item]:
+        if pictures.is_dense_tensor():
+            yield self._item(torch.from_dlpack(pictures.as_tensor()), request)  # the same memory
+            return
+        shapes = [tuple(shape) for shape in pictures.shape()]
+        for shape in sorted(set(shapes)):
+            alike = np.array([i for i, each in enumerate(shapes) if each == shape])
+            images = torch.stack([torch.from_dlpack(pictures[int(i)]) for i in alike])
+            if self._stream:
+                self._stream.synchronize()  # DALI uses the memory of its pictures again when we drop them
+            yield self._item(images, request.select(alike))
+
+    def _item(self, images: torch.Tensor, request: Request) -> _Item:
+        """Pictures [N, H, W, 3] on their way to `device`, where they are [N, 3, H, W] and channels-last."""
+        images = images.permute(0, 3, 1, 2)
         labels = torch.from_numpy(self.records.labels[request.indices])
         shift = None if request.shift is None else torch.from_numpy(request.shift)
         if not self._stream:
@@ -179,9 +193,9 @@ _Ready = _Item | Exception | None
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(images - mean) / std of channels-last uint8 [N, 3, S, S], in float32; mean [3] or [N, 3] and std [3] are 0..255.
+    """(images - mean) / std of channels-last uint8 [N, 3, H, W], in float32; mean [3] or [N, 3] and std [3] are 0..255.
 
-    It works on rows of S * 3 values: broadcasting along the three channels, which lie innermost, is half as fast.
+    It works on rows of W * 3 values: broadcasting along the three channels, which lie innermost, is half as fast.
     """
     n, channels, height, width = images.shape
     rows = images.permute(0, 2, 3, 1).reshape(n, height, width * channels)

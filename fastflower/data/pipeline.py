@@ -1,4 +1,4 @@
-"""The DALI graph: encoded bytes in, cropped pictures out. One definition for GPU and CPU.
+"""The DALI graph: encoded bytes in, cropped (or whole) pictures out. One definition for GPU and CPU.
 
 Resizing, cropping and flipping are one operator that computes only the region that is kept.
 """
@@ -36,7 +36,7 @@ class View:
     """The geometry of one kind of batch."""
 
     crop: int  # pixels, side of the square that the network sees
-    place: Literal["random", "center"] = "center"
+    place: Literal["random", "center", "whole"] = "center"  # whole: no crop, so that shapes differ within a batch
     resize: bool = True  # False: crop from the stored picture, enlarged only where it is smaller than the crop
 
 
@@ -75,7 +75,7 @@ def build_pipeline(
         device_id=engine.device_id,
         prefetch_queue_depth=engine.prefetch,
     )
-    with warnings.catch_warnings():  # a center crop has no use for the positions and flips that a random one takes
+    with warnings.catch_warnings():  # only a random crop has a use for positions and flips
         warnings.filterwarnings("ignore", message="The external source node .* produces")
         pipeline.build()
     return pipeline
@@ -86,16 +86,18 @@ def _definition(source: Source, view: View, engine: Engine, normalization: Norma
     encoded, shorter, crop_yx, mirror = fn.external_source(source=source, num_outputs=4, batch=True)
     pictures = decode(encoded, engine)
     size, position = _geometry(pictures.shape()[0:2], shorter, crop_yx, view)
-    pictures = fn.resize_crop_mirror(
-        pictures,
-        size=size,
-        crop=(view.crop, view.crop),
-        crop_pos_y=position[0],
-        crop_pos_x=position[1],
-        mirror=mirror,
-        interp_type=types.INTERP_LINEAR,
-        antialias=True,
-    )
+    resampling = {"size": size, "interp_type": types.INTERP_LINEAR, "antialias": True}
+    if view.place == "whole":
+        pictures = fn.resize(pictures, **resampling)
+    else:
+        pictures = fn.resize_crop_mirror(
+            pictures,
+            crop=(view.crop, view.crop),
+            crop_pos_y=position[0],
+            crop_pos_x=position[1],
+            mirror=mirror,
+            **resampling,
+        )
     if normalization is None:
         return pictures
     return fn.crop_mirror_normalize(
@@ -130,7 +132,7 @@ def _geometry(shape: DataNode, shorter: DataNode, crop_yx: DataNode, view: View)
     target = shorter if view.resize else math.max(shortest, view.crop)
     size = (hw * target) // shortest
     free = size - view.crop
-    if view.place == "center":
+    if view.place != "random":
         start = (free + free // 2 % 2) // 2  # half of it, a half rounded to the even number
     else:
         start = math.min(fn.cast(math.floor(crop_yx * (free + 1)), dtype=types.INT32), free)

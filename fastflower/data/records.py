@@ -173,7 +173,7 @@ def load_files(files: Sequence[Path]) -> Records:
     Raises:
         UserError: one of them is refused (`fastflower.data.tfrecord.scan`).
     """
-    stamps = tuple(_stamp(path) for path in files)
+    stamps = tuple(stamp_of(path) for path in files)
     tables = [_index(path, stamp) for path, stamp in zip(files, stamps, strict=True)]
     columns = {name: np.concatenate([table[name] for table in tables]) for name in _COLUMNS}
     file = np.repeat(np.arange(len(files)), [len(table["labels"]) for table in tables])
@@ -306,7 +306,12 @@ def _open(path: Path, stamp: Stamp) -> _File:
     return _File(path)
 
 
-def _stamp(path: Path) -> Stamp:
+def stamp_of(path: Path) -> Stamp:
+    """What changes when a file does.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     try:
         stat = path.stat()
     except OSError as error:

@@ -28,6 +28,11 @@ class Request:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def select(self, chosen: np.ndarray) -> Request:
+        """The pictures at `chosen` ([m] int64) alone."""
+        shift = None if self.shift is None else self.shift[chosen]
+        return Request(self.indices[chosen], self.shorter[chosen], self.crop_yx[chosen], self.mirror[chosen], shift)
+
 
 def training_requests(
     count: int,
@@ -79,9 +84,38 @@ def evaluation_requests(
     """A rank's batches of every record once: record i goes to rank i mod world_size; the last batch may be short."""
     mine = np.arange(rank, count, world_size)
     for first in range(0, len(mine), batch):
-        indices = mine[first : first + batch]
-        n = len(indices)
-        yield Request(indices, np.full(n, shorter, np.int32), np.full((n, 2), 0.5, np.float32), np.zeros(n, np.int32))
+        yield _centered(mine[first : first + batch], shorter)
+
+
+def whole_requests(
+    shapes: np.ndarray, *, shorter: int | None, crop: int, batch: int, rank: int = 0, world_size: int = 1
+) -> Iterator[Request]:
+    """A rank's batches of every record once, as whole pictures, with those of one shape together.
+
+    Args:
+        shapes: [n, 2] height and width of each picture (pixels).
+        shorter: side that they are resized to; None = as they are, enlarged where they are smaller than `crop`.
+        crop: pixels.
+        batch: most pictures of `crop` by `crop` pixels; of larger ones it has fewer, so that it takes no more memory.
+        rank: whose batches; record i goes to rank i mod world_size.
+        world_size: ranks.
+    """
+    shortest = shapes.min(axis=1)
+    target = np.maximum(shortest, crop) if shorter is None else np.full_like(shortest, shorter)
+    resized = shapes * target[:, None] // shortest[:, None]
+    mine = np.arange(rank, len(shapes), world_size)
+    mine = mine[np.lexsort(resized[mine].T)]
+    _, starts = np.unique(resized[mine], axis=0, return_index=True)
+    for alike in np.split(mine, np.sort(starts)[1:]):
+        height, width = resized[alike[0]].tolist()
+        most = max(1, batch * crop**2 // (height * width))
+        for first in range(0, len(alike), most):
+            yield _centered(alike[first : first + most], shorter or 0)
+
+
+def _centered(indices: np.ndarray, shorter: int) -> Request:
+    n = len(indices)
+    return Request(indices, np.full(n, shorter, np.int32), np.full((n, 2), 0.5, np.float32), np.zeros(n, np.int32))
 
 
 def permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:

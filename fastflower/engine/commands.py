@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+import numpy as np
 from rich.console import Console
 
-from fastflower.config import Config, build, resolve
-from fastflower.data.dataset import choose_engine, evaluation_batches
-from fastflower.data.sources import load_records
-from fastflower.engine.checkpoint import load_checkpoint, normalization_of, weights_of
-from fastflower.engine.distributed import Signals, processes
-from fastflower.engine.evaluate import evaluate
+from fastflower.config import Config, resolve
+from fastflower.data.records import Records
+from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.engine.distributed import processes
 from fastflower.engine.meters import Evaluation
-from fastflower.engine.precision import choose_device, choose_precision
+from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
 from fastflower.engine.rehearsal import rehearse
 from fastflower.engine.run import RunFolder, new_run
-from fastflower.engine.setup import absolute, build_network, prepare, restore
+from fastflower.engine.scores import figures, score
+from fastflower.engine.setup import prepare, restore
 from fastflower.engine.state import State
+from fastflower.engine.testing import Testing, load_split, session
 from fastflower.engine.train import train
+from fastflower.engine.trained import Trained, open_trained
 from fastflower.environment import environment
 from fastflower.errors import UserError
 
@@ -111,59 +112,34 @@ def _choose_folder(name: str, run: Path | None, checkpoint: Path | None, overwri
     return folder
 
 
-def evaluate_run(
-    run: Path,
-    roots: tuple[Path, ...] | None,
-    split: str,
-    device_setting: Literal["run", "auto", "cpu", "cuda"],
-    console: Console,
-) -> Evaluation:
+@dataclass(frozen=True)
+class Evaluated:
+    """A run's scores on a split with classes."""
+
+    trained: Trained
+    records: Records
+    scores: np.ndarray  # [n, num_classes], see `fastflower.engine.scores.score`
+    figures: Evaluation
+
+
+def evaluate_run(run: Path, split: str, testing: Testing, console: Console) -> Evaluated:
     """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
 
     Precision and batch are those of the run, so that the validation figures that it logged come out again; so are the
-    seed and data.val_share, where they divide a folder, and data.skip, unless `roots` names other folders than the run.
+    seed and data.val_share, where they divide a folder, and data.skip, unless other folders than the run's are named.
+    Every record counts, as in validation; with scales every picture, once.
 
     Raises:
-        UserError: no such run, or the data does not fit it.
+        UserError: no such run, or the data or the views do not fit it.
         Interrupted: a signal came.
     """
-    path = run if run.is_file() else RunFolder(run).best
-    if not path.is_file():
-        raise UserError(f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file.")
-    saved = load_checkpoint(path)
-    config = build(saved["config"], str(path))
-    data, classes = config.data, saved["classes"]
-    if roots is not None:
-        known = set(data.root or ())
-        data = absolute(replace(data, root=roots))
-        if not known.issuperset(data.root or ()):
-            data = replace(data, skip=None)
-    choice = config.device if device_setting == "run" else device_setting
-    device = choose_device(choice, _local_rank())
-    with (
-        processes(device) as ranks,
-        Signals() as signals,
-        Display(console, shown=ranks.is_main) as display,
-    ):
-        with ranks.main_first():
-            records = load_records(data, split, classes, config.seed)
-            records.require_classes(len(classes))
-        engine = choose_engine(data, device, ranks)
-        batches = evaluation_batches(
-            data, records, normalization_of(saved), engine, device, ranks, batch_size=config.train.batch_size
-        )
-        network = build_network(config, len(classes), device, ranks)
-        network.load_state_dict(weights_of(saved))
-        display.task("evaluate", batches.steps)
-        return evaluate(
-            network,
-            display.counted(batches.once()),
-            classes=len(classes),
-            device=device,
-            precision=choose_precision(config.amp, config.amp_dtype, device),
-            ranks=ranks,
-            signals=signals,
-        )
+    trained = open_trained(run)
+    with session(trained, testing, console) as within:
+        data, records = load_split(trained, split, testing, within, once=bool(testing.views.scales))
+        with within.ranks.together():
+            records.require_classes(len(trained.classes))
+        scores = score(trained, data, records, testing, within)
+    return Evaluated(trained, records, scores, figures(scores, records.labels))
 
 
 def _local_rank() -> int:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 _END, _GO, _STOP, _FAILED = range(4)
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the user asked to stop
+class Interrupted(KeyboardInterrupt):
     """Some rank was asked to stop (Ctrl-C or SIGTERM); every rank raises this at the same step."""
 
 

@@ -1,8 +1,8 @@
-"""Figures of a network on a split: every record counts once, whatever the ranks and the batch size."""
+"""A network's outputs on a split, and figures of them: every record counts once, whatever ranks and batch size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -43,12 +43,26 @@ def evaluate(
     """
     network.eval()
     sums = EvaluationSums(classes, device)
-    for images, labels in ((b.images, b.labels) for b in ranks.lockstep(batches, signals)):
-        n = len(labels)
+    together = ranks.lockstep(batches, signals)
+    for batch, logits in outputs(network, together, device=device, precision=precision, pad_to=pad_to):
+        sums.add(logits, batch.labels)
+    return sums.result(ranks)
+
+
+def outputs(
+    network: Callable[[torch.Tensor], torch.Tensor],
+    batches: Iterable[Batch],
+    *,
+    device: torch.device,
+    precision: Precision,
+    pad_to: int | None = None,
+) -> Iterator[tuple[Batch, torch.Tensor]]:
+    """Each batch with what `network` says of it, [N, classes]; see `evaluate`."""
+    for batch in batches:
+        images, n = batch.images, len(batch.labels)
         if pad_to and n < pad_to:
             images = torch.nn.functional.pad(images, (0, 0, 0, 0, 0, 0, 0, pad_to - n))
             images = images.contiguous(memory_format=torch.channels_last)
         with precision.autocast(device):
             logits = network(images if precision.dtype else images.float())
-        sums.add(logits[:n], labels)
-    return sums.result(ranks)
+        yield batch, logits[:n]

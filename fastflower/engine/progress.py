@@ -75,9 +75,9 @@ class Display:
         """Begin something of `total` steps."""
         self._progress.reset(self._task, description=description, total=total, completed=completed, figures="")
 
-    def advance(self) -> None:
-        """One step is done (or on its way to the device)."""
-        self._progress.advance(self._task)
+    def advance(self, steps: int = 1) -> None:
+        """So many steps are done (or on their way to the device)."""
+        self._progress.advance(self._task, steps)
 
     def follow(self, description: str) -> Callable[[int, int], None]:
         """A callback (done, total) that shows how far something is."""

@@ -97,9 +97,13 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, H, W] to logits [N, num_classes]."""
+        return self.fc(self.avgpool(self.features(x)).flatten(1))
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, H, W] to the map before the average pooling, [N, C, ceil(H / 32), ceil(W / 32)]."""
         x = self.maxpool(self.bn1(self.conv1(x)))
         x, _ = both(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
-        return self.fc(self.avgpool(x).flatten(1))
+        return x
 
 
 class BasicBlock(nn.Module):

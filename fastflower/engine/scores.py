@@ -1,0 +1,125 @@
+"""Scores of records by a trained network: what evaluation, predictions, ensembles and folds start from."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastflower.config import Data
+from fastflower.data.dataset import (
+    EvaluationBatches,
+    WholePictures,
+    choose_engine,
+    evaluation_batches,
+    whole_pictures,
+)
+from fastflower.data.records import Records
+from fastflower.data.selection import shapes_of
+from fastflower.engine.distributed import Ranks
+from fastflower.engine.evaluate import outputs
+from fastflower.engine.meters import Evaluation, EvaluationSums
+from fastflower.engine.precision import Precision, choose_precision
+from fastflower.engine.setup import build_network
+from fastflower.engine.testing import Session, Testing
+from fastflower.engine.trained import Trained
+from fastflower.engine.views import Scorer, Views
+from fastflower.errors import UserError
+
+
+@torch.no_grad()
+def score(trained: Trained, data: Data, records: Records, testing: Testing, within: Session) -> np.ndarray:
+    """Scores [n, num_classes] float32 of all records, on every rank; their softmax is class probabilities.
+
+    By one crop they are the network's logits, by more views the logarithm of the mean probability.
+
+    Args:
+        trained: the run.
+        data: geometry and resources of the loader.
+        records: what to score.
+        testing: how.
+        within: where; the processes share the records.
+
+    Raises:
+        UserError: views that do not fit the pictures, or a record that cannot be read or decoded.
+        Interrupted: a rank got a signal.
+    """
+    views, device, ranks = testing.views, within.device, within.ranks
+    views.check(data)
+    config = trained.config
+    precision = choose_precision(config.amp, config.amp_dtype, device)
+    network = build_network(config, len(trained.classes), device, ranks)
+    network.load_state_dict(trained.weights)
+    scorer = views.scorer(network.eval(), data.crop, compiled=testing.compiled)
+    common = (trained.normalization, choose_engine(data, device, ranks), device, ranks)
+    size = testing.batch_size or config.train.batch_size
+    shapes = None
+    if views.whole:
+        with ranks.together():
+            shapes = _shapes(data, records, views)
+    tables = []
+    for geometry in views.passes(data):
+        batches: EvaluationBatches | WholePictures
+        if shapes is None:
+            batches = evaluation_batches(geometry, records, *common, batch_size=size)
+        else:
+            batches = whole_pictures(geometry, records, shapes, *common, batch_size=size)
+        at = f" at {geometry.val_resize} pixels" if views.scales else ""
+        within.display.task(f"score{at}", len(range(ranks.rank, len(records), ranks.world_size)))
+        tables.append(_one_pass(scorer, batches, len(trained.classes), precision, within))
+    return tables[0] if len(tables) == 1 else _log_mean(tables)
+
+
+def _shapes(data: Data, records: Records, views: Views) -> np.ndarray:
+    """Heights and widths, [n, 2]; UserError where ten crops of a picture would be the same."""
+    shapes = shapes_of(records)
+    small = shapes.min(axis=1) <= data.crop
+    if views.crops > 1 and data.val_resize is None and small.any():
+        index = int(np.argmax(small))
+        height, width = shapes[index]
+        raise UserError(
+            f"{records.describe(index)} is {width}×{height} pixels, of which there are no ten crops of {data.crop}: "
+            "give larger stored sizes with --sizes, or --crops 1."
+        )
+    return shapes
+
+
+def _one_pass(
+    scorer: Scorer,
+    batches: EvaluationBatches | WholePictures,
+    classes: int,
+    precision: Precision,
+    within: Session,
+) -> np.ndarray:
+    """[n, classes] float32, gathered from all ranks."""
+    indices, scores = [], []
+    together = within.ranks.lockstep(batches.once(), within.signals)
+    for batch, found in outputs(scorer, together, device=within.device, precision=precision):
+        indices.append(batch.indices)
+        scores.append(found.float())
+        within.display.advance(len(batch.indices))
+    mine = (np.concatenate(indices), torch.cat(scores).cpu().numpy()) if scores else None
+    table = np.full((len(batches.loader.records), classes), np.nan, np.float32)
+    for part in within.ranks.gather(mine):
+        if part:
+            table[part[0]] = part[1]
+    return table
+
+
+def _log_mean(tables: list[np.ndarray]) -> np.ndarray:
+    """Logarithm of the mean of the probabilities whose logarithms are given."""
+    return (np.logaddexp.reduce(np.stack(tables).astype(np.float64)) - np.log(len(tables))).astype(np.float32)
+
+
+def probabilities(scores: np.ndarray) -> np.ndarray:
+    """Softmax of scores: [n, num_classes] float32."""
+    return torch.from_numpy(scores).double().softmax(1).float().numpy()
+
+
+def figures(scores: np.ndarray, labels: np.ndarray) -> Evaluation:
+    """Loss, top-1, top-5 and macro F1 of scores [n, num_classes] against labels [n].
+
+    Where processes run together, each must ask, with the same scores.
+    """
+    sums = EvaluationSums(scores.shape[1], torch.device("cpu"))
+    sums.add(torch.from_numpy(scores), torch.from_numpy(labels))
+    return sums.result(Ranks())

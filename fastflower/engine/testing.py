@@ -1,0 +1,92 @@
+"""What everything after training works on: the records of a split, and the processes that look at them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from rich.console import Console
+
+from fastflower.config import Data
+from fastflower.data.records import Records
+from fastflower.data.selection import largest_of_each
+from fastflower.data.sources import load_records
+from fastflower.engine.distributed import Ranks, Signals, processes
+from fastflower.engine.precision import choose_device
+from fastflower.engine.progress import Display
+from fastflower.engine.trained import TestSizes, Trained
+from fastflower.engine.views import Views
+
+SHOWN = 5  # ids that are there twice, on screen
+
+
+@dataclass(frozen=True)
+class Testing:
+    """What to test a run on, and how, where not as it was validated."""
+
+    roots: tuple[Path, ...] | None = None  # data folders; None = the run's
+    sizes: TestSizes | None = None  # stored sizes to take; None: see `load_split`
+    views: Views = field(default_factory=Views)
+    device: Literal["run", "auto", "cpu", "cuda"] = "run"
+    batch_size: int | None = None  # crops at once, over all ranks; None = as in training
+    compiled: bool = False  # by torch.compile
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where scores are computed, by which processes, and who is told."""
+
+    device: torch.device
+    ranks: Ranks
+    signals: Signals
+    display: Display
+
+
+@contextlib.contextmanager
+def session(trained: Trained, testing: Testing, console: Console) -> Iterator[Session]:
+    """Join the other processes, listen to signals and show progress until the block ends.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    choice = trained.config.device if testing.device == "run" else testing.device
+    device = choose_device(choice, int(os.environ.get("LOCAL_RANK", 0)))
+    with (
+        processes(device) as ranks,
+        Signals() as signals,
+        Display(console, shown=ranks.is_main) as display,
+    ):
+        yield Session(device, ranks, signals, display)
+
+
+def load_split(trained: Trained, split: str, testing: Testing, within: Session, *, once: bool) -> tuple[Data, Records]:
+    """The records to score, and how they are loaded.
+
+    Args:
+        trained: the run.
+        split: train, val or test.
+        testing: which data.
+        within: where.
+        once: take each picture once, from its largest record; unless `testing` names sizes, of all that are stored, or,
+            where the run crops stored pictures as they are, of those that it was validated at.
+
+    Raises:
+        UserError: bad data, or data that does not fit the run.
+    """
+    stored_as_is = trained.config.data.val_resize is None
+    sizes: TestSizes | None = testing.sizes or ("all" if once and not stored_as_is else None)
+    data = trained.data(testing.roots, sizes)
+    with within.ranks.main_first():
+        records = load_records(data, split, trained.classes, trained.config.seed)
+        if once:
+            records, again = largest_of_each(records)
+            for note in again[:SHOWN]:
+                within.display.say(note)
+            if len(again) > SHOWN:
+                within.display.say(f"… and {len(again) - SHOWN} more ids that are there more than once.")
+    return data, records

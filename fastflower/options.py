@@ -1,0 +1,185 @@
+"""What each command of the command line takes; the text under an option is its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg, subcommand
+from tyro.constructors import PrimitiveConstructorSpec
+
+from fastflower.config import Config
+
+Split = Literal["train", "val", "test"]
+# Whole numbers in one word, such as 224,256,384.
+Numbers = Annotated[
+    tuple[int, ...],
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT,INT,...",
+        instance_from_str=lambda args: tuple(int(word) for word in args[0].split(",")),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value)) or "none"],
+    ),
+]
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a network: fastflower train --amp
+
+    Settings come from the defaults, then --config (or the run that is resumed), then the options given here.
+    """
+
+    settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    config: Path | None = None
+    """YAML file of settings, or the name of one that comes with fastflower (demo, flowers102_64, paper, plain34,
+    resnet34, resnet50, resnet50_pretrained)."""
+    run: Path | None = None
+    """Folder for the configuration, logs and checkpoints; none = runs/CONFIG-DATE-TIME."""
+    resume: Path | None = None
+    """Go on from a run folder (its last checkpoint), a checkpoint file of it, or auto = the run in --run (else the
+    newest of this configuration) if there is one, or a new run."""
+    overwrite: bool = False
+    """Replace the run that --run already holds."""
+    print_config: bool = False
+    """Print the settings as YAML and stop."""
+    dry_run: bool = False
+    """Build everything, train two steps, validate one batch, and say what time and memory they took; no run folder is
+    made."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestOptions:
+    """What to test on, and how."""
+
+    root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
+    """Data folder, or several that are taken together; none = the run's."""
+    sizes: Literal["all"] | tuple[int, ...] | None = None
+    """Stored sizes to take (pixels); none = those of training to evaluate by one or ten crops, else all. Predictions
+    and scales take each picture once, from the largest of them."""
+    crops: Literal[1, 10] = 1
+    """1 = the center of each picture; 10 = corners and center and their mirror images, averaged."""
+    scales: Numbers = ()
+    """Shorter sides (pixels) at which all positions of each picture and of its mirror image are averaged, such as
+    224,256,384,480,640."""
+    batch_size: int | None = None
+    """Crops at once, over all processes together; none = as in training."""
+    device: Literal["run", "auto", "cpu", "cuda"] = "run"
+    """Where the network runs; run = as in training."""
+    compile: bool = False
+    """torch.compile the network, which takes a while and pays on a GPU with many pictures."""
+
+
+@dataclass(frozen=True)
+class EvalCommand(TestOptions):
+    """Evaluate a trained run: fastflower eval runs/NAME --split val
+
+    Prints loss, top-1, top-5, macro F1 and expected calibration error, and writes the confusion matrix, each class's
+    figures, the most confused classes and the most confident mistakes.
+    """
+
+    run: Positional[Path]
+    """Run folder (its best checkpoint) or a checkpoint file."""
+    split: Split = "val"
+    """Which split; it must have classes."""
+    names: str | None = None
+    """Names of the classes: a JSON list, a text file with one a line, or kaggle104; none = the data's."""
+    out: Path | None = None
+    """Folder for what is written; none = eval-SPLIT in the run folder."""
+    json: bool = False
+    """Print one JSON object: split, n, loss, accuracy, top5, macro_f1, ece."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class PredictCommand(TestOptions):
+    """Predict classes: fastflower predict runs/NAME --submission submission.csv
+
+    Writes ids and class probabilities of a split as Parquet, each id once. With --images it prints the likeliest
+    classes of single pictures instead.
+    """
+
+    run: Positional[Path]
+    """Run folder (its best checkpoint) or a checkpoint file."""
+    split: Split = "test"
+    """Which split; it needs no classes."""
+    images: tuple[Path, ...] = ()
+    """Picture files, in place of a split."""
+    out: Path | None = None
+    """Predictions file; none = predictions-SPLIT.parquet in the run folder, and no file for --images."""
+    submission: Path | None = None
+    """Write the competition's CSV, id,label."""
+    sample: Path | None = None
+    """Sample submission, whose ids must be those of the records."""
+    names: str | None = None
+    """Names of the classes for --images: a JSON list, a text file with one a line, or kaggle104; none = the data's."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class DemoCommand:
+    """Draw the synthetic flowers in the Kaggle layout: fastflower data demo DIR"""
+
+    dir: Positional[Path]
+    """Folder to make."""
+    sizes: tuple[int, ...] = (64,)
+    """Stored sizes (pixels)."""
+    train: int = 2400
+    """Pictures in the training split."""
+    val: int = 480
+    """Pictures in the validation split."""
+    test: int = 480
+    """Pictures in the test split (without classes)."""
+    seed: int = 0
+    """Of the drawing."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class CheckCommand:
+    """Read and decode every record of all splits and sizes, and name what is wrong: fastflower data check ROOT
+
+    Exit code 1 if there is a problem.
+    """
+
+    root: Positional[Path]
+    """Data folder."""
+    json: bool = False
+    """Print one JSON object: root, splits, classes, problems."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class StatsCommand:
+    """Measure all pixels, for data.mean and data.std: fastflower data stats ROOT
+
+    Prints YAML for a configuration file; the covariance is a comment in it.
+    """
+
+    root: Positional[tuple[Path, ...]]
+    """Data folder, or several that are taken together."""
+    split: Literal["train", "train+val"] = "train"
+    """What to measure, as data.train_on."""
+    sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
+    """Stored sizes to measure (pixels), as data.sizes."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class DataCommand:
+    """Draw, check or measure data sets."""
+
+    command: (
+        Annotated[DemoCommand, subcommand("demo")]
+        | Annotated[CheckCommand, subcommand("check")]
+        | Annotated[StatsCommand, subcommand("stats")]
+    )

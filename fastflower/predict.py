@@ -1,0 +1,127 @@
+"""Predictions of a trained run: of a split, for ensembles and competitions, or of single pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+
+from fastflower.data.folder import picture_files
+from fastflower.data.records import NO_LABEL, Records
+from fastflower.engine.scores import probabilities, score
+from fastflower.engine.testing import Session, Testing, load_split, session
+from fastflower.engine.trained import Trained, digest_of, open_trained
+from fastflower.errors import UserError
+from fastflower.predictions import Predictions, check_sample, sort_by_id, write_predictions, write_submission
+
+
+def predictions_path(run: Path, split: str) -> Path:
+    """Where a run folder keeps the predictions of a split."""
+    return run / f"predictions-{split}.parquet"
+
+
+def predict_run(
+    run: Path,
+    split: str,
+    testing: Testing,
+    console: Console,
+    *,
+    out: Path | None = None,
+    submission: Path | None = None,
+    sample: Path | None = None,
+) -> Predictions:
+    """Class probabilities of a split by a run's best checkpoint (or the checkpoint file `run`), and files of them.
+
+    Each id is predicted once, from its largest record (see `fastflower.engine.testing.load_split`).
+
+    Args:
+        run: a run folder or a checkpoint file.
+        split: train, val or test; it needs no classes.
+        testing: which data, and by which views.
+        console: where progress is shown.
+        out: the predictions file; None = predictions-SPLIT.parquet in the run folder.
+        submission: the competition's CSV; None = none is written.
+        sample: a sample submission, whose ids must be those of the records.
+
+    Raises:
+        UserError: no such run, data or views that do not fit it, or other ids than the sample's.
+        Interrupted: a signal came.
+    """
+    trained = open_trained(run)
+    out = out or predictions_path(trained.folder, split)
+    with session(trained, testing, console) as within:
+        predictions = predict_split(trained, split, testing, within, sample=sample)
+        if within.ranks.is_main:
+            hand_in(predictions, within, out=out, submission=submission)
+    return predictions
+
+
+def predict_split(
+    trained: Trained, split: str, testing: Testing, within: Session, *, sample: Path | None = None
+) -> Predictions:
+    """Class probabilities of a split's pictures, on every rank; see `predict_run`."""
+    data, records = load_split(trained, split, testing, within, once=True)
+    with within.ranks.together():
+        _require_ids(records)
+        if sample:
+            check_sample(sample, records.ids.tolist())
+    found = probabilities(score(trained, data, records, testing, within))
+    known = (records.labels >= 0) & (records.labels < len(trained.classes))
+    return sort_by_id(
+        Predictions(
+            split,
+            trained.classes,
+            records.ids,
+            found,
+            np.where(known, records.labels, NO_LABEL),
+            source(trained, testing),
+        )
+    )
+
+
+def source(trained: Trained, testing: Testing) -> dict[str, object]:
+    """What a predictions file says of where it comes from."""
+    views = {"crops": testing.views.crops, "scales": list(testing.views.scales)}
+    return {"run": trained.folder.name, "weights": digest_of(trained), "views": views}
+
+
+def hand_in(predictions: Predictions, within: Session, *, out: Path | None, submission: Path | None) -> None:
+    """Write the files that are asked for, and say so."""
+    if out:
+        write_predictions(out, predictions)
+        within.display.say(f"Predictions of {len(predictions.ids)} pictures: {out}")
+    if submission:
+        labels = dict(zip(predictions.ids.tolist(), predictions.likeliest.tolist(), strict=True))
+        write_submission(submission, labels, set(predictions.ids.tolist()), len(predictions.classes))
+        within.display.say(f"Submission: {submission}")
+
+
+def predict_pictures(
+    run: Path, paths: tuple[Path, ...], testing: Testing, console: Console, *, out: Path | None = None
+) -> Predictions:
+    """Class probabilities of picture files, in their order; a path is the id. A file of them where `out` names one.
+
+    Raises:
+        UserError: no such run, or a file that is no picture that can be decoded.
+        Interrupted: a signal came.
+    """
+    trained = open_trained(run)
+    with session(trained, testing, console) as within:
+        with within.ranks.together():
+            records = picture_files(paths)
+        found = probabilities(score(trained, trained.data(None, None), records, testing, within))
+        predictions = Predictions("", trained.classes, records.ids, found, records.labels, source(trained, testing))
+        if within.ranks.is_main:
+            hand_in(predictions, within, out=out, submission=None)
+    return predictions
+
+
+def _require_ids(records: Records) -> None:
+    """Raise UserError naming the first record without an id, or with one that cannot be written as UTF-8."""
+    records.require("id")
+    for index, name in enumerate(records.ids.tolist()):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:  # a file's name may be any bytes
+            raise UserError(f"{records.describe(index)!r} has a name that is not UTF-8: rename it.") from error
