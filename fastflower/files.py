@@ -40,7 +40,7 @@ def code_digest(*sources: str) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`; when the block ends without an error it is synced and takes the name `path`.
+    """Open a temporary file beside `path` to write (and read); when the block ends without an error it is synced and takes the name `path`.
 
     A crash, a full disk or a second writer leaves either the old file or the new one, never a part of one.
 
@@ -50,9 +50,9 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     # opened here, not by tempfile, so that the user's umask decides who may read it
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -7,6 +7,7 @@ The file has a row for each id, sorted: `id` (text), `class` (the true one's num
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
@@ -93,18 +94,33 @@ def read_predictions(path: Path) -> Predictions:
         )
     metadata = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
     classes = metadata.get("classes", [str(k) for k in range(count)])
-    ids = np.array(table["id"].cast(pa.string()).to_pylist(), np.str_)
-    refuse_repeated(ids, str(path))
-    probabilities = np.column_stack([table[f"p{k}"].to_numpy() for k in range(count)]).astype(np.float32)
-    bad = ~(np.isfinite(probabilities) & (probabilities >= 0)).all(axis=1)
-    if bad.any() or len(classes) != count:
-        where = f"probabilities of id {ids[np.argmax(bad)]}" if bad.any() else f"{count} classes"
-        raise UserError(f"{path} is damaged ({where}): predict again.")
-    labels = np.full(len(ids), NO_LABEL)
-    if "class" in table.column_names:
-        labels = table["class"].cast(pa.int64()).fill_null(NO_LABEL).to_numpy()
-    found = Predictions(metadata.get("split", ""), classes, ids, probabilities, labels, metadata.get("source", {}))
+    try:
+        ids = table["id"].cast(pa.string())
+        columns = [table[f"p{k}"].cast(pa.float32()).to_numpy() for k in range(count)]
+        known = table["class"].cast(pa.int64()) if "class" in table.column_names else pa.nulls(len(ids), pa.int64())
+    except pa.ArrowException as error:
+        raise UserError(f"{path} is damaged ({error}): predict again.") from error
+    found = Predictions(
+        metadata.get("split", ""),
+        classes,
+        np.array(ids.fill_null("").to_pylist(), np.str_),
+        np.column_stack(columns),
+        known.fill_null(NO_LABEL).to_numpy(),
+        metadata.get("source", {}),
+    )
+    _refuse_damage(found, path)
     return sort_by_id(found)
+
+
+def _refuse_damage(found: Predictions, path: Path) -> None:
+    refuse_repeated(found.ids, str(path))
+    sound = np.isfinite(found.probabilities).all(axis=1) & (found.probabilities >= 0).all(axis=1) & (found.ids != "")
+    known = found.labels != NO_LABEL
+    sound &= ~known | ((found.labels >= 0) & (found.labels < len(found.classes)))
+    if not sound.all():
+        raise UserError(f"{path} is damaged (id {str(found.ids[np.argmin(sound)])!r}): predict again.")
+    if found.probabilities.shape[1] != len(found.classes):
+        raise UserError(f"{path} is damaged (it names {len(found.classes)} classes): predict again.")
 
 
 def refuse_repeated(ids: np.ndarray, where: str) -> None:
@@ -137,7 +153,6 @@ def write_submission(path: Path, labels: Mapping[str, int], wanted: Collection[s
     with atomic_write(path) as file:
         rows = [HEADER, *sorted(labels.items())]
         file.write("".join(f"{_field(name)},{label}\n" for name, label in rows).encode())
-        file.flush()
         _check_submission(file, path, wanted, classes)
 
 
@@ -147,8 +162,8 @@ def _field(text: str) -> str:
 
 
 def _check_submission(file: IO[bytes], path: Path, wanted: Collection[str], classes: int) -> None:
-    with open(file.name, encoding="utf-8", newline="") as written:
-        header, *rows = csv.reader(written)
+    file.seek(0)
+    header, *rows = csv.reader(io.StringIO(file.read().decode(), newline=""))
     refuse_repeated(np.array([row[0] for row in rows]), str(path))
     misplaced = {row[0] for row in rows} ^ set(wanted)
     misplaced |= {row[0] for row in rows if not (row[1].isdecimal() and int(row[1]) < classes)}
