@@ -121,7 +121,8 @@ def evaluate_run(
     """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
 
     Precision and batch are those of the run, so that the validation figures that it logged come out again; so are the
-    seed and data.val_share, where they divide a folder, and data.skip, unless `roots` names other folders than the run.
+    seed, data.folds and data.val_share, where they divide the data, and data.skip, unless `roots` names other folders
+    than the run.
 
     Raises:
         UserError: no such run, or the data does not fit it.
