@@ -51,8 +51,13 @@ class Data:
     """Folder of the pictures, or several that are taken together; none = the built-in synthetic flowers. A folder holds
     tfrecords-jpeg-SxS/{train,val,test}/*.tfrec, or pictures in {train,val}/CLASS/ and test/, or in CLASS/ alone."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of each class's training pictures that validates, chosen by the seed, where a folder of classes has no
-    val."""
+    """Share of each class's training pictures that validates, chosen by the seed, where a folder of classes has no val
+    and data.folds is none."""
+    folds: Annotated[int, Field(ge=2)] | None = None
+    """Number of parts that train and val together are divided into by the seed, each with its share of every class and
+    no picture in two of them; none = the data's own split."""
+    fold: Annotated[int, Field(ge=0)] = 0
+    """The part that validates, of data.folds (from 0); the others train."""
     train_on: Literal["train", "train+val"] = "train"
     """train+val = a final fit on both, for all its epochs, with nothing left to validate on."""
     skip: Path | None = None
@@ -195,7 +200,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs; auto = on the GPU where there is one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of initialization, order, augmentation, and of what validates (data.val_share)."""
+    """Of initialization, order, augmentation, and of what validates (data.val_share, data.folds)."""
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
     train: Train = field(default_factory=Train)
@@ -345,6 +350,15 @@ def _check_together(config: Config, source: str) -> None:
         ),
         f"train.freeze_epochs is {train.freeze_epochs}, not below train.epochs ({train.epochs}): lower it": (
             train.freeze_epochs >= train.epochs
+        ),
+        "data.folds leaves a part to validate on, which data.train_on train+val trains on: drop one of them": (
+            final and data.folds is not None
+        ),
+        f"data.fold is {data.fold}, but there is no data.folds: give the number of folds too": (
+            data.folds is None and data.fold > 0
+        ),
+        f"data.fold is {data.fold}, not below data.folds ({data.folds}): the first fold is 0, lower it": (
+            data.folds is not None and data.fold >= data.folds
         ),
         "train.nesterov needs a train.momentum above 0": train.nesterov and train.momentum == 0,
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,6 +14,7 @@ from nvidia.dali.pipeline import DataNode, Pipeline
 from rich.table import Table
 
 from fastflower.data.folder import load_folder, split_folder
+from fastflower.data.folds import digest
 from fastflower.data.loader import has_header
 from fastflower.data.pipeline import Engine, decode
 from fastflower.data.records import (
@@ -207,7 +207,7 @@ def _examine(records: Records, threads: int, progress: Progress) -> tuple[np.nda
     for start in range(0, len(stored), BATCH):
         batch = stored[start : start + BATCH]
         encoded = [read_image(records, index) for index in batch]
-        digests[batch] = [int.from_bytes(hashlib.blake2b(data.data, digest_size=8).digest()) for data in encoded]
+        digests[batch] = [digest(data) for data in encoded]
         pictures = np.array([has_header(data) for data in encoded])
         if pictures.any():
             shapes[batch[pictures]] = decoder.shapes([encoded[i] for i in np.flatnonzero(pictures)])

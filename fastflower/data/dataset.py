@@ -59,13 +59,14 @@ class Dataset:
 def open_dataset(data: Data, seed: int) -> Dataset:
     """Index both splits and check that every record has an image and a class in range.
 
-    `seed` chooses what validates where a folder of classes has no val.
+    `seed` chooses what validates with data.folds, or where a folder of classes has no val.
 
     Raises:
         UserError: names the file, record or key.
     """
     train_parts, val_parts = load_parts(data, seed, "train", "val")
-    classes = class_list(train_parts)
+    # with folds, all pictures of a class may be in one, and it counts even where that one validates
+    classes = class_list([*train_parts, *val_parts] if data.folds else train_parts)
     train, val = join(train_parts, classes), join(val_parts, classes)
     for records in (train, val):
         records.require_classes(len(classes))

@@ -92,12 +92,13 @@ def held_out(records: Records, share: float, seed: int) -> set[str]:
     """
     chosen: set[str] = set()
     for label in np.unique(records.labels):
-        ids = sorted(records.ids[records.labels == label].tolist(), key=lambda name: _rank(seed, name))
+        ids = sorted(records.ids[records.labels == label].tolist(), key=lambda name: seeded_rank(seed, name))
         chosen.update(ids[: min(max(round(share * len(ids)), 1), len(ids) - 1)])
     return chosen
 
 
-def _rank(seed: int, name: str) -> bytes:
+def seeded_rank(seed: int, name: str) -> bytes:
+    """Where a name comes in an order that the seed shuffles, whatever else is there."""
     return hashlib.blake2b(os.fsencode(f"{seed}\0{name}"), digest_size=16).digest()
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "class_names",
     "concatenate",
     "find_files",
+    "fingerprint",
     "holds_tfrecords",
     "is_picture",
     "listed_classes",
@@ -129,6 +130,16 @@ def concatenate(parts: Sequence[Records]) -> Records:
         file=np.concatenate([part.file + start for part, start in zip(parts, first[:-1], strict=True)]),
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS},
     )
+
+
+def fingerprint(records: Records, code: str) -> str:
+    """Names what code of the digest `code` finds out about these records, in the cache; changes when a file does."""
+    digest = hashlib.sha256(code.encode())
+    resolve = functools.cache(Path.resolve)  # a picture's folder holds many
+    for path, stamp in zip(records.files, records.stamps, strict=True):
+        digest.update(os.fsencode(f"{resolve(path.parent)}\0{path.name}\0{stamp}\0"))
+    digest.update(records.file.tobytes() + records.offset.tobytes())
+    return digest.hexdigest()[:32]
 
 
 def is_picture(path: Path) -> bool:

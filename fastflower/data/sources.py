@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from fastflower.config import Data
-from fastflower.data.folder import LAYOUTS, held_out, load_folder, split_folder
+from fastflower.data.folder import LAYOUTS, held_out, load_folder
+from fastflower.data.folds import assign_folds
 from fastflower.data.records import (
     NO_LABEL,
     Records,
@@ -34,36 +35,75 @@ class Part:
 
 
 def load_parts(data: Data, seed: int, *splits: str) -> list[list[Part]]:
-    """Index splits: for each of them a part for each folder of `data.root`.
+    """Index splits: for each of them the parts that the folders of `data.root` have of it.
 
-    A folder of classes without val gives up data.val_share of its training pictures, chosen by `seed`; what validates
+    With data.folds, val is a fold of train and val together, and train the other folds (`assign_folds`). Without, a
+    folder of classes that has no val gives up data.val_share of its training pictures, chosen by `seed`; what validates
     of one such folder trains in no other.
 
     Raises:
         UserError: names the folder, file or record.
     """
-    if not data.root:
-        raise UserError("--data.root names no folder: give one or more.")
-    layouts = {root: _holds_tfrecords(root) for root in data.root}
-    whole = {
-        root: _load(data, root, "train", tfrecords=False)
-        for root, tfrecords in layouts.items()
-        if set(splits) & {"train", "val"} and not tfrecords and not split_folder(root, "val")
-    }
-    validating = set().union(*(held_out(part.records, data.val_share, seed) for part in whole.values()))
+    divide = _divide_by_fold if data.folds else _divide_by_share
+    divided = divide(data, seed) if set(splits) & {"train", "val"} else []
 
-    def load(root: Path, split: str) -> Part:
-        if split == "test" or root not in whole:
-            return _load(data, root, split, tfrecords=layouts[root])
-        records = whole[root].records
-        chosen = np.array([name in validating for name in records.ids.tolist()])
-        return Part(root, split, records.select(chosen if split == "val" else ~chosen), whole[root].names)
+    def load(root: Path, split: str) -> list[Part]:
+        here = [(part, validates) for part, validates in divided if part.root == root]
+        if split == "test" or not here:
+            return [_load(data, root, split)]
+        return [
+            Part(root, split, part.records.select(validates if split == "val" else ~validates), part.names)
+            for part, validates in here
+        ]
 
-    return [[load(root, split) for root in data.root] for split in splits]
+    return [[part for root in _roots(data) for part in load(root, split)] for split in splits]
+
+
+def load_pool(data: Data) -> list[Part]:
+    """Index train and val of all folders of `data.root`, where they have both, for folds to divide.
+
+    Ids of class folders with both start with the split, since the two may have pictures of the same name.
+
+    Raises:
+        UserError: names the folder, file or record.
+    """
+    pool = []
+    for root in dict.fromkeys(_roots(data)):
+        parts = [_load(data, root, split) for split in ("train", "val") if split == "train" or _has_val(root)]
+        if len(parts) > 1 and not _holds_tfrecords(root):
+            parts = [
+                replace(part, records=replace(part.records, ids=np.char.add(f"{part.split}/", part.records.ids)))
+                for part in parts
+            ]
+        pool += parts
+    return pool
+
+
+Divided = list[tuple[Part, np.ndarray]]  # undivided parts, and which of their records validate ([n] bool)
+
+
+def _divide_by_fold(data: Data, seed: int) -> Divided:
+    """Everything, by data.folds."""
+    assert data.folds
+    pool = load_pool(data)
+    validates = assign_folds(join(pool, class_list(pool)), data.folds, seed) == data.fold
+    starts = np.cumsum([len(part.records) for part in pool])[:-1]
+    return list(zip(pool, np.split(validates, starts), strict=True))
+
+
+def _divide_by_share(data: Data, seed: int) -> Divided:
+    """Class folders without val, by data.val_share."""
+    whole = [
+        _load(data, root, "train")
+        for root in dict.fromkeys(_roots(data))
+        if not _holds_tfrecords(root) and not _has_val(root)
+    ]
+    chosen = set().union(*(held_out(part.records, data.val_share, seed) for part in whole))
+    return [(part, np.array([name in chosen for name in part.records.ids.tolist()])) for part in whole]
 
 
 def class_list(train: Sequence[Part]) -> list[str]:
-    """The classes of the training split by index: the names that files list, in their order, then those of class
+    """The classes of what trains by index: the names that files list, in their order, then those of class
     folders, sorted; or numbers, where no folder has names.
 
     Raises:
@@ -147,6 +187,16 @@ def _settled(path: Path) -> Path:
     return path.parent.resolve() / path.name
 
 
+def _roots(data: Data) -> tuple[Path, ...]:
+    if not data.root:
+        raise UserError("--data.root names no folder: give one or more.")
+    return data.root
+
+
+def _has_val(root: Path) -> bool:
+    return (root / "val").is_dir() or any(root.glob("tfrecords-jpeg-*x*/val"))
+
+
 def _holds_tfrecords(root: Path) -> bool:
     if not root.is_dir():
         raise UserError(f"--data.root {root} is not a folder: {LAYOUTS}.")
@@ -156,8 +206,8 @@ def _holds_tfrecords(root: Path) -> bool:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from error
 
 
-def _load(data: Data, root: Path, split: str, *, tfrecords: bool) -> Part:
-    names = listed_classes(root)
+def _load(data: Data, root: Path, split: str) -> Part:
+    tfrecords, names = _holds_tfrecords(root), listed_classes(root)
     if tfrecords:
         records = load_split(root, split, sizes=data.sizes, scale_min=data.scale[0])
         if names and (records.labels != NO_LABEL).any():

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 import json
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from nvidia.dali import fn, pipeline_def
@@ -17,7 +13,7 @@ from nvidia.dali.pipeline import DataNode
 from fastflower.data import pipeline
 from fastflower.data.loader import first_undecodable, read_picture
 from fastflower.data.pipeline import Engine, Normalization, decode
-from fastflower.data.records import Records
+from fastflower.data.records import Records, fingerprint
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, cache_dir, code_digest
 
@@ -41,7 +37,7 @@ def pixel_statistics(records: Records, engine: Engine) -> PixelStatistics:
     Raises:
         UserError: a record cannot be decoded; names file and record. Or a channel never varies.
     """
-    cached = cache_dir() / "statistics" / f"{_fingerprint(records)}.json"
+    cached = cache_dir() / "statistics" / f"{fingerprint(records, code_digest(__file__, pipeline.__file__))}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads(cached.read_text())
         return PixelStatistics(
@@ -99,12 +95,3 @@ def _measure(records: Records, engine: Engine) -> PixelStatistics:
             "give data.mean and data.std."
         )
     return PixelStatistics(Normalization(tuple(mean.tolist()), tuple(std.tolist())), covariance)
-
-
-def _fingerprint(records: Records) -> str:
-    digest = hashlib.sha256(code_digest(__file__, pipeline.__file__).encode())
-    resolve = functools.cache(Path.resolve)  # a picture's folder holds many
-    for path, stamp in zip(records.files, records.stamps, strict=True):
-        digest.update(os.fsencode(f"{resolve(path.parent)}\0{path.name}\0{stamp}\0"))
-    digest.update(records.file.tobytes() + records.offset.tobytes())
-    return digest.hexdigest()[:32]

@@ -126,8 +126,8 @@ def evaluate_run(run: Path, split: str, testing: Testing, console: Console) -> E
     """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
 
     Precision and batch are those of the run, so that the validation figures that it logged come out again; so are the
-    seed and data.val_share, where they divide a folder, and data.skip, unless other folders than the run's are named.
-    Every record counts, as in validation; with scales every picture, once.
+    seed, data.folds and data.val_share, where they divide the data, and data.skip, unless other folders than the run's
+    are named. Every record counts, as in validation; with scales every picture, once.
 
     Raises:
         UserError: no such run, or the data or the views do not fit it.

@@ -179,6 +179,8 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
         sizes = ", ".join(f"{size}x{size}" for size in records.sizes)
         stored = f" ({sizes})" if sizes else ""
         display.say(f"{name:>5}: {records.pictures} pictures, {len(records)} records{stored}")
+    if config.data.folds:
+        display.say(f"Fold {config.data.fold} of 0 to {config.data.folds - 1} validates, the others train.")
     if config.data.skip:
         display.say(f"Left out {dataset.left_out} records that {config.data.skip} lists.")
     compiled = ", compiled" if setup.compiles else ""
@@ -222,7 +224,7 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
         if saved[key] != setup.saved_with[key]:
             raise UserError(
                 f"{checkpoint} was trained on other {what} than this would be: keep its data.root, data.val_share, "
-                "data.train_on, data.skip and seed."
+                "data.folds, data.fold, data.train_on, data.skip and seed."
             )
     if before["train"]["optimizer"] != config.train.optimizer:
         raise UserError(

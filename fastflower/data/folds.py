@@ -1,0 +1,121 @@
+"""Folds for cross-validation: by class, and never the same picture in two of them.
+
+Records are the same picture where their ids are equal (an id at several stored sizes) or their encoded bytes are, and
+so along a chain of such records.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastflower.data.folder import seeded_rank
+from fastflower.data.records import Records, fingerprint, read_image
+from fastflower.errors import UserError
+from fastflower.files import atomic_write, cache_dir, code_digest
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """One picture under several ids."""
+
+    ids: tuple[str, ...]  # sorted
+    labels: tuple[int, ...]  # the classes that they have, sorted; more than one = somebody mislabelled it
+
+
+def assign_folds(records: Records, folds: int, seed: int) -> np.ndarray:
+    """The fold of each record, [n] int64 in 0..folds-1; the same picture is never in two.
+
+    Where no picture has several ids, the folds' numbers of pictures differ by at most one, of each class and in all.
+    It is a function of the seed and the records' ids and classes (without an id: its bytes), not of their order, nor of
+    the stored sizes that they come in.
+
+    Raises:
+        UserError: a record has no class or cannot be read, or there are fewer different pictures than folds.
+    """
+    records.require("class")
+    group, members = _same_pictures(records)
+    if folds > len(members):
+        raise UserError(f"data.folds is {folds}, but there are only {len(members)} different pictures: lower it.")
+    by_class: dict[int, list[int]] = defaultdict(list)
+    for number, pictures in enumerate(members):
+        by_class[_main_class(pictures)].append(number)
+    sizes = [len({name for name, _ in pictures}) for pictures in members]
+    ranks = [seeded_rank(seed, min(pictures)[0]) for pictures in members]
+    fold, total = np.zeros(len(members), np.int64), [0] * folds
+    for label in sorted(by_class):
+        count = [0] * folds
+        for number in sorted(by_class[label], key=lambda number: (-sizes[number], ranks[number])):
+            chosen = min(range(folds), key=lambda k: (count[k], total[k], k))
+            fold[number] = chosen
+            count[chosen] += sizes[number]
+            total[chosen] += sizes[number]
+    return fold[group]
+
+
+def duplicates(records: Records) -> list[Duplicate]:
+    """The pictures that stand under several ids, sorted.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    found = []
+    for pictures in _same_pictures(records.select(records.ids != ""))[1]:
+        ids, labels = {name for name, _ in pictures}, {label for _, label in pictures}
+        if len(ids) > 1:
+            found.append(Duplicate(tuple(sorted(ids)), tuple(sorted(labels))))
+    return sorted(found, key=lambda duplicate: duplicate.ids)
+
+
+def digest(encoded: np.ndarray) -> int:
+    """Of the bytes of an encoded picture, below 2**64: equal for the same bytes, and for others in no data set."""
+    return int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest())
+
+
+def _same_pictures(records: Records) -> tuple[np.ndarray, list[set[tuple[str, int]]]]:
+    """Of each record the number of its group ([n]), and of each group the different ids and labels in it."""
+    digests = _digests(records)
+    names = np.where(records.ids == "", [f"{each:016x}" for each in digests.tolist()], records.ids)
+    numbers = (np.unique(column, return_inverse=True)[1] for column in (names, digests))
+    roots, group = np.unique(_connect(*numbers), return_inverse=True)
+    members: list[set[tuple[str, int]]] = [set() for _ in roots]
+    for number, *picture in zip(group.tolist(), names.tolist(), records.labels.tolist(), strict=True):
+        members[number].add(tuple(picture))
+    return group, members
+
+
+def _connect(*columns: np.ndarray) -> np.ndarray:
+    """Of each row the first row that it is connected to, by equal numbers in a column or through other rows, [n].
+
+    The columns are [n] int64 in 0..n-1.
+    """
+    root = np.arange(len(columns[0]))
+    while True:
+        before = root
+        for column in columns:
+            first = np.full(len(column), len(column))
+            np.minimum.at(first, column, root)
+            root = first[column]
+        if np.array_equal(root, before):
+            return root
+
+
+def _main_class(pictures: set[tuple[str, int]]) -> int:
+    """What most of these ids are labelled; of several the lowest."""
+    votes = Counter(label for _, label in pictures)
+    return min(votes, key=lambda label: (-votes[label], label))
+
+
+def _digests(records: Records) -> np.ndarray:
+    """The digest of each record's bytes, [n] uint64; kept in the user's cache folder for the same files."""
+    cached = cache_dir() / "digests" / f"{fingerprint(records, code_digest(__file__))}.npy"
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        return np.load(cached, allow_pickle=False)
+    found = np.array([digest(read_image(records, index)) for index in range(len(records))], np.uint64)
+    with contextlib.suppress(OSError), atomic_write(cached) as file:
+        np.save(file, found)
+    return found
