@@ -40,8 +40,8 @@ def code_digest(*sources: str) -> str:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a temporary file beside `path`, to write and read; when the block ends without an error it is synced and takes
-    the name `path`.
+    """Open a temporary file beside `path`, to write and read; when the block ends without an error it is synced and
+    takes the name `path`.
 
     A crash, a full disk or a second writer leaves either the old file or the new one, never a part of one.
 

@@ -15,7 +15,7 @@ from torch import nn
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.errors import UserError
 from fastflower.models import create_model
-from fastflower.models.layers import TRITON_WINS, BNReLU, choose_norm
+from fastflower.models.layers import TRITON_WINS, BNReLU, both, choose_norm
 from tests.conftest import fastflower, train_arguments
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "kernels.jsonl"
@@ -44,6 +44,33 @@ def relative(found: torch.Tensor | None, expected: torch.Tensor | None) -> float
     return ((found.detach().double() - expected.detach()).norm() / expected.detach().double().norm()).item()
 
 
+def forward_and_signs(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits, and of each BNReLU in turn where its output is positive."""
+    positive: list[torch.Tensor] = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: positive.append(both(output)[0].detach() > 0))
+        for module in network.modules()
+        if isinstance(module, BNReLU)
+    ]
+    logits = network(images)
+    for hook in hooks:
+        hook.remove()
+    return logits, positive
+
+
+def forward_by_signs(network: nn.Module, images: torch.Tensor, positive: list[torch.Tensor]) -> torch.Tensor:
+    """Logits, where each ReLU in turn lets pass what was positive elsewhere.
+
+    A value so near to zero that rounding decides on its sign would otherwise change the gradients by some percent.
+    """
+    signs = iter(positive)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastflower.models.layers.F.relu_", lambda x: x * next(signs))
+        logits = network(images)
+    assert next(signs, None) is None
+    return logits
+
+
 @pytest.mark.parametrize("name", ["resnet18", "plain18"])
 @pytest.mark.parametrize(
     "interpreted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain torch", "interpreter"]
@@ -55,14 +82,14 @@ def test_five_steps_equal_float64(name: str, interpreted: bool, monkeypatch: pyt
     # and float64 have nothing in common after three steps of plain18.
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-5) for model in (reference, network)]
     for step, (images, labels) in enumerate(batches(STEPS, size=32 if interpreted else 64)):
-        logits = [model(x) for model, x in ((reference, images.double()), (network, images))]
+        found, positive = forward_and_signs(network, images)
+        logits = [forward_by_signs(reference, images.double(), positive), found]
         for optimizer, output in zip(optimizers, logits, strict=True):
             optimizer.zero_grad()
             F.cross_entropy(output, labels).backward()
         assert relative(logits[1], logits[0]) < 1e-3  # 2e-5 found, 1e-4 with torch's operators in float32
-        for (key, expected), found in zip(reference.named_parameters(), network.parameters(), strict=True):
-            # 1e-5, and up to 2e-2 where a value next to zero got the other sign, as with torch's operators
-            assert relative(found.grad, expected.grad) < 0.05, f"{key} in step {step}"
+        for (key, expected), parameter in zip(reference.named_parameters(), network.parameters(), strict=True):
+            assert relative(parameter.grad, expected.grad) < 3e-4, f"{key} in step {step}"  # 5e-5 found
         for optimizer in optimizers:
             optimizer.step()
     for (key, buffer), ours in zip(reference.named_buffers(), network.buffers(), strict=True):
