@@ -27,7 +27,7 @@ def thumbnails(records: Records, indices: Sequence[int] | np.ndarray, side: int,
     @pipeline_def(batch_size=BATCH, num_threads=engine.threads, device_id=engine.device_id, prefetch_queue_depth=1)
     def small() -> DataNode:
         pictures = decode(fn.external_source(source=batches, batch=True), engine)
-        resized = fn.resize(
+        return fn.resize(
             pictures,
             size=(side, side),
             mode="not_larger",
@@ -35,11 +35,10 @@ def thumbnails(records: Records, indices: Sequence[int] | np.ndarray, side: int,
             interp_type=types.INTERP_LINEAR,
             antialias=True,
         )
-        return resized.cpu()
 
     pipeline = small()
     try:
-        return [np.array(picture) for _ in batches for picture in pipeline.run()[0]]
+        return [np.array(picture) for _ in batches for picture in pipeline.run()[0].as_cpu()]
     except RuntimeError as error:
         if sentence := first_undecodable(records, np.asarray(indices)):
             raise sentence from error
