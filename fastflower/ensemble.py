@@ -1,0 +1,230 @@
+"""Several networks' predictions of the same pictures as one: by votes, the mean or a weighted mean of probabilities.
+
+No result depends on the order in which the members are given: numbers are added in the order of their size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from fastflower.data.records import NO_LABEL
+from fastflower.engine.distributed import Ranks
+from fastflower.engine.meters import Evaluation, EvaluationSums
+from fastflower.errors import UserError
+from fastflower.predictions import Predictions, refuse_repeated, some, sort_by_id
+
+Method = Literal["vote", "mean", "weighted"]
+
+FLOOR = float(np.finfo(np.float32).tiny)  # below what a probability counts as, since 0 has no logarithm
+TOLERANCE = 1e-10  # of the mean log likelihood
+ITERATIONS = 10_000
+
+
+@dataclass(frozen=True)
+class Member:
+    """What one network says."""
+
+    name: str  # for messages and tables: its run folder or file
+    predictions: Predictions
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of `table`."""
+
+    name: str
+    evaluation: Evaluation
+    weight: float | None = None
+
+
+def combine(members: Sequence[Member], method: Method, weights: np.ndarray | None = None) -> Predictions:
+    """The ensemble's predictions, joined by id.
+
+    - vote: the class that is the likeliest for most members; of those with equally many votes the one whose mean
+      probability is the highest. The probabilities are (votes + mean probability) / (members + 1).
+    - mean: the mean of the members' probabilities.
+    - weighted: their mean by `weights` ([members], at least 0), of which only the ratios count.
+
+    Of classes that are equal in all this the first is taken. A true class that some members know is known.
+
+    Raises:
+        UserError: fewer than two members, one that is given twice, or members that are not of the same pictures,
+            split and classes; names them, and the ids.
+    """
+    joined = _join(members)
+    stacked = np.stack([each.probabilities for each in joined]).astype(np.float64)  # [members, n, C]
+    ordered = sorted(range(len(members)), key=lambda k: members[k].name)
+    source: dict[str, Any] = {"method": method}
+    source["members"] = {members[k].name: members[k].predictions.source for k in ordered}
+    if method == "vote":
+        mean = _sum(stacked) / len(joined)
+        likeliest = np.stack([each.likeliest for each in joined])
+        votes = (likeliest[:, :, None] == np.arange(stacked.shape[2])).sum(axis=0)
+        best = np.where(votes == votes.max(axis=1, keepdims=True), mean, -1).argmax(axis=1)
+        probabilities = (votes + mean) / (len(joined) + 1)
+    elif method == "mean":
+        probabilities = _sum(stacked) / len(joined)
+        best = probabilities.argmax(axis=1)
+    else:
+        if weights is None or len(weights) != len(joined):
+            raise ValueError("a weighted ensemble needs a weight for each member")
+        shares = weights / _sum(weights)
+        probabilities = _sum(shares[:, None, None] * stacked)
+        best = probabilities.argmax(axis=1)
+        source["weights"] = {members[k].name: float(shares[k]) for k in ordered}
+    return Predictions(
+        split=max(each.split for each in joined),  # where some do not say, what the others do
+        classes=joined[0].classes,
+        ids=joined[0].ids,
+        probabilities=_to_single(probabilities, best),
+        labels=_labels(joined),
+        source=source,
+    )
+
+
+def fit_weights(members: Sequence[Member]) -> np.ndarray:
+    """Weights [members], summing to one, for which the weighted mean makes the true classes the likeliest.
+
+    Maximum likelihood of the mixture's weights by expectation maximization from equal ones. The mean log likelihood is
+    concave in the weights, so it cannot exceed the one reached by more than the largest slope towards a single member,
+    max over members of mean(p_member / p_mixture) - 1: the iteration ends where that is below TOLERANCE.
+
+    Raises:
+        UserError: as `combine`; or a picture's true class is unknown.
+    """
+    joined = _join(members)
+    labels = _labels(joined)
+    _require_labels(joined[0].ids, labels, len(joined[0].classes))
+    true = np.stack([each.probabilities[np.arange(len(labels)), labels] for each in joined]).astype(np.float64)
+    # members by value: whatever order they are given in, the sums below are the same
+    order = sorted(range(len(joined)), key=lambda k: true[k].tolist())
+    likelihoods = np.maximum(true[order], FLOOR)  # [members, n]
+    weights = np.full(len(joined), 1 / len(joined))
+    for _ in range(ITERATIONS):
+        mixture = (weights[:, None] * likelihoods).sum(axis=0)
+        slopes = (likelihoods / mixture).mean(axis=1)
+        if slopes.max() < 1 + TOLERANCE:
+            break
+        weights = weights * slopes
+    fitted = np.empty_like(weights)
+    fitted[order] = weights / weights.sum()
+    return fitted
+
+
+def figures(predictions: Predictions) -> Evaluation:
+    """What `fastflower eval` says of the network whose softmax these probabilities are.
+
+    Raises:
+        UserError: a picture's true class is unknown.
+    """
+    classes = len(predictions.classes)
+    _require_labels(predictions.ids, predictions.labels, classes)
+    logs = np.log(np.maximum(predictions.probabilities.astype(np.float64), FLOOR))
+    sums = EvaluationSums(classes, torch.device("cpu"))
+    sums.add(torch.from_numpy(_to_single(logs, predictions.likeliest)), torch.from_numpy(predictions.labels))
+    return sums.result(Ranks())
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """Figures of members and ensemble, for a terminal; weights where there are some."""
+    weighted = any(row.weight is not None for row in rows)
+    grid = Table("", *["weight"] * weighted, "top-1", "top-5", "macro F1", "loss")
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        weight = ["" if row.weight is None else f"{row.weight:.3f}"] * weighted
+        found = row.evaluation
+        shares = (f"{share:.2%}" for share in (found.accuracy, found.top5))
+        grid.add_row(Text(row.name), *weight, *shares, f"{found.macro_f1:.4f}", f"{found.loss:.4f}")
+    return grid
+
+
+def _join(members: Sequence[Member]) -> list[Predictions]:
+    """The members' predictions, row by row of the same ids.
+
+    Raises:
+        UserError: see `combine`.
+    """
+    if len(members) < 2:
+        raise UserError(f"an ensemble needs two members or more, not {len(members)}: name more runs or files.")
+    for one, other in combinations(members, 2):
+        if one.name == other.name:
+            raise UserError(f"{one.name} is given twice and would count twice: name each member once.")
+        if _same(one.predictions, other.predictions):
+            raise UserError(
+                f"{one.name} and {other.name} are the predictions of one network, which would count twice: "
+                "name one of them."
+            )
+    first = members[0]
+    for member in members:
+        refuse_repeated(member.predictions.ids, member.name)
+        _require_same_classes(first, member)
+    every = set().union(*(member.predictions.ids.tolist() for member in members))
+    for member in members:
+        if missing := every.difference(member.predictions.ids.tolist()):
+            raise UserError(
+                f"{member.name} lacks {some(missing)}, which other members have: predict the same pictures with each."
+            )
+    joined = [sort_by_id(member.predictions) for member in members]
+    for (one, a), (other, b) in combinations(zip(members, joined, strict=True), 2):
+        if (differ := (a.labels != b.labels) & (a.labels != NO_LABEL) & (b.labels != NO_LABEL)).any():
+            raise UserError(
+                f"{one.name} and {other.name} have different true classes for {some(a.ids[differ].tolist())}: "
+                "predict with each from the same data."
+            )
+    splits = {member.predictions.split: member.name for member in members if member.predictions.split}
+    if len(splits) > 1:
+        named = " and ".join(f"{name} of {split}" for split, name in sorted(splits.items()))
+        raise UserError(f"the members are of several splits, {named}: predict the same split with each.")
+    return joined
+
+
+def _same(a: Predictions, b: Predictions) -> bool:
+    """Whether two files hold what one network, by one kind of views, says: copies of a file, or a run and its file."""
+    return bool(a.source) and a.source == b.source and np.array_equal(a.probabilities, b.probabilities)
+
+
+def _require_same_classes(first: Member, member: Member) -> None:
+    a, b = first.predictions.classes, member.predictions.classes
+    if len(a) != len(b):
+        how = f"{first.name} has {len(a)} classes and {member.name} {len(b)}"
+    elif different := [k for k in range(len(a)) if a[k] != b[k]]:
+        how = f"class {different[0]} is {a[different[0]]!r} in {first.name} and {b[different[0]]!r} in {member.name}"
+    else:
+        return
+    raise UserError(f"{how}: combine networks that were trained on the same classes.")
+
+
+def _labels(joined: Sequence[Predictions]) -> np.ndarray:
+    """True classes [n] as far as one of the members knows them, each of which must have the same ids."""
+    return np.max([each.labels for each in joined], axis=0)  # NO_LABEL is below every class
+
+
+def _require_labels(ids: np.ndarray, labels: np.ndarray, classes: int) -> None:
+    unknown = (labels < 0) | (labels >= classes)
+    if unknown.any():
+        raise UserError(
+            f"nothing can be measured or fitted without a true class of 0..{classes - 1} for "
+            f"{some(ids[unknown].tolist())}: predict a split that has classes, such as val."
+        )
+
+
+def _sum(values: np.ndarray) -> np.ndarray:
+    """Sum along the first axis, the same for any order along it."""
+    return np.sort(values, axis=0).sum(axis=0)
+
+
+def _to_single(values: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """Float64 [n, C] as float32, with `best` [n], each row's greatest, still the first of the greatest ones."""
+    single = values.astype(np.float32)
+    lost = np.flatnonzero(single.argmax(axis=1) != best)  # rounding has made an earlier one equal
+    single[lost, best[lost]] = np.nextafter(single[lost].max(axis=1), np.float32(np.inf))
+    return single
