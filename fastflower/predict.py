@@ -13,7 +13,14 @@ from fastflower.engine.scores import probabilities, score
 from fastflower.engine.testing import Session, Testing, load_split, session
 from fastflower.engine.trained import Trained, digest_of, open_trained
 from fastflower.errors import UserError
-from fastflower.predictions import Predictions, check_sample, sort_by_id, write_predictions, write_submission
+from fastflower.predictions import (
+    Predictions,
+    check_sample,
+    read_predictions,
+    sort_by_id,
+    write_predictions,
+    write_submission,
+)
 
 
 def predictions_path(run: Path, split: str) -> Path:
@@ -78,6 +85,34 @@ def predict_split(
             source(trained, testing),
         )
     )
+
+
+def predictions_of(trained: Trained, split: str, testing: Testing, within: Session) -> Predictions:
+    """What `predict_run` left in the run folder, if it is of the same weights and views; else predicted and left there.
+
+    Raises:
+        UserError: as `predict_run`.
+    """
+    path = predictions_path(trained.folder, split)
+    found = stored_predictions(trained, split)
+    if all(within.ranks.gather(found is not None and found.source == source(trained, testing))):
+        assert found
+        return found
+    predictions = predict_split(trained, split, testing, within)
+    if within.ranks.is_main:
+        hand_in(predictions, within, out=path, submission=None)
+    return predictions
+
+
+def stored_predictions(trained: Trained, split: str) -> Predictions | None:
+    """What `predict_run` left in the run folder, by whichever views; None where it has other weights by now.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = predictions_path(trained.folder, split)
+    found = read_predictions(path) if path.is_file() else None
+    return found if found and found.source.get("weights") == digest_of(trained) else None
 
 
 def source(trained: Trained, testing: Testing) -> dict[str, object]:

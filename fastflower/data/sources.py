@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,12 +83,19 @@ Divided = list[tuple[Part, np.ndarray]]  # undivided parts, and which of their r
 
 
 def _divide_by_fold(data: Data, seed: int) -> Divided:
-    """Everything, by data.folds."""
+    """Everything, by data.folds, which all stored sizes have a say in: whichever are used, a picture's fold is one."""
     assert data.folds
-    pool = load_pool(data)
-    validates = assign_folds(join(pool, class_list(pool)), data.folds, seed) == data.fold
-    starts = np.cumsum([len(part.records) for part in pool])[:-1]
-    return list(zip(pool, np.split(validates, starts), strict=True))
+    everything = load_pool(replace(data, sizes="all"))
+    records = join(everything, class_list(everything))
+    fold_of = dict(zip(_places(records), assign_folds(records, data.folds, seed).tolist(), strict=True))
+    return [
+        (part, np.array([fold_of[place] == data.fold for place in _places(part.records)])) for part in load_pool(data)
+    ]
+
+
+def _places(records: Records) -> Iterator[tuple[Path, int]]:
+    """File of each record, and its number in it."""
+    return zip((records.files[file] for file in records.file.tolist()), records.number.tolist(), strict=True)
 
 
 def _divide_by_share(data: Data, seed: int) -> Divided:

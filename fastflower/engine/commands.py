@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from fastflower.config import Config, resolve
 from fastflower.data.records import Records
 from fastflower.engine.checkpoint import load_checkpoint
-from fastflower.engine.distributed import processes
+from fastflower.engine.distributed import Ranks, processes
 from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
@@ -58,38 +59,49 @@ def train_run(
         None when all epochs are done, else the number of the signal that ended it.
 
     Raises:
-        UserError: see `prepare`, `restore` and `fastflower.engine.train.train`; or `run` already holds a run.
+        UserError: see `train_into`; or `run` already holds a run.
     """
     config = resolve(config)
     device = choose_device(config.device, _local_rank())
     with processes(device) as ranks:
-        display = Display(console, shown=ranks.is_main)
         with ranks.main_first():
             folder = _choose_folder(name, run, checkpoint, overwrite)
         folder = ranks.gather(folder)[0]  # a new folder is named by the main rank's clock
-        saved = load_checkpoint(checkpoint) if checkpoint else None
-        with display:
-            setup, state = prepare(config, device, ranks, display, saved)
-        note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None
-        if ranks.is_main:
-            if not checkpoint:
-                folder.clear()
-            folder.write_config(setup.config, note)
-            folder.write_environment(environment(device) | {"world_size": ranks.world_size, "step": state.step})
-        display.say(f"Run folder: {folder.path}")
-        if state.epoch >= config.train.epochs:
-            display.say(f"All {config.train.epochs} epochs are done; give a larger --train.epochs to go on.")
-            return None
-        with display:
-            received = train(setup, state, folder, display)
-        if received:
-            display.say(
-                f"Stopped by {signal.Signals(received).name} and saved. "
-                f"Go on with: fastflower train --resume {folder.path}"
-            )
-        else:
-            display.say(f"Done. {_outcome(state, config, folder)}")
+        received = train_into(folder, config, checkpoint, device, ranks, console)
+        if received and ranks.is_main:
+            console.print(f"Go on with: fastflower train --resume {folder.path}", highlight=False, soft_wrap=True)
         return received
+
+
+def train_into(
+    folder: RunFolder, config: Config, checkpoint: Path | None, device: torch.device, ranks: Ranks, console: Console
+) -> int | None:
+    """Train in these processes; see `train_run`.
+
+    Raises:
+        UserError: see `prepare`, `restore` and `fastflower.engine.train.train`.
+    """
+    display = Display(console, shown=ranks.is_main)
+    saved = load_checkpoint(checkpoint) if checkpoint else None
+    with display:
+        setup, state = prepare(config, device, ranks, display, saved)
+    note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None
+    if ranks.is_main:
+        if not checkpoint:
+            folder.clear()
+        folder.write_config(setup.config, note)
+        folder.write_environment(environment(device) | {"world_size": ranks.world_size, "step": state.step})
+    display.say(f"Run folder: {folder.path}")
+    if state.epoch >= config.train.epochs:
+        display.say(f"All {config.train.epochs} epochs are done; give a larger --train.epochs to go on.")
+        return None
+    with display:
+        received = train(setup, state, folder, display)
+    if received:
+        display.say(f"Stopped by {signal.Signals(received).name} and saved.")
+    else:
+        display.say(f"Done. {_outcome(state, config, folder)}")
+    return received
 
 
 def _outcome(state: State, config: Config, folder: RunFolder) -> str:

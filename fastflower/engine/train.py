@@ -45,6 +45,9 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
     with Signals() as signals:
         try:
             while state.epoch < config.epochs and not _out_of_steps(setup, state):
+                if config.early_stop and state.epoch - 1 - state.best_epoch >= config.early_stop:
+                    display.say(f"No better validation {config.best} in {config.early_stop} epochs: stopped early.")
+                    return None
                 if state.epoch == config.freeze_epochs > 0:
                     network = training_network(setup, state)
                 watch = Stopwatch()
@@ -60,9 +63,6 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
                 state.epoch, state.position, state.sums = state.epoch + 1, 0, TrainingSums(setup.device)
                 _save(setup, state, folder, improved=improved, log=log, row=row)
                 display.row(row)
-                if config.early_stop and state.epoch - 1 - state.best_epoch >= config.early_stop:
-                    display.say(f"No better validation {config.best} in {config.early_stop} epochs: stopped early.")
-                    return None
             if state.position:
                 _save(setup, state, folder)
                 display.say(f"train.max_steps: stopped after {state.step} steps and saved.")

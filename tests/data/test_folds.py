@@ -309,3 +309,16 @@ def test_real_photographs_that_are_there_twice_are_found(flowers102: Path) -> No
     counts = np.bincount(list(folds.values()))
     assert (len(counts), counts.sum()) == (5, 7370)
     assert np.ptp(counts) <= 1
+
+
+def test_the_same_picture_at_a_stored_size_that_is_not_used_keeps_ids_together(tmp_path: Path) -> None:
+    rows = singles(12)
+    for size in (40, 48):
+        folder = tmp_path / f"tfrecords-jpeg-{size}x{size}" / "train"
+        alike = {"0-0": "same", "0-1": "same"} if size == 48 else {}
+        stored(folder / "a.tfrec", [(name, label, alike.get(name, f"{size} {data}")) for name, label, data in rows])
+    for seed in range(8):  # by chance the two ids would be apart in most of them
+        for sizes in ((40,), (48,), "all"):
+            folds = [set(parts_of(opened(tmp_path, seed=seed, sizes=sizes, folds=4, fold=k))[1]) for k in range(4)]
+            assert [{"0-0", "0-1"} <= fold for fold in folds].count(True) == 1
+            assert sum(len(fold) for fold in folds) == 12
