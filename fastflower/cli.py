@@ -26,8 +26,10 @@ from fastflower.config import Config, Data
 from fastflower.errors import UserError
 from fastflower.options import (
     CheckCommand,
+    CvCommand,
     DataCommand,
     DemoCommand,
+    EnsembleCommand,
     EvalCommand,
     PredictCommand,
     StatsCommand,
@@ -41,7 +43,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
 _NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
 
-Command = TrainCommand | EvalCommand | PredictCommand | DataCommand
+Command = TrainCommand | EvalCommand | PredictCommand | EnsembleCommand | CvCommand | DataCommand
 
 
 def main() -> None:
@@ -78,11 +80,13 @@ def parse(argv: Sequence[str]) -> Command:
         UserError: a bad configuration file or value.
     """
     argv = ["--train.compile=off" if word in _NO_COMPILE else word for word in argv]
-    settings, checkpoint = _training_defaults(argv) if argv[:1] == ["train"] else (Config(), None)
+    settings, checkpoint = _training_defaults(argv) if argv[:1] in (["train"], ["cv"]) else (Config(), None)
     commands: Any = (
         Annotated[TrainCommand, subcommand("train", default=TrainCommand(settings))]
         | Annotated[EvalCommand, subcommand("eval")]
         | Annotated[PredictCommand, subcommand("predict")]
+        | Annotated[EnsembleCommand, subcommand("ensemble")]
+        | Annotated[CvCommand, subcommand("cv", default=CvCommand(settings))]
         | Annotated[DataCommand, subcommand("data", description=DataCommand.__doc__)]
     )
     command = tyro.cli(
@@ -94,9 +98,16 @@ def parse(argv: Sequence[str]) -> Command:
         config=(OmitSubcommandPrefixes,),
     )
     if isinstance(command, TrainCommand):
-        checked = configuration.resolve(configuration.build(asdict(command.settings), "command line"))
-        command = replace(command, settings=checked, resume=checkpoint)
+        return replace(command, settings=_checked(command.settings), resume=checkpoint)
+    if isinstance(command, CvCommand):
+        data = command.settings.data
+        folded = replace(command.settings, data=replace(data, folds=command.folds or data.folds or 5, fold=0))
+        return replace(command, settings=_checked(folded))
     return command
+
+
+def _checked(settings: Config) -> Config:
+    return configuration.resolve(configuration.build(asdict(settings), "command line"))
 
 
 def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
@@ -138,6 +149,10 @@ def run(command: Command) -> int:
         return _eval(command)
     if isinstance(command, PredictCommand):
         return _predict(command)
+    if isinstance(command, EnsembleCommand):
+        return _ensemble(command)
+    if isinstance(command, CvCommand):
+        return _cv(command)
     if isinstance(command.command, DemoCommand):
         return _demo(command.command)
     if isinstance(command.command, CheckCommand):
@@ -195,6 +210,51 @@ def _predict(command: PredictCommand) -> int:
     if command.submission or command.sample:
         raise UserError("--submission and --sample are about a split: drop them, or --images.")
     predict_pictures(command.run, command.images, testing, Console(stderr=True), out=command.out)
+    return 0
+
+
+def _ensemble(command: EnsembleCommand) -> int:
+    from fastflower.ensemble import ensemble_runs, table
+
+    ensembled = ensemble_runs(
+        command.members,
+        command.method,
+        command.split,
+        Console(stderr=True),
+        fit_on=command.fit_on,
+        out=command.out,
+        submission=command.submission,
+        sample=command.sample,
+    )
+    if command.json:
+        rows = ensembled.rows
+        print(json.dumps([{"name": row.name, "weight": row.weight, **asdict(row.evaluation)} for row in rows]))
+        return 0
+    if ensembled.rows:
+        Console().print(table(ensembled.rows))
+    for note in ensembled.notes:
+        Console().print(note, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _cv(command: CvCommand) -> int:
+    from fastflower.crossval import cross_validate, summary
+    from fastflower.engine.views import Views
+
+    found = cross_validate(
+        command.settings,
+        name=f"cv-{_run_name(command.config, command.settings.data.root)}",
+        run=command.run,
+        overwrite=command.overwrite,
+        views=Views(command.crops, command.scales),
+        test=command.test,
+        submission=command.submission,
+        console=Console(),
+    )
+    if isinstance(found, int):
+        return 128 + found
+    if _is_main():
+        Console().print(summary(found))
     return 0
 
 

@@ -35,7 +35,7 @@ from fastflower.ensemble import Member, combine, figures
 from fastflower.errors import UserError
 from fastflower.files import atomic_write
 from fastflower.predict import hand_in, predictions_of, predictions_path
-from fastflower.predictions import Predictions, sort_by_id
+from fastflower.predictions import Predictions, sort_by_id, write_predictions
 
 FIGURES = ("loss", "accuracy", "top5", "macro_f1")
 
@@ -165,7 +165,7 @@ def _checkpoint(path: Path, settings: Config) -> Path | None:
 
 def _report_duplicates(config: Config, display: Display) -> None:
     """Say which ids are the same picture."""
-    pool = load_pool(config.data)
+    pool = load_pool(replace(config.data, sizes="all"))
     classes = class_list(pool)
     found = duplicates(join(pool, classes))
     if found:
@@ -194,7 +194,7 @@ def _validate(path: Path, trained: Sequence[Trained], testing: Testing, within: 
     if within.ranks.is_main:
         with atomic_write(path / "cv.json") as file:
             file.write(json.dumps(found.to_plain(), indent=1).encode())
-        hand_in(together, within, out=predictions_path(path, "val"), submission=None)
+        write_predictions(predictions_path(path, "val"), together)
     return found
 
 
@@ -204,7 +204,8 @@ def _predict_test(
     """The test split by the mean of all networks."""
     members = [Member(each.folder.name, predictions_of(each, "test", testing, within)) for each in trained]
     if within.ranks.is_main:
-        hand_in(combine(members, "mean"), within, out=predictions_path(path, "test"), submission=submission)
+        for note in hand_in(combine(members, "mean"), out=predictions_path(path, "test"), submission=submission):
+            within.display.say(note)
 
 
 def summary(found: CrossValidation) -> Table:

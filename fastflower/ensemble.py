@@ -6,20 +6,26 @@ No result depends on the order in which the members are given: numbers are added
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fastflower.data.records import NO_LABEL
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.meters import Evaluation, EvaluationSums
+from fastflower.engine.run import RunFolder
+from fastflower.engine.testing import Testing, session
+from fastflower.engine.trained import open_trained
 from fastflower.errors import UserError
-from fastflower.predictions import Predictions, refuse_repeated, some, sort_by_id
+from fastflower.predict import hand_in, predictions_of, predictions_path, stored_predictions
+from fastflower.predictions import Predictions, check_sample, read_predictions, refuse_repeated, some, sort_by_id
 
 Method = Literal["vote", "mean", "weighted"]
 
@@ -43,6 +49,102 @@ class Row:
     name: str
     evaluation: Evaluation
     weight: float | None = None
+
+
+@dataclass(frozen=True)
+class Ensembled:
+    """An ensemble, with the figures of each member and its own where the true classes are known."""
+
+    predictions: Predictions
+    rows: list[Row]
+    notes: list[str]  # sentences about what was done
+
+
+def ensemble_runs(
+    paths: Sequence[Path],
+    method: Method,
+    split: str,
+    console: Console,
+    *,
+    fit_on: Sequence[Path] = (),
+    out: Path | None = None,
+    submission: Path | None = None,
+    sample: Path | None = None,
+) -> Ensembled:
+    """Combine the predictions of runs and files, and write what is asked for.
+
+    Args:
+        paths: of each member a run folder (what `predict` left there, or predicted now), a checkpoint, a folder of
+            cross-validation, or a predictions file.
+        method: see `combine`.
+        split: which of a run's.
+        console: where progress is shown.
+        fit_on: of each member what weights are fitted on; empty = the same predictions where they have true classes,
+            else the runs' val.
+        out: a predictions file of the ensemble; None = none is written.
+        submission: the competition's CSV; None = none is written.
+        sample: a sample submission, whose ids must be those of the members.
+
+    Raises:
+        UserError: as `combine` and `fit_weights`, or a member that cannot be had.
+    """
+    members = [find_member(path, split, console) for path in paths]
+    if sample:
+        check_sample(sample, members[0].predictions.ids.tolist())
+    weights, notes = None, []
+    if method == "weighted":
+        labelled = _labelled(members)
+        if not (fit_on or labelled):
+            _refuse_files(paths, split)
+        others = [find_member(path, "val", console) for path in fit_on or paths] if fit_on or not labelled else members
+        if len(others) != len(members):
+            raise UserError(f"--fit_on names {len(others)} predictions for {len(members)} members: give one for each.")
+        weights = fit_weights(others)
+        if others is members:
+            notes.append("The weights were fitted on these very pictures, which flatters the ensemble's figures.")
+    combined = combine(members, method, weights)
+    rows = []
+    if combined.labelled:
+        known = [replace(each, labels=combined.labels) for each in _join(members)]
+        shares = [None] * len(members) if weights is None else weights.tolist()
+        rows = [Row(each.name, figures(own), w) for each, own, w in zip(members, known, shares, strict=True)]
+        rows.append(Row(method, figures(combined)))
+    notes += hand_in(combined, out=out, submission=submission)
+    return Ensembled(combined, rows, notes)
+
+
+def find_member(path: Path, split: str, console: Console) -> Member:
+    """A run's predictions of a split, made now where they are missing or of older weights, or a file's.
+
+    Raises:
+        UserError: there is nothing of the kind, or predicting fails.
+    """
+    kept = predictions_path(path, split)
+    if path.is_file() and path.suffix != ".pt":
+        return Member(str(path), read_predictions(path))
+    if not path.is_file() and not RunFolder(path).best.is_file() and kept.is_file():
+        return Member(str(path), read_predictions(kept))  # of folds
+    trained = open_trained(path)
+    found = stored_predictions(trained, split)
+    if found is None:
+        testing = Testing()
+        with session(trained, testing, console) as within:
+            found = predictions_of(trained, split, testing, within)
+    return Member(str(path), found)
+
+
+def _labelled(members: Sequence[Member]) -> bool:
+    """Whether every true class is known to one of them."""
+    return bool((_labels(_join(members)) != NO_LABEL).all())
+
+
+def _refuse_files(paths: Sequence[Path], split: str) -> None:
+    """Raise UserError for a file, of which it is not known where its val is."""
+    if files := [path for path in paths if path.is_file() and path.suffix != ".pt"]:
+        raise UserError(
+            f"{files[0]} has no true classes to fit weights on: give --fit_on with predictions of a split that has "
+            "some, one for each member in the same order."
+        )
 
 
 def combine(members: Sequence[Member], method: Method, weights: np.ndarray | None = None) -> Predictions:

@@ -123,6 +123,65 @@ class PredictCommand(TestOptions):
 
 
 @dataclass(frozen=True)
+class EnsembleCommand:
+    """Combine networks: fastflower ensemble runs/A runs/B runs/C --submission submission.csv
+
+    On a split with classes it prints the figures of each member and of the ensemble.
+    """
+
+    members: Positional[tuple[Path, ...]]
+    """Run folders, checkpoints, folders of cross-validation or predictions files, at least two. What a run has not
+    predicted yet is predicted now, by one crop."""
+    method: Literal["vote", "mean", "weighted"] = "vote"
+    """vote = what most members say, of equally many the class with the higher mean probability; mean = of the
+    probabilities; weighted = with weights that make validation's classes the likeliest."""
+    split: Split = "test"
+    """Which split of the runs."""
+    fit_on: tuple[Path, ...] = ()
+    """Predictions to fit the weights on, one for each member in the same order; none = the runs' val."""
+    out: Path | None = None
+    """Write the ensemble's predictions, as a file like that of predict."""
+    submission: Path | None = None
+    """Write the competition's CSV, id,label."""
+    sample: Path | None = None
+    """Sample submission, whose ids must be those of the members."""
+    json: bool = False
+    """Print the figures as one JSON list of objects: name, weight, n, loss, accuracy, top5, macro_f1."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class CvCommand:
+    """Cross-validate: fastflower cv --folds 5 --config resnet34 --data.root DATA --run runs/cv
+
+    Train and val together are divided by class into folds, and never one picture into two; each fold validates a
+    network that the others trained. The same command again goes on where it was stopped.
+    """
+
+    settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    config: Path | None = None
+    """YAML file of settings, or the name of one that comes with fastflower."""
+    folds: int | None = None
+    """How many; none = data.folds, else 5."""
+    run: Path | None = None
+    """Folder for the folds, as runs fold-0, fold-1, ..., and for what they give together; none =
+    runs/cv-CONFIG-DATE-TIME."""
+    overwrite: bool = False
+    """Begin anew, and replace the folds that --run already holds."""
+    crops: Literal[1, 10] = 1
+    """1 = each picture is predicted by its center; 10 = by corners and center and their mirror images."""
+    scales: Numbers = ()
+    """Shorter sides (pixels) at which all positions of each picture and of its mirror image are averaged."""
+    test: bool = False
+    """Also predict the test split, by the mean of the folds' networks."""
+    submission: Path | None = None
+    """Write the competition's CSV, id,label, of that."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
 class DemoCommand:
     """Draw the synthetic flowers in the Kaggle layout: fastflower data demo DIR"""
 

@@ -60,7 +60,8 @@ def predict_run(
     with session(trained, testing, console) as within:
         predictions = predict_split(trained, split, testing, within, sample=sample)
         if within.ranks.is_main:
-            hand_in(predictions, within, out=out, submission=submission)
+            for note in hand_in(predictions, out=out, submission=submission):
+                within.display.say(note)
     return predictions
 
 
@@ -100,7 +101,7 @@ def predictions_of(trained: Trained, split: str, testing: Testing, within: Sessi
         return found
     predictions = predict_split(trained, split, testing, within)
     if within.ranks.is_main:
-        hand_in(predictions, within, out=path, submission=None)
+        write_predictions(path, predictions)
     return predictions
 
 
@@ -121,15 +122,17 @@ def source(trained: Trained, testing: Testing) -> dict[str, object]:
     return {"run": trained.folder.name, "weights": digest_of(trained), "views": views}
 
 
-def hand_in(predictions: Predictions, within: Session, *, out: Path | None, submission: Path | None) -> None:
-    """Write the files that are asked for, and say so."""
+def hand_in(predictions: Predictions, *, out: Path | None = None, submission: Path | None = None) -> list[str]:
+    """Write the files that are asked for; sentences that say so."""
+    notes = []
     if out:
         write_predictions(out, predictions)
-        within.display.say(f"Predictions of {len(predictions.ids)} pictures: {out}")
+        notes.append(f"Predictions of {len(predictions.ids)} pictures: {out}")
     if submission:
         labels = dict(zip(predictions.ids.tolist(), predictions.likeliest.tolist(), strict=True))
         write_submission(submission, labels, set(predictions.ids.tolist()), len(predictions.classes))
-        within.display.say(f"Submission: {submission}")
+        notes.append(f"Submission: {submission}")
+    return notes
 
 
 def predict_pictures(
@@ -147,8 +150,8 @@ def predict_pictures(
             records = picture_files(paths)
         found = probabilities(score(trained, trained.data(None, None), records, testing, within))
         predictions = Predictions("", trained.classes, records.ids, found, records.labels, source(trained, testing))
-        if within.ranks.is_main:
-            hand_in(predictions, within, out=out, submission=None)
+        if out and within.ranks.is_main:
+            write_predictions(out, predictions)
     return predictions
 
 
