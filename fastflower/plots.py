@@ -1,0 +1,75 @@
+"""Pictures for reports. Only Matplotlib's object interface, which needs no display and leaves no global state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+
+from fastflower.files import atomic_write
+
+DPI = 150
+MOST_NAMES = 128  # on an axis; of more classes every second, third, ... is named
+LONGEST_NAME = 40  # characters on an axis
+LONGEST_LINE = 38  # characters of a caption
+COUNTED = 20  # up to so many classes the cells hold their counts
+ACROSS = 6  # pictures in a row of a contact sheet
+
+
+def plot_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None:
+    """Draw a confusion matrix ([C, C] counts, a row for each true class) as a PNG file.
+
+    The grays are shares of the true class; their scale is that of the square root, so that a confusion of a few percent
+    can be seen. A class without records has a white row.
+    """
+    classes, n = len(names), int(matrix.sum())
+    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    named = range(0, classes, -(-classes // MOST_NAMES))
+    labels = [_short(names[k], LONGEST_NAME) for k in named]
+    font, cell = (9, 0.45) if classes <= COUNTED else (7, 0.17)  # points, inches
+    square = max(3, cell * len(named))
+    margin = 0.6 * font / 72 * max(map(len, labels)) + 0.8  # inches that names and titles take
+    figure = Figure(figsize=(square + margin + 1, square + margin), layout="constrained")
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Greys", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
+    axes.set_xticks(named, labels, rotation=90, fontsize=font, parse_math=False)
+    axes.set_yticks(named, labels, fontsize=font, parse_math=False)
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(f"{n:,} pictures, top-1 {matrix.trace() / max(n, 1):.1%}")
+    figure.colorbar(image, label="share of the true class", ticks=[0, 0.05, 0.25, 0.5, 1], fraction=0.04)
+    if classes <= COUNTED:
+        for (row, column), count in np.ndenumerate(matrix):
+            if count:
+                color = "white" if shares[row, column] > 0.25 else "black"
+                axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)
+    _save(path, figure, "png")
+
+
+def contact_sheet(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+    """Draw pictures (uint8 RGB [h, w, 3] of any sizes), each above its caption of a few lines, as a JPEG file."""
+    rows = -(-len(pictures) // ACROSS)
+    figure = Figure(figsize=(2.4 * ACROSS, 3 * rows), layout="constrained")
+    for axes in figure.subplots(rows, ACROSS, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, (picture, caption) in zip(figure.axes, zip(pictures, captions, strict=True), strict=False):
+        axes.imshow(picture)
+        text = "\n".join(_short(line, LONGEST_LINE) for line in caption.split("\n"))
+        axes.text(0.5, -0.03, text, transform=axes.transAxes, ha="center", va="top", fontsize=7.5, parse_math=False)
+    _save(path, figure, "jpeg")
+
+
+def _short(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def _save(path: Path, figure: Figure, format: str) -> None:
+    FigureCanvasAgg(figure)
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box stands for it
+        figure.savefig(file, format=format, dpi=DPI)
