@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,17 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from fastflower.data.pictures import thumbnails
+from fastflower.data.pipeline import Engine
+from fastflower.engine.commands import Evaluated
+from fastflower.engine.run import RunFolder
+from fastflower.engine.scores import probabilities
 from fastflower.files import atomic_write
 from fastflower.plots import contact_sheet, plot_confusion
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 PICTURES = 24  # on the contact sheet
+SIDE = 224  # pixels, longer side of each
 SHOWN_PAIRS, SHOWN_CLASSES = 10, 5  # in the terminal
 
 
@@ -56,6 +63,22 @@ class Analysis:
     confused: list[Confused]  # the most frequent first
     mistakes: list[Mistake]  # the most confident first
     ece: float  # expected calibration error
+
+
+def analyse_run(evaluated: Evaluated) -> Analysis:
+    """Where a run's network errs."""
+    records = evaluated.records
+    ids = [name or records.describe(index) for index, name in enumerate(records.ids.tolist())]
+    return analyse(records.labels, probabilities(evaluated.scores), ids, evaluated.names)
+
+
+def write_run(evaluated: Evaluated, analysis: Analysis, folder: Path | None) -> Path:
+    """Write an analysis with the pictures of its mistakes, into eval-SPLIT of the run folder where `folder` is None."""
+    folder = folder or RunFolder(evaluated.trained.folder).evaluation(evaluated.split)
+    shown = [mistake.index for mistake in analysis.mistakes[:PICTURES]]
+    pictures = thumbnails(evaluated.records, shown, SIDE, Engine(threads=len(os.sched_getaffinity(0))))
+    write_analysis(folder, analysis, {"split": evaluated.split, **asdict(evaluated.figures)}, pictures)
+    return folder
 
 
 def analyse(

@@ -182,25 +182,30 @@ def _train(command: TrainCommand) -> int:
 
 
 def _eval(command: EvalCommand) -> int:
+    from fastflower.analysis import analyse_run, summary, write_run
     from fastflower.engine.commands import evaluate_run
 
-    evaluated = evaluate_run(command.run, command.split, _testing(command), Console(stderr=True))
+    evaluated = evaluate_run(command.run, command.split, _testing(command), Console(stderr=True), command.names)
     if not _is_main():
         return 0
-    figures = {"split": command.split, **asdict(evaluated.figures)}
+    analysis = analyse_run(evaluated)
+    figures = {"split": command.split, **asdict(evaluated.figures), "ece": analysis.ece}
     if command.json:
         print(json.dumps(figures))
-    else:
-        Console().print(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
-            )
-        )
+        write_run(evaluated, analysis, command.out)
+        return 0
+    texts = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items())
+    console = Console()
+    console.print("  ".join(texts))
+    for each in summary(analysis):
+        console.print(each)
+    folder = write_run(evaluated, analysis, command.out)
+    console.print(f"Confusion matrix, classes and mistakes: {folder}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
 def _predict(command: PredictCommand) -> int:
-    from fastflower.predict import predict_pictures, predict_run
+    from fastflower.predict import likeliest, predict_pictures, predict_run
 
     testing = _testing(command)
     if not command.images:
@@ -209,7 +214,10 @@ def _predict(command: PredictCommand) -> int:
         return 0
     if command.submission or command.sample:
         raise UserError("--submission and --sample are about a split: drop them, or --images.")
-    predict_pictures(command.run, command.images, testing, Console(stderr=True), out=command.out)
+    predictions = predict_pictures(command.run, command.images, testing, Console(stderr=True), out=command.out)
+    if _is_main():
+        for line in likeliest(predictions, command.names):
+            print(line)
     return 0
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from fastflower.config import Config, resolve
 from fastflower.data.folds import duplicates
+from fastflower.data.records import SPLITS
 from fastflower.data.sources import class_list, join, load_pool
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.commands import train_into
@@ -34,7 +35,7 @@ from fastflower.engine.views import Views
 from fastflower.ensemble import Member, combine, figures
 from fastflower.errors import UserError
 from fastflower.files import atomic_write
-from fastflower.predict import hand_in, predictions_of, predictions_path
+from fastflower.predict import hand_in, predictions_of
 from fastflower.predictions import Predictions, sort_by_id, write_predictions
 
 FIGURES = ("loss", "accuracy", "top5", "macro_f1")
@@ -140,9 +141,8 @@ def _clear(path: Path) -> None:
     """Remove what an earlier call left, and nothing else."""
     for each in path.glob("fold-*"):
         RunFolder(each).clear()
-        for file in (_mark(RunFolder(each)), *each.glob("predictions-*.parquet")):
-            file.unlink(missing_ok=True)
-    for file in (path / "cv.json", *path.glob("predictions-*.parquet")):
+        _mark(RunFolder(each)).unlink(missing_ok=True)
+    for file in (path / "cv.json", *map(RunFolder(path).predictions, SPLITS)):
         file.unlink(missing_ok=True)
 
 
@@ -194,7 +194,7 @@ def _validate(path: Path, trained: Sequence[Trained], testing: Testing, within: 
     if within.ranks.is_main:
         with atomic_write(path / "cv.json") as file:
             file.write(json.dumps(found.to_plain(), indent=1).encode())
-        write_predictions(predictions_path(path, "val"), together)
+        write_predictions(RunFolder(path).predictions("val"), together)
     return found
 
 
@@ -204,7 +204,7 @@ def _predict_test(
     """The test split by the mean of all networks."""
     members = [Member(each.folder.name, predictions_of(each, "test", testing, within)) for each in trained]
     if within.ranks.is_main:
-        for note in hand_in(combine(members, "mean"), out=predictions_path(path, "test"), submission=submission):
+        for note in hand_in(combine(members, "mean"), out=RunFolder(path).predictions("test"), submission=submission):
             within.display.say(note)
 
 

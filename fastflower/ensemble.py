@@ -24,7 +24,7 @@ from fastflower.engine.run import RunFolder
 from fastflower.engine.testing import Testing, session
 from fastflower.engine.trained import open_trained
 from fastflower.errors import UserError
-from fastflower.predict import hand_in, predictions_of, predictions_path, stored_predictions
+from fastflower.predict import hand_in, predictions_of, stored_predictions
 from fastflower.predictions import Predictions, check_sample, read_predictions, refuse_repeated, some, sort_by_id
 
 Method = Literal["vote", "mean", "weighted"]
@@ -119,7 +119,7 @@ def find_member(path: Path, split: str, console: Console) -> Member:
     Raises:
         UserError: there is nothing of the kind, or predicting fails.
     """
-    kept = predictions_path(path, split)
+    kept = RunFolder(path).predictions(split)
     if path.is_file() and path.suffix != ".pt":
         return Member(str(path), read_predictions(path))
     if not path.is_file() and not RunFolder(path).best.is_file() and kept.is_file():

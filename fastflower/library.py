@@ -5,7 +5,7 @@ Everything runs in this process and on its own; many GPUs are the command line's
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
 from fastflower.engine.setup import Loaders, build_loaders, build_network, with_data
 from fastflower.engine.testing import Testing
+from fastflower.engine.views import Views
 from fastflower.models.pretrained import load_pretrained, open_pretrained
 
 
@@ -84,11 +85,25 @@ def train(config: Config, run: str | Path, *, overwrite: bool = False, quiet: bo
     return Path(run)
 
 
-def evaluate(run: str | Path, *, root: str | Path | None = None, split: str = "val") -> Evaluation:
+def evaluate(
+    run: str | Path,
+    *,
+    root: str | Path | None = None,
+    split: str = "val",
+    crops: int = 1,
+    scales: Sequence[int] = (),
+) -> Evaluation:
     """The figures of a run's best checkpoint (or of a checkpoint file) on a split with classes.
 
+    Args:
+        run: a run folder or a checkpoint file.
+        root: the data's folder; None = the run's.
+        split: train, val or test.
+        crops: 1 = the center of each picture, or 10.
+        scales: shorter sides (pixels) at which all positions are averaged; empty = crops.
+
     Raises:
-        UserError: no such run, or data that does not fit it.
+        UserError: no such run, or data or views that do not fit it.
     """
-    roots = (Path(root),) if root else None
-    return evaluate_run(Path(run), split, Testing(roots), Console(quiet=True)).figures
+    testing = Testing((Path(root),) if root else None, views=Views(crops, tuple(scales)))
+    return evaluate_run(Path(run), split, testing, Console(quiet=True)).figures

@@ -8,7 +8,9 @@ import numpy as np
 from rich.console import Console
 
 from fastflower.data.folder import picture_files
+from fastflower.data.names import display_names
 from fastflower.data.records import NO_LABEL, Records
+from fastflower.engine.run import RunFolder
 from fastflower.engine.scores import probabilities, score
 from fastflower.engine.testing import Session, Testing, load_split, session
 from fastflower.engine.trained import Trained, digest_of, open_trained
@@ -22,10 +24,7 @@ from fastflower.predictions import (
     write_submission,
 )
 
-
-def predictions_path(run: Path, split: str) -> Path:
-    """Where a run folder keeps the predictions of a split."""
-    return run / f"predictions-{split}.parquet"
+SHOWN = 3  # classes of a single picture
 
 
 def predict_run(
@@ -56,7 +55,7 @@ def predict_run(
         Interrupted: a signal came.
     """
     trained = open_trained(run)
-    out = out or predictions_path(trained.folder, split)
+    out = out or RunFolder(trained.folder).predictions(split)
     with session(trained, testing, console) as within:
         predictions = predict_split(trained, split, testing, within, sample=sample)
         if within.ranks.is_main:
@@ -94,14 +93,13 @@ def predictions_of(trained: Trained, split: str, testing: Testing, within: Sessi
     Raises:
         UserError: as `predict_run`.
     """
-    path = predictions_path(trained.folder, split)
     found = stored_predictions(trained, split)
     if all(within.ranks.gather(found is not None and found.source == source(trained, testing))):
         assert found
         return found
     predictions = predict_split(trained, split, testing, within)
     if within.ranks.is_main:
-        write_predictions(path, predictions)
+        write_predictions(RunFolder(trained.folder).predictions(split), predictions)
     return predictions
 
 
@@ -111,7 +109,7 @@ def stored_predictions(trained: Trained, split: str) -> Predictions | None:
     Raises:
         UserError: the file is damaged.
     """
-    path = predictions_path(trained.folder, split)
+    path = RunFolder(trained.folder).predictions(split)
     found = read_predictions(path) if path.is_file() else None
     return found if found and found.source.get("weights") == digest_of(trained) else None
 
@@ -153,6 +151,20 @@ def predict_pictures(
         if out and within.ranks.is_main:
             write_predictions(out, predictions)
     return predictions
+
+
+def likeliest(predictions: Predictions, names: str | None) -> list[str]:
+    """A line for each picture: its id, and the SHOWN likeliest classes with their probabilities.
+
+    Raises:
+        UserError: `names` are not those of the classes (`fastflower.data.names.display_names`).
+    """
+    shown = display_names(predictions.classes, names)
+    order = np.argsort(-predictions.probabilities, axis=1, kind="stable")[:, :SHOWN]
+    return [
+        f"{name}  " + "  ".join(f"{shown[k]} {row[k]:.1%}" for k in best)
+        for name, row, best in zip(predictions.ids, predictions.probabilities, order, strict=True)
+    ]
 
 
 def _require_ids(records: Records) -> None:

@@ -113,7 +113,7 @@ def test_a_run_that_crops_stored_pictures_keeps_to_its_sizes(sized: Path, tmp_pa
     for name, options in {"default": (), "small": ("--sizes", 40)}.items():
         assert fastflower("predict", run, "--out", tmp_path / name, *options).code == 0
     found = [read_predictions(tmp_path / name).probabilities for name in ("default", "small")]
-    np.testing.assert_array_equal(*found)
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_files_do_not_depend_on_batches_processes_or_the_order_of_files(run: Path, sized: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from fastflower.config import Config, resolve
+from fastflower.data.names import display_names
 from fastflower.data.records import Records
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.distributed import Ranks, processes
@@ -129,29 +130,33 @@ class Evaluated:
     """A run's scores on a split with classes."""
 
     trained: Trained
+    split: str
+    names: list[str]  # to show for the classes
     records: Records
     scores: np.ndarray  # [n, num_classes], see `fastflower.engine.scores.score`
     figures: Evaluation
 
 
-def evaluate_run(run: Path, split: str, testing: Testing, console: Console) -> Evaluated:
+def evaluate_run(run: Path, split: str, testing: Testing, console: Console, names: str | None = None) -> Evaluated:
     """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
 
     Precision and batch are those of the run, so that the validation figures that it logged come out again; so are the
     seed, data.folds and data.val_share, where they divide the data, and data.skip, unless other folders than the run's
-    are named. Every record counts, as in validation; with scales every picture, once.
+    are named. Every record counts, as in validation; with scales every picture, once. `names` is as
+    `fastflower.data.names.display_names` takes it.
 
     Raises:
         UserError: no such run, or the data or the views do not fit it.
         Interrupted: a signal came.
     """
     trained = open_trained(run)
+    shown = display_names(trained.classes, names)
     with session(trained, testing, console) as within:
         data, records = load_split(trained, split, testing, within, once=bool(testing.views.scales))
         with within.ranks.together():
             records.require_classes(len(trained.classes))
         scores = score(trained, data, records, testing, within)
-    return Evaluated(trained, records, scores, figures(scores, records.labels))
+    return Evaluated(trained, split, shown, records, scores, figures(scores, records.labels))
 
 
 def _local_rank() -> int:

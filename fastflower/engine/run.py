@@ -13,6 +13,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from fastflower.config import Config, to_plain, to_yaml
+from fastflower.data.records import SPLITS
 from fastflower.errors import UserError
 from fastflower.files import atomic_write
 
@@ -60,6 +61,14 @@ class RunFolder:
         """Versions and hardware of each start of the run, one JSON object a line."""
         return self.path / "environment.jsonl"
 
+    def predictions(self, split: str) -> Path:
+        """Class probabilities of a split's pictures."""
+        return self.path / f"predictions-{split}.parquet"
+
+    def evaluation(self, split: str) -> Path:
+        """Folder of where the network errs on a split."""
+        return self.path / f"eval-{split}"
+
     @property
     def exists(self) -> bool:
         """Whether a run has left results here."""
@@ -67,8 +76,10 @@ class RunFolder:
 
     def clear(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
-        for path in (self.config, self.metrics, self.environment, self.trace, *self.path.glob("events.out.tfevents.*")):
+        for folder in (self.path / "checkpoints", *map(self.evaluation, SPLITS)):
+            shutil.rmtree(folder, ignore_errors=True)
+        logs = (self.config, self.metrics, self.environment, self.trace, *self.path.glob("events.out.tfevents.*"))
+        for path in (*logs, *map(self.predictions, SPLITS)):
             path.unlink(missing_ok=True)
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:

@@ -31,8 +31,9 @@ class Trained:
 
     @property
     def folder(self) -> Path:
-        """The run's."""
-        return self.checkpoint.absolute().parents[1]
+        """The run's; of a checkpoint that lies elsewhere, the one that it lies in."""
+        parent = self.checkpoint.absolute().parent
+        return parent.parent if parent.name == "checkpoints" else parent
 
     def data(self, roots: tuple[Path, ...] | None, sizes: TestSizes | None) -> Data:
         """The run's data, in other folders or at other stored sizes where they are given.
