@@ -1,0 +1,187 @@
+"""Cross-validation as a command: every picture predicted by a network that did not see it, finished folds kept."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.metrics import accuracy_score, f1_score, log_loss
+
+from fastflower.data.records import load_split
+from fastflower.data.tfrecord import write_tfrecord
+from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.engine.meters import TrainingSums
+from fastflower.predictions import read_predictions
+from tests.conftest import ROOT, example, fastflower, torchrun, train_arguments, write_dataset
+from tests.engine.test_resume import signal_at
+from tests.engine.test_run import rows, without_times
+
+
+def arguments(root: Path, run: Path, *options: object) -> list[object]:
+    return ["cv", *train_arguments(root, run)[1:], "--folds", 3, "--train.epochs", 1, *options]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """33 pictures of three classes in train, 9 in val, 5 in test."""
+    return write_dataset(tmp_path / "data", {"train": 33, "val": 9, "test": 5})
+
+
+def cross_validated(root: Path, run: Path, *options: object) -> dict[str, Any]:
+    result = fastflower(*arguments(root, run, *options))
+    assert result.code == 0, result.err
+    return json.loads((run / "cv.json").read_text())
+
+
+def test_every_picture_is_predicted_by_a_network_that_did_not_train_on_it(
+    data: Path, tmp_path: Path, tiny_net: None
+) -> None:
+    run = tmp_path / "cv"
+    found = cross_validated(data, run)
+    together = read_predictions(run / "predictions-val.parquet")
+    assert together.ids.tolist() == [f"{i:06}" for i in range(42)]
+    assert together.labels.tolist() == [i % 3 for i in range(33)] + [i % 3 for i in range(9)]
+    counts = []
+    for fold in range(3):
+        part = read_predictions(run / f"fold-{fold}" / "predictions-val.parquet")
+        counts.append(np.bincount(part.labels))
+        chosen = np.isin(together.ids, part.ids)
+        np.testing.assert_array_equal(together.probabilities[chosen], part.probabilities)
+        assert found["folds"][fold]["n"] == len(part.ids)
+        (row,) = rows(run / f"fold-{fold}")
+        for figure in ("loss", "accuracy", "macro_f1"):  # one stored size: what training logged
+            assert found["folds"][fold][figure] == pytest.approx(row[f"val_{figure}"], abs=1e-5)
+        saved = load_checkpoint(run / f"fold-{fold}" / "checkpoints/best.pt")
+        assert (saved["config"]["data"]["folds"], saved["config"]["data"]["fold"]) == (3, fold)
+        assert saved["train_records"]["count"] == 42 - len(part.ids)
+    assert np.ptp(counts, axis=0).max() <= 1  # by class
+    values = [fold["accuracy"] for fold in found["folds"]]
+    assert found["mean"]["accuracy"] == pytest.approx(np.mean(values))
+    assert found["std"]["accuracy"] == pytest.approx(np.std(values, ddof=1))
+    assert found["together"]["n"] == 42
+    assert found["together"]["accuracy"] == pytest.approx(accuracy_score(together.labels, together.likeliest))
+    assert found["together"]["macro_f1"] == pytest.approx(
+        f1_score(together.labels, together.likeliest, average="macro")
+    )
+    probabilities = together.probabilities.astype(float)
+    probabilities /= probabilities.sum(axis=1, keepdims=True)
+    assert found["together"]["loss"] == pytest.approx(log_loss(together.labels, probabilities), rel=1e-5)
+
+
+def test_each_fold_is_normalized_by_its_own_training_part(data: Path, tmp_path: Path, tiny_net: None) -> None:
+    cross_validated(data, tmp_path / "cv")
+    means = [
+        tuple(load_checkpoint(tmp_path / f"cv/fold-{fold}/checkpoints/best.pt")["normalization"]["mean"])
+        for fold in range(3)
+    ]
+    assert len(set(means)) == 3
+
+
+def test_finished_folds_are_not_trained_again_and_a_stopped_one_goes_on(
+    data: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    wanted = cross_validated(data, whole, "--train.epochs", 2)
+    with monkeypatch.context() as patch:
+        signal_at(patch, TrainingSums, 4, signal.SIGINT)
+        result = fastflower(*arguments(data, stopped, "--train.epochs", 2))
+    assert result.code == 128 + signal.SIGINT
+    assert f"Go on with the same command and --run {stopped}" in result.out
+    assert not (stopped / "cv.json").exists()
+    result = fastflower(*arguments(data, stopped, "--train.epochs", 2))
+    assert result.code == 0, result.err
+    assert json.loads((stopped / "cv.json").read_text()) == wanted
+    for fold in range(3):
+        assert without_times(stopped / f"fold-{fold}") == without_times(whole / f"fold-{fold}")
+    before = {path: path.stat().st_mtime_ns for path in stopped.glob("fold-*/checkpoints/*")}
+    again = fastflower(*arguments(data, stopped, "--train.epochs", 2))
+    assert again.code == 0
+    assert again.out.count("is finished") == 3
+    assert {path: path.stat().st_mtime_ns for path in stopped.glob("fold-*/checkpoints/*")} == before
+
+
+def test_other_settings_are_refused_unless_the_folds_are_replaced(data: Path, tmp_path: Path, tiny_net: None) -> None:
+    run = tmp_path / "cv"
+    before = cross_validated(data, run)
+    for other in (["--train.lr", 0.5], ["--folds", 4], ["--seed", 1]):
+        refused = fastflower(*arguments(data, run), *other)
+        assert refused.code == 2
+        assert "was trained with other settings" in refused.err
+    assert json.loads((run / "cv.json").read_text()) == before
+    assert cross_validated(data, run, "--train.lr", 0.5, "--overwrite") != before
+
+
+def test_duplicates_under_two_ids_are_reported_and_share_a_fold(data: Path, tmp_path: Path, tiny_net: None) -> None:
+    picture = example(0, 0)["image"]
+    assert isinstance(picture, bytes)
+    write_tfrecord(data / "tfrecords-jpeg-40x40/val/twin.tfrec", [example(900, 0, picture), example(901, 2, picture)])
+    result = fastflower(*arguments(data, tmp_path / "cv"))
+    assert result.code == 0, result.err
+    assert "1 pictures stand under several ids, which are kept in one fold" in result.out
+    assert "000000 = 000900 = 000901, of classes 0, 2" in result.out
+    parts = [set(read_predictions(tmp_path / f"cv/fold-{k}/predictions-val.parquet").ids.tolist()) for k in range(3)]
+    assert [{"000000", "000900", "000901"} <= part for part in parts].count(True) == 1
+
+
+def test_test_is_predicted_as_the_mean_of_the_folds(data: Path, tmp_path: Path, tiny_net: None) -> None:
+    run = tmp_path / "cv"
+    cross_validated(data, run, "--submission", tmp_path / "submission.csv")
+    parts = [read_predictions(run / f"fold-{fold}" / "predictions-test.parquet") for fold in range(3)]
+    found = read_predictions(run / "predictions-test.parquet")
+    mean = np.mean([part.probabilities for part in parts], axis=0)
+    np.testing.assert_allclose(found.probabilities, mean, atol=1e-6)
+    lines = (tmp_path / "submission.csv").read_text().splitlines()
+    assert lines == ["id,label", *(f"{i:06},{k}" for i, k in zip(range(42, 47), mean.argmax(axis=1), strict=True))]
+
+
+def test_ensembles_take_the_folder_of_the_folds(data: Path, tmp_path: Path, tiny_net: None) -> None:
+    for seed in (0, 1):
+        cross_validated(data, tmp_path / f"cv{seed}", "--seed", seed, "--test")
+    members = (tmp_path / "cv0", tmp_path / "cv1")
+    result = fastflower("ensemble", *members, "--split", "val", "--method", "mean", "--json")
+    assert result.code == 0, result.err
+    figures = json.loads(result.out)
+    assert [row["n"] for row in figures] == [42, 42, 42]
+    assert figures[0]["accuracy"] == json.loads((members[0] / "cv.json").read_text())["together"]["accuracy"]
+    result = fastflower("ensemble", *members, "--method", "weighted", "--submission", tmp_path / "s.csv")
+    assert result.code == 0, result.err
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 6
+
+
+def test_views_and_several_sizes(tmp_path: Path, tiny_net: None) -> None:
+    for size in (40, 48):
+        write_dataset(tmp_path / "data", {"train": 18, "val": 6}, size=size)
+    run = tmp_path / "cv"
+    found = cross_validated(tmp_path / "data", run, "--data.sizes", "all", "--crops", 10)
+    assert found["together"]["n"] == 24
+    assert len(load_split(tmp_path / "data", "train", sizes="all")) == 36
+    source = read_predictions(run / "fold-0/predictions-val.parquet").source
+    assert source["views"] == {"crops": 10, "scales": []}
+    again = cross_validated(tmp_path / "data", run, "--data.sizes", "all", "--scales", "32,40")
+    assert again["together"]["loss"] != found["together"]["loss"]
+
+
+def test_two_processes_cross_validate_too(data: Path, tmp_path: Path, tiny_net: None) -> None:
+    run = tmp_path / "two"
+    worker = ROOT / "tests/engine/tiny_worker.py"
+    done = torchrun(worker, *arguments(data, run, "--test"), limit_s=240, environment={})
+    assert done.returncode == 0, done.stderr
+    assert json.loads((run / "cv.json").read_text())["together"]["n"] == 42
+    assert len(read_predictions(run / "predictions-test.parquet").ids) == 5
+    shutil.rmtree(run)
+
+
+def test_settings_that_leave_nothing_to_validate_are_refused(data: Path, tmp_path: Path) -> None:
+    for options, words in [
+        (("--data.train_on", "train+val", "--train.schedule", "step"), "data.folds leaves a part to validate on"),
+        (("--folds", 1), "data.folds"),
+        (("--folds", 99), "there are only 42 different pictures"),
+    ]:
+        refused = fastflower(*arguments(data, tmp_path / "cv", *options))
+        assert refused.code == 2
+        assert words in refused.err

@@ -1,0 +1,131 @@
+"""Ensembles as a command: runs, checkpoints and files, on validation and for a submission."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastflower.predictions import read_predictions
+from tests.conftest import fastflower, train_arguments, write_dataset
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return write_dataset(tmp_path / "data", {"train": 32, "val": 12, "test": 9})
+
+
+@pytest.fixture
+def runs(data: Path, tmp_path: Path, tiny_net: None) -> list[Path]:
+    """Three runs that differ in their seed."""
+    found = [tmp_path / f"run{seed}" for seed in range(3)]
+    for seed, run in enumerate(found):
+        result = fastflower(*train_arguments(data, run), "--train.epochs", 1, "--seed", seed)
+        assert result.code == 0, result.err
+    return found
+
+
+def ensemble(*arguments: object) -> list[dict[str, Any]]:
+    result = fastflower("ensemble", *arguments, "--json")
+    assert result.code == 0, result.err
+    return json.loads(result.out)
+
+
+@pytest.mark.parametrize("method", ["vote", "mean", "weighted"])
+def test_members_and_ensemble_are_measured_in_any_order(runs: list[Path], method: str, tmp_path: Path) -> None:
+    seen = []
+    for order in itertools.permutations(range(3)):
+        members = [runs[k] for k in order]
+        out = tmp_path / "-".join(map(str, order))
+        figures = ensemble(*members, "--split", "val", "--method", method, "--out", out)
+        assert [row["name"] for row in figures] == [*map(str, members), method]
+        seen.append((figures[-1], read_predictions(out).probabilities.tolist()))
+    assert all(each == seen[0] for each in seen)
+    for run, row in zip(members, figures, strict=False):
+        own = json.loads(fastflower("eval", run, "--json").out)
+        assert {key: row[key] for key in ("n", "accuracy", "top5", "macro_f1")} == pytest.approx(
+            {key: own[key] for key in ("n", "accuracy", "top5", "macro_f1")}
+        )
+        assert row["loss"] == pytest.approx(own["loss"], rel=1e-5)
+
+
+def test_a_submission_comes_from_runs_and_from_files(runs: list[Path], tmp_path: Path) -> None:
+    files = []
+    for run in runs:
+        files.append(tmp_path / f"{run.name}.parquet")
+        assert fastflower("predict", run, "--out", files[-1]).code == 0
+    ensemble(*runs, "--submission", tmp_path / "a.csv")
+    ensemble(*files, "--submission", tmp_path / "b.csv")
+    ensemble(runs[0], files[1], runs[2] / "checkpoints/best.pt", "--submission", tmp_path / "c.csv")
+    texts = [(tmp_path / f"{name}.csv").read_text() for name in "abc"]
+    assert texts[0] == texts[1] == texts[2]
+    assert len(texts[0].splitlines()) == 10
+    assert texts[0].startswith("id,label\n000044,")
+
+
+def test_weights_for_test_are_fitted_on_validation(runs: list[Path], tmp_path: Path) -> None:
+    val = [tmp_path / f"{k}.parquet" for k in range(3)]
+    for run, path in zip(runs, val, strict=True):
+        assert fastflower("predict", run, "--split", "val", "--out", path).code == 0
+        assert fastflower("predict", run).code == 0
+    files = [run / "predictions-test.parquet" for run in runs]
+    ensemble(*runs, "--method", "weighted", "--out", tmp_path / "runs")
+    ensemble(*files, "--method", "weighted", "--fit_on", *val, "--out", tmp_path / "files")
+    found = [read_predictions(tmp_path / name) for name in ("runs", "files")]
+    np.testing.assert_array_equal(found[0].probabilities, found[1].probabilities)
+    on_val = ensemble(*val, "--split", "val", "--method", "weighted")
+    weights = list(found[0].source["weights"].values())
+    assert weights == pytest.approx([row["weight"] for row in on_val[:-1]])
+    refused = fastflower("ensemble", *files, "--method", "weighted", "--out", tmp_path / "x")
+    assert refused.code == 2
+    assert f"{files[0]} has no true classes to fit weights on" in refused.err
+    refused = fastflower("ensemble", *files, "--method", "weighted", "--fit_on", val[0], val[1])
+    assert "--fit_on names 2 predictions for 3 members" in refused.err
+
+
+def test_predictions_of_older_weights_are_made_again(runs: list[Path], data: Path) -> None:
+    ensemble(*runs, "--split", "val")
+    before = read_predictions(runs[0] / "predictions-val.parquet")
+    result = fastflower("train", "--resume", runs[0], "--train.epochs", 4, "--train.lr", 0.1)
+    assert result.code == 0, result.err
+    ensemble(*runs, "--split", "val")
+    after = read_predictions(runs[0] / "predictions-val.parquet")
+    assert after.source["weights"] != before.source["weights"]
+    kept = (runs[1] / "predictions-val.parquet").stat().st_mtime_ns
+    ensemble(*runs, "--split", "val")
+    assert (runs[1] / "predictions-val.parquet").stat().st_mtime_ns == kept
+
+
+def test_what_cannot_be_combined_is_named(runs: list[Path], data: Path, tmp_path: Path) -> None:
+    alone = fastflower("ensemble", runs[0], "--split", "val")
+    assert alone.code == 2
+    assert "an ensemble needs two members or more" in alone.err
+    twice = fastflower("ensemble", runs[0], runs[0] / "checkpoints/best.pt", "--split", "val")
+    assert twice.code == 2
+    assert "would count twice" in twice.err
+    other = tmp_path / "other.parquet"
+    assert fastflower("predict", runs[1], "--data.root", write_dataset(tmp_path / "o", {"test": 3}), "--out", other)
+    differ = fastflower("ensemble", runs[0], other)
+    assert differ.code == 2
+    assert f"{runs[0]} lacks ids 000000, 000001, 000002, which other members have" in differ.err
+    nowhere = fastflower("ensemble", tmp_path / "none", runs[0])
+    assert nowhere.code == 2
+    assert "give a run folder that has finished an epoch" in nowhere.err
+    sample = tmp_path / "sample.csv"
+    sample.write_text("id,label\n1,0\n")
+    refused = fastflower("ensemble", *runs, "--sample", sample, "--submission", tmp_path / "s.csv")
+    assert refused.code == 2
+    assert f"{sample} has other ids than the records" in refused.err
+    assert not (tmp_path / "s.csv").exists()
+
+
+def test_the_table_shows_members_ensemble_and_weights(runs: list[Path]) -> None:
+    result = fastflower("ensemble", *runs, "--split", "val", "--method", "weighted")
+    assert result.code == 0, result.err
+    assert "macro F1" in result.out
+    assert "weight" in result.out
+    assert "The weights were fitted on these very pictures" in result.out
