@@ -47,10 +47,13 @@ Command = TrainCommand | EvalCommand | PredictCommand | EnsembleCommand | CvComm
 
 
 def main() -> None:
-    """Entry point. Exit code 2 for a user's mistake, 128 + n after signal n."""
+    """Entry point. Exit code 2 for a user's mistake, 128 + n after signal n (or where the output is cut off)."""
     argv = sys.argv[1:]
     try:
         sys.exit(run(parse(argv)))
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (UserError, OSError) as error:
         if "--debug" in argv:
             raise
@@ -196,7 +199,7 @@ def _eval(command: EvalCommand) -> int:
         return 0
     texts = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items())
     console = Console()
-    console.print("  ".join(texts))
+    console.print("  ".join(texts), soft_wrap=True)
     for each in summary(analysis):
         console.print(each)
     folder = write_run(evaluated, analysis, command.out)

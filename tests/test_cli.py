@@ -108,6 +108,13 @@ def test_kernels_and_configs_are_found_from_the_checkout_and_elsewhere(tmp_path:
         assert result.stdout == "True\n", result.stderr
 
 
+def test_output_that_is_cut_off_is_no_mistake() -> None:
+    line = f"{sys.executable} -m fastflower cv --help | head -n 1; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
+    assert result.stdout.startswith("usage: fastflower cv")
+    assert (result.returncode, result.stderr) in ((0, ""), (128 + 13, ""))  # 0: it was faster than head
+
+
 def test_a_users_mistake_has_no_traceback(tmp_path: Path) -> None:
     result = command("train", "--data.root", str(tmp_path / "none"), cwd=tmp_path, PYTHONPATH=str(ROOT))
     assert result.returncode == 2
