@@ -211,13 +211,14 @@ def _predict_test(
 def summary(found: CrossValidation) -> Table:
     """The folds' figures, their mean and deviation, and those of all predictions together, for a terminal."""
     rows = [(str(fold), asdict(each)) for fold, each in enumerate(found.folds)]
-    mean = {figure: f"{_shown(figure, found.mean(figure))} ± {_shown(figure, found.std(figure))}" for figure in FIGURES}
     grid = Table("fold", "pictures", "loss", "top-1", "top-5", "macro F1")
     for column in grid.columns[1:]:
         column.justify = "right"
     for name, row in (*rows, ("together", asdict(found.whole))):
         grid.add_row(name, str(row["n"]), *(_shown(figure, row[figure]) for figure in FIGURES))
-    grid.add_row("mean ± std", "", *mean.values())
+    grid.add_section()
+    for name, over_folds in (("mean", found.mean), ("± std", found.std)):
+        grid.add_row(name, "", *(_shown(figure, over_folds(figure)) for figure in FIGURES))
     return grid
 
 
