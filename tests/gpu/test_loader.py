@@ -13,7 +13,8 @@ import torch
 from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import IMAGENET, Engine, View
 from fastflower.data.records import Records, load_split
-from fastflower.data.sampler import evaluation_requests, training_requests
+from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
+from fastflower.data.selection import shapes_of
 from fastflower.data.tfrecord import write_tfrecord
 from tests.conftest import example, jpeg
 
@@ -42,11 +43,14 @@ def epoch(loader: Loader) -> Iterator[Batch]:
     return loader.batches(requests)
 
 
-@pytest.mark.parametrize("place", ["center", "random"])
+@pytest.mark.parametrize("place", ["center", "random", "whole"])
 def test_pictures_are_those_of_the_cpu(pictures: Records, place: str) -> None:
     made = [loader(pictures, View(128, place), on_gpu) for on_gpu in (False, True)]  # type: ignore[arg-type]
     if place == "center":
         passes = [each.batches(evaluation_requests(COUNT, shorter=144, batch=BATCH)) for each in made]
+    elif place == "whole":
+        shapes = shapes_of(pictures)
+        passes = [each.batches(whole_requests(shapes, shorter=144, crop=128, batch=BATCH)) for each in made]
     else:
         passes = [epoch(each) for each in made]
     to_levels = 255 * torch.tensor(IMAGENET.std).view(3, 1, 1)
