@@ -104,7 +104,8 @@ def parse(argv: Sequence[str]) -> Command:
         return replace(command, settings=_checked(command.settings), resume=checkpoint)
     if isinstance(command, CvCommand):
         data = command.settings.data
-        folded = replace(command.settings, data=replace(data, folds=command.folds or data.folds or 5, fold=0))
+        folds = (data.folds or 5) if command.folds is None else command.folds
+        folded = replace(command.settings, data=replace(data, folds=folds, fold=0))
         return replace(command, settings=_checked(folded))
     return command
 
@@ -211,12 +212,12 @@ def _predict(command: PredictCommand) -> int:
     from fastflower.predict import likeliest, predict_pictures, predict_run
 
     testing = _testing(command)
-    if not command.images:
+    if command.images is None:
         files = {"out": command.out, "submission": command.submission, "sample": command.sample}
         predict_run(command.run, command.split, testing, Console(), **files)
         return 0
-    if command.submission or command.sample:
-        raise UserError("--submission and --sample are about a split: drop them, or --images.")
+    if command.submission or command.sample or command.root or command.sizes:
+        raise UserError("--submission, --sample, --data.root and --sizes are about a split: drop them, or --images.")
     predictions = predict_pictures(command.run, command.images, testing, Console(stderr=True), out=command.out)
     if _is_main():
         for line in likeliest(predictions, command.names):
@@ -232,6 +233,7 @@ def _ensemble(command: EnsembleCommand) -> int:
         command.method,
         command.split,
         Console(stderr=True),
+        roots=command.root,
         fit_on=command.fit_on,
         out=command.out,
         submission=command.submission,

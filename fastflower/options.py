@@ -59,8 +59,8 @@ class TestOptions:
     root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
     """Data folder, or several that are taken together; none = the run's."""
     sizes: Literal["all"] | tuple[int, ...] | None = None
-    """Stored sizes to take (pixels); none = those of training to evaluate by one or ten crops, else all. Predictions
-    and scales take each picture once, from the largest of them."""
+    """Stored sizes to take (pixels); none = training's to evaluate by one or ten crops, and where data.val_resize is
+    none; else all. Predictions and scales take each picture once, from the largest of them."""
     crops: Literal[1, 10] = 1
     """1 = the center of each picture; 10 = corners and center and their mirror images, averaged."""
     scales: Numbers = ()
@@ -108,7 +108,7 @@ class PredictCommand(TestOptions):
     """Run folder (its best checkpoint) or a checkpoint file."""
     split: Split = "test"
     """Which split; it needs no classes."""
-    images: tuple[Path, ...] = ()
+    images: tuple[Path, ...] | None = None
     """Picture files, in place of a split."""
     out: Path | None = None
     """Predictions file; none = predictions-SPLIT.parquet in the run folder, and no file for --images."""
@@ -137,6 +137,8 @@ class EnsembleCommand:
     probabilities; weighted = with weights that make validation's classes the likeliest."""
     split: Split = "test"
     """Which split of the runs."""
+    root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
+    """Data folder, or several, for what is predicted now; none = each run's."""
     fit_on: tuple[Path, ...] = ()
     """Predictions to fit the weights on, one for each member in the same order; none = the runs' val."""
     out: Path | None = None

@@ -137,5 +137,5 @@ def test_a_contact_sheet_has_each_picture_above_its_caption(count: int, tmp_path
 
 
 def test_drawing_leaves_no_global_state() -> None:
-    script = "import sys, fastflower.analysis; sys.exit('matplotlib.pyplot' in sys.modules)"
+    script = "import sys, fastflower.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False).returncode == 0

@@ -45,6 +45,8 @@ class Views:
                 "--crops 10 and --scales are two ways to test: give one (--scales sees the mirror images and all "
                 "positions already)."
             )
+        if len(set(self.scales)) < len(self.scales):
+            raise UserError(f"--scales {','.join(map(str, self.scales))} names a size twice: give each once.")
         if small := [scale for scale in self.scales if scale < data.crop]:
             raise UserError(
                 f"--scales {small[0]} is smaller than data.crop, the {data.crop} pixels that the network was trained "
@@ -105,7 +107,8 @@ def all_positions(features: Scorer, fc: nn.Linear, window: int, images: torch.Te
     """
     weight = fc.weight[:, :, None, None]
     return log_mean_probabilities(
-        F.conv2d(F.avg_pool2d(features(each), window, stride=1), weight, fc.bias) for each in (images, images.flip(3))
+        F.conv2d(F.avg_pool2d(features(each), window, stride=1), weight, fc.bias)
+        for each in (images.clone(), images.flip(3))  # a compiler takes both for the same kind of tensor
     )
 
 
