@@ -166,7 +166,7 @@ def test_figures_do_not_depend_on_the_batch_or_the_compiler(run: Path, views: tu
     assert whole["loss"] != evaluated(run, *(() if views else ("--crops", 10)))["loss"]
 
 
-@pytest.mark.parametrize(("views", "most"), [(Views(10), 2), (Views(scales=(32,)), 5)])
+@pytest.mark.parametrize(("views", "most"), [(Views(10), 3), (Views(scales=(32,)), 5)])
 def test_compiling_is_bounded_whatever_shapes_come(views: Views, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many shapes few make a graph of their own: batches of one, squares, and sizes that a CPU treats otherwise."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
