@@ -31,6 +31,7 @@ from fastflower.options import (
     DemoCommand,
     EnsembleCommand,
     EvalCommand,
+    FlopsCommand,
     PredictCommand,
     StatsCommand,
     TestOptions,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
 _NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
 
-Command = TrainCommand | EvalCommand | PredictCommand | EnsembleCommand | CvCommand | DataCommand
+Command = TrainCommand | EvalCommand | PredictCommand | EnsembleCommand | CvCommand | FlopsCommand | DataCommand
 
 
 def main() -> None:
@@ -90,6 +91,7 @@ def parse(argv: Sequence[str]) -> Command:
         | Annotated[PredictCommand, subcommand("predict")]
         | Annotated[EnsembleCommand, subcommand("ensemble")]
         | Annotated[CvCommand, subcommand("cv", default=CvCommand(settings))]
+        | Annotated[FlopsCommand, subcommand("flops")]
         | Annotated[DataCommand, subcommand("data", description=DataCommand.__doc__)]
     )
     command = tyro.cli(
@@ -157,6 +159,8 @@ def run(command: Command) -> int:
         return _ensemble(command)
     if isinstance(command, CvCommand):
         return _cv(command)
+    if isinstance(command, FlopsCommand):
+        return _flops(command)
     if isinstance(command.command, DemoCommand):
         return _demo(command.command)
     if isinstance(command.command, CheckCommand):
@@ -268,6 +272,22 @@ def _cv(command: CvCommand) -> int:
         return 128 + found
     if _is_main():
         Console().print(summary(found))
+    return 0
+
+
+def _flops(command: FlopsCommand) -> int:
+    from fastflower.flops import NAMES, count, layers_table, table
+
+    costs = [count(name, command.size) for name in command.models or NAMES]
+    if command.json:
+        rows = [asdict(cost) for cost in costs]
+        print(json.dumps([{k: v for k, v in row.items() if k != "layers" or command.layers} for row in rows]))
+        return 0
+    console = Console()
+    if command.layers:
+        for cost in costs:
+            console.print(layers_table(cost))
+    console.print(table(costs))
     return 0
 
 

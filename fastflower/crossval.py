@@ -102,6 +102,7 @@ def cross_validate(
         UserError: as training and prediction; or `run` holds folds of other settings.
         Interrupted: a signal came while it predicted.
     """
+    views.check(config.data, config.model.name)  # now rather than after the training
     config, testing = resolve(config), Testing(views=views)
     folds = range(config.data.folds or 0)
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))

@@ -184,6 +184,26 @@ class CvCommand:
 
 
 @dataclass(frozen=True)
+class FlopsCommand:
+    """Count what networks cost: fastflower flops resnet34 resnet50 resnet50-v1
+
+    Parameters, multiply-adds (MACs) and FLOPs (2 x MACs) of one forward pass of one image, for 1000 classes. Only
+    convolutions and matrix products are counted, not normalization, ReLU, pooling, addition and biases.
+    """
+
+    models: Positional[tuple[str, ...]] = ()
+    """Networks, as model.name; resnet50, 101 and 152 are v1.5, and resnet50-v1, ... the paper's; none = all."""
+    size: int = 224
+    """Side of the image (pixels)."""
+    layers: bool = False
+    """Also each network's layers one by one."""
+    json: bool = False
+    """Print a JSON list of objects: model, size, params, macs, flops, and with --layers layers."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
 class DemoCommand:
     """Draw the synthetic flowers in the Kaggle layout: fastflower data demo DIR"""
 

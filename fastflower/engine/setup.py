@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fastflower.config import Config, Data
+from fastflower.config import Config, Data, Model
 from fastflower.data.dataset import (
     Dataset,
     EvaluationBatches,
@@ -35,7 +35,7 @@ from fastflower.engine.progress import Display
 from fastflower.engine.run import changes
 from fastflower.engine.state import Setup, State, new_state
 from fastflower.errors import UserError
-from fastflower.models import create_model
+from fastflower.models import CLASSICS, create_model
 from fastflower.models.layers import choose_norm
 from fastflower.models.pretrained import load_pretrained, open_pretrained
 
@@ -149,7 +149,7 @@ def build_loaders(
     train = training_batches(
         config.data, dataset.train, *common, batch_size=batch_size, seed=config.seed, lighting=lighting
     )
-    if train.loader.batch == 1 and config.data.crop <= 32:
+    if train.loader.batch == 1 and config.data.crop <= 32 and config.model.name not in CLASSICS:
         raise UserError(
             "one picture a process and data.crop of at most 32 pixels leave BatchNorm a single value: "
             "raise train.batch_size or data.crop."
@@ -184,7 +184,7 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
     if config.data.skip:
         display.say(f"Left out {dataset.left_out} records that {config.data.skip} lists.")
     compiled = ", compiled" if setup.compiles else ""
-    norm = choose_norm(config.model.norm, setup.device, sync=config.model.sync_norm)
+    norm = _norm_options(config.model, setup.device, setup.ranks)["norm"]
     where = "by" if setup.device.type == "cuda" else "in plain torch instead of"
     kernels = f", norm {where} our Triton kernels" if norm == "triton" else ""
     processes = f", {setup.ranks.world_size} processes" if setup.ranks.world_size > 1 else ""
@@ -199,14 +199,19 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
 def build_network(config: Config, classes: int, device: torch.device, ranks: Ranks) -> torch.nn.Module:
     """The configured network with seeded weights, channels-last, on `device`."""
     model = config.model
-    settings = asdict(model) | {
-        "norm": choose_norm(model.norm, device, sync=model.sync_norm),
-        "sync_norm": model.sync_norm and ranks.world_size > 1,
-    }
+    settings = asdict(model) | _norm_options(model, device, ranks)
     del settings["pretrained"]  # not the network's: `prepare` loads it, and a checkpoint replaces it
     torch.manual_seed(config.seed)
     network = create_model(num_classes=classes, **settings)
     return network.to(device).to(memory_format=torch.channels_last)
+
+
+def _norm_options(model: Model, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """How BatchNorm is computed, as `create_model` takes it."""
+    if model.name in CLASSICS:  # which have none: nothing is chosen for them, and what the user chose is refused
+        return {"norm": "torch" if model.norm == "auto" else model.norm, "sync_norm": model.sync_norm}
+    norm = choose_norm(model.norm, device, sync=model.sync_norm)
+    return {"norm": norm, "sync_norm": model.sync_norm and ranks.world_size > 1}
 
 
 def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any], display: Display) -> str:

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastflower.config import Data
 from fastflower.errors import UserError
+from fastflower.models import CLASSICS
 
 Scorer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -38,8 +39,13 @@ class Views:
         """The geometry of each pass over the records."""
         return [replace(data, val_resize=scale) for scale in self.scales] or [data]
 
-    def check(self, data: Data) -> None:
-        """Raise UserError where they do not fit together or the data's geometry."""
+    def check(self, data: Data, model: str) -> None:
+        """Raise UserError where they do not fit together, the data's geometry or the network of that name."""
+        if self.scales and model in CLASSICS:
+            raise UserError(
+                f"--scales needs a network that ends in global average pooling, which {model} does not: give --crops "
+                "10."
+            )
         if self.crops > 1 and self.scales:
             raise UserError(
                 "--crops 10 and --scales are two ways to test: give one (--scales sees the mirror images and all "

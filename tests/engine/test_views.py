@@ -25,7 +25,7 @@ from fastflower.data.selection import shapes_of
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.views import Views, window_of
 from fastflower.errors import UserError
-from fastflower.models import create_model
+from fastflower.models import CLASSICS, create_model
 from tests.conftest import READABLE, ROOT, TinyNet, fastflower, jpeg, torchrun, train_arguments, write_folders
 
 CPU = torch.device("cpu")
@@ -94,9 +94,12 @@ def test_views_that_would_degenerate_are_refused() -> None:
         (Views(10), "of which there is one crop and not ten"),
     ]:
         with pytest.raises(UserError, match=words):
-            views.check(data)
-    Views(10).check(Data(crop=56, val_resize=57))
-    Views(scales=(56,)).check(data)
+            views.check(data, "resnet18")
+    Views(10).check(Data(crop=56, val_resize=57), "vgg16")
+    Views(scales=(56,)).check(data, "plain18")
+    for name in CLASSICS:
+        with pytest.raises(UserError, match=f"global average pooling, which {name} does not: give --crops 10"):
+            Views(scales=(224,)).check(Data(), name)
 
 
 def test_whole_pictures_of_all_kinds_come_once_upright_and_by_shape(odd_images: Path) -> None:
