@@ -102,7 +102,6 @@ def cross_validate(
         UserError: as training and prediction; or `run` holds folds of other settings.
         Interrupted: a signal came while it predicted.
     """
-    views.check(config.data, config.model.name)  # now rather than after the training
     config, testing = resolve(config), Testing(views=views)
     folds = range(config.data.folds or 0)
     device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
@@ -115,7 +114,7 @@ def cross_validate(
             if RunFolder(path).exists:
                 raise UserError(f"{path} holds a run, and no folds: name another --run.")
             classes = _check_data(config, display)
-            testing.views.check(config.data)
+            testing.views.check(config.data, config.model.name)
             if test or submission:
                 _check_test(config, classes)
             if submission and ranks.is_main:
