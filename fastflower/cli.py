@@ -32,6 +32,7 @@ from fastflower.options import (
     EnsembleCommand,
     EvalCommand,
     PredictCommand,
+    ReportCommand,
     StatsCommand,
     TestOptions,
     TrainCommand,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
 _NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
 
-Command = TrainCommand | EvalCommand | PredictCommand | EnsembleCommand | CvCommand | DataCommand
+Command = TrainCommand | EvalCommand | PredictCommand | EnsembleCommand | CvCommand | ReportCommand | DataCommand
 
 
 def main() -> None:
@@ -90,6 +91,7 @@ def parse(argv: Sequence[str]) -> Command:
         | Annotated[PredictCommand, subcommand("predict")]
         | Annotated[EnsembleCommand, subcommand("ensemble")]
         | Annotated[CvCommand, subcommand("cv", default=CvCommand(settings))]
+        | Annotated[ReportCommand, subcommand("report")]
         | Annotated[DataCommand, subcommand("data", description=DataCommand.__doc__)]
     )
     command = tyro.cli(
@@ -156,6 +158,8 @@ def run(command: Command) -> int:
         return _ensemble(command)
     if isinstance(command, CvCommand):
         return _cv(command)
+    if isinstance(command, ReportCommand):
+        return _report(command)
     if isinstance(command.command, DemoCommand):
         return _demo(command.command)
     if isinstance(command.command, CheckCommand):
@@ -266,6 +270,17 @@ def _cv(command: CvCommand) -> int:
         return 128 + found
     if _is_main():
         Console().print(summary(found))
+    return 0
+
+
+def _report(command: ReportCommand) -> int:
+    from fastflower.report import table, write_report
+
+    report = write_report(command.runs, command.out, command.throughput)
+    console = Console()
+    console.print(table(report.rows))
+    for sentence in (*report.sentences, f"Report: {report.page}"):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
