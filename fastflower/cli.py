@@ -29,6 +29,7 @@ from fastflower.options import (
     CvCommand,
     DataCommand,
     DemoCommand,
+    DoctorCommand,
     EnsembleCommand,
     EvalCommand,
     PredictCommand,
@@ -44,7 +45,16 @@ if TYPE_CHECKING:
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
 _NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
 
-Command = TrainCommand | EvalCommand | PredictCommand | EnsembleCommand | CvCommand | ReportCommand | DataCommand
+Command = (
+    TrainCommand
+    | EvalCommand
+    | PredictCommand
+    | EnsembleCommand
+    | CvCommand
+    | ReportCommand
+    | DoctorCommand
+    | DataCommand
+)
 
 
 def main() -> None:
@@ -92,6 +102,7 @@ def parse(argv: Sequence[str]) -> Command:
         | Annotated[EnsembleCommand, subcommand("ensemble")]
         | Annotated[CvCommand, subcommand("cv", default=CvCommand(settings))]
         | Annotated[ReportCommand, subcommand("report")]
+        | Annotated[DoctorCommand, subcommand("doctor")]
         | Annotated[DataCommand, subcommand("data", description=DataCommand.__doc__)]
     )
     command = tyro.cli(
@@ -160,6 +171,8 @@ def run(command: Command) -> int:
         return _cv(command)
     if isinstance(command, ReportCommand):
         return _report(command)
+    if isinstance(command, DoctorCommand):
+        return _doctor(command)
     if isinstance(command.command, DemoCommand):
         return _demo(command.command)
     if isinstance(command.command, CheckCommand):
@@ -282,6 +295,17 @@ def _report(command: ReportCommand) -> int:
     for sentence in (*report.sentences, f"Report: {report.page}"):
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
     return 0
+
+
+def _doctor(command: DoctorCommand) -> int:
+    from fastflower.doctor import examine, is_ready, table
+
+    findings = examine()
+    if command.json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        Console().print(table(findings))
+    return 0 if is_ready(findings) else 1
 
 
 def _testing(options: TestOptions) -> Testing:

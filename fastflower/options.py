@@ -201,6 +201,19 @@ class ReportCommand:
 
 
 @dataclass(frozen=True)
+class DoctorCommand:
+    """Say what this machine gives, what will be used, and what is missing and how to get it: fastflower doctor
+
+    Exit code 1 if something is missing that nothing runs without.
+    """
+
+    json: bool = False
+    """Print one JSON list of objects: section, item, value, mend, essential."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
 class DemoCommand:
     """Draw the synthetic flowers in the Kaggle layout: fastflower data demo DIR"""
 
