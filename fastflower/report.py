@@ -27,7 +27,6 @@ from fastflower.curves import (
     plot_throughput,
     write_picture,
 )
-from fastflower.engine.run import RunFolder
 from fastflower.engine.trained import open_trained
 from fastflower.errors import UserError
 from fastflower.files import atomic_write
@@ -248,10 +247,11 @@ def _html_figure(picture: Picture, out: Path) -> str:
 
 
 def _cost(run: History) -> Cost | None:
-    """Of the network that a run folder's best checkpoint holds; None where there is none, as in TensorBoard folders."""
-    if not RunFolder(run.path).best.is_file():
+    """Of the network in a run folder's best checkpoint; None without one that can be read, as in TensorBoard folders."""
+    try:
+        trained = open_trained(run.path)
+    except UserError:
         return None
-    trained = open_trained(run.path)
     side, settings = trained.config.data.crop, asdict(trained.config.model)
     del settings["pretrained"], settings["norm"], settings["sync_norm"]
     with torch.device("meta"), FlopCounterMode(display=False) as counter:

@@ -170,6 +170,9 @@ def test_a_trained_run_is_reported_with_its_cost(small: Path, tmp_path: Path, ti
     assert found["params (M)"] == 11_178_051 / 1e6
     names = {path.stem for path in out.glob("*.png")}
     assert names == {"curves", "accuracy", "accuracy_macs", "accuracy_speed", "epoch_time"}
+    (run / "checkpoints" / "best.pt").write_text("damaged")
+    assert write_report([run], out).rows["run"]["MACs (G)"] is None
+    assert not (out / "accuracy_macs.svg").exists()
 
 
 def test_a_mistake_is_a_sentence(tmp_path: Path) -> None:
