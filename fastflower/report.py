@@ -247,7 +247,7 @@ def _html_figure(picture: Picture, out: Path) -> str:
 
 
 def _cost(run: History) -> Cost | None:
-    """Of the network in a run folder's best checkpoint; None without one that can be read, as in TensorBoard folders."""
+    """Of the network in a run folder's best checkpoint; None without one that can be read."""
     try:
         trained = open_trained(run.path)
     except UserError:
