@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,10 +29,12 @@ from fastflower.options import (
     CvCommand,
     DataCommand,
     DemoCommand,
+    DoctorCommand,
     EnsembleCommand,
     EvalCommand,
     FlopsCommand,
     PredictCommand,
+    ReportCommand,
     StatsCommand,
     TestOptions,
     TrainCommand,
@@ -44,7 +46,17 @@ if TYPE_CHECKING:
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
 _NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
 
-Command = TrainCommand | EvalCommand | PredictCommand | EnsembleCommand | CvCommand | FlopsCommand | DataCommand
+Command = (
+    TrainCommand
+    | EvalCommand
+    | PredictCommand
+    | EnsembleCommand
+    | CvCommand
+    | FlopsCommand
+    | ReportCommand
+    | DoctorCommand
+    | DataCommand
+)
 
 
 def main() -> None:
@@ -92,6 +104,8 @@ def parse(argv: Sequence[str]) -> Command:
         | Annotated[EnsembleCommand, subcommand("ensemble")]
         | Annotated[CvCommand, subcommand("cv", default=CvCommand(settings))]
         | Annotated[FlopsCommand, subcommand("flops")]
+        | Annotated[ReportCommand, subcommand("report")]
+        | Annotated[DoctorCommand, subcommand("doctor")]
         | Annotated[DataCommand, subcommand("data", description=DataCommand.__doc__)]
     )
     command = tyro.cli(
@@ -149,23 +163,21 @@ def _run_name(config: str | Path | None, root: object) -> str:
 
 def run(command: Command) -> int:
     """Carry out a command; the exit code."""
-    if isinstance(command, TrainCommand):
-        return _train(command)
-    if isinstance(command, EvalCommand):
-        return _eval(command)
-    if isinstance(command, PredictCommand):
-        return _predict(command)
-    if isinstance(command, EnsembleCommand):
-        return _ensemble(command)
-    if isinstance(command, CvCommand):
-        return _cv(command)
-    if isinstance(command, FlopsCommand):
-        return _flops(command)
-    if isinstance(command.command, DemoCommand):
-        return _demo(command.command)
-    if isinstance(command.command, CheckCommand):
-        return _check(command.command)
-    return _stats(command.command)
+    chosen = command.command if isinstance(command, DataCommand) else command
+    carry_out: dict[type, Callable[[Any], int]] = {
+        TrainCommand: _train,
+        EvalCommand: _eval,
+        PredictCommand: _predict,
+        EnsembleCommand: _ensemble,
+        CvCommand: _cv,
+        FlopsCommand: _flops,
+        ReportCommand: _report,
+        DoctorCommand: _doctor,
+        DemoCommand: _demo,
+        CheckCommand: _check,
+        StatsCommand: _stats,
+    }
+    return carry_out[type(chosen)](chosen)
 
 
 def _train(command: TrainCommand) -> int:
@@ -289,6 +301,28 @@ def _flops(command: FlopsCommand) -> int:
             console.print(layers_table(cost))
     console.print(table(costs))
     return 0
+
+
+def _report(command: ReportCommand) -> int:
+    from fastflower.report import table, write_report
+
+    report = write_report(command.runs, command.out, command.throughput)
+    console = Console()
+    console.print(table(report.rows))
+    for sentence in (*report.sentences, f"Report: {report.page}"):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _doctor(command: DoctorCommand) -> int:
+    from fastflower.doctor import examine, is_ready, table
+
+    findings = examine()
+    if command.json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        Console().print(table(findings))
+    return 0 if is_ready(findings) else 1
 
 
 def _testing(options: TestOptions) -> Testing:

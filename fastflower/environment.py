@@ -7,16 +7,19 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from nvidia import dali
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("fastflower", "torch", "triton", "numpy")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, GPU and threads."""
+    import torch  # here, so that `find_apex` can be asked where these are broken
+    from nvidia import dali
+
     found: dict[str, Any] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -204,6 +204,38 @@ class FlopsCommand:
 
 
 @dataclass(frozen=True)
+class ReportCommand:
+    """Compare runs: fastflower report runs/A runs/B runs/C --out report
+
+    Prints a table and which run converges first, and writes report.html, which shows the learning curves too, and each
+    of its pictures as PNG and SVG.
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """Run folders, or folders of TensorBoard events with the tags loss/train, loss/val, accuracy/train and
+    accuracy/val."""
+    out: Path = Path("report")
+    """Folder to write into."""
+    throughput: Path | None = None
+    """Results of bench/throughput.py (its --out) to draw too."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Say what this machine gives, what will be used, and what is missing and how to get it: fastflower doctor
+
+    Exit code 1 if something is missing that nothing runs without.
+    """
+
+    json: bool = False
+    """Print one JSON list of objects: section, item, value, mend, essential."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
 class DemoCommand:
     """Draw the synthetic flowers in the Kaggle layout: fastflower data demo DIR"""
 
