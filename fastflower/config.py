@@ -85,6 +85,10 @@ class Data:
     """Where DALI decodes and augments; auto = on the GPU where there is one."""
     threads: PositiveInt | None = None
     """DALI's CPU threads per process; none = the machine's cores shared by its processes."""
+    cache: Literal["off", "ram", "gpu", "auto"] = "off"
+    """Decode each picture once, before the first epoch, and keep its pixels: ram = in host memory, which a machine's
+    processes share; gpu = in each GPU's; auto = the GPU's if half of what is free there takes them, else the host's.
+    What does not fit is decoded anew each epoch. The batches are the same."""
     prefetch: PositiveInt = 2
     """Batches that DALI keeps in work, and as many finished ones that wait for the training step."""
     hw_decoder_load: Share = 0.65

@@ -42,7 +42,7 @@ from fastflower.predictions import Predictions, sort_by_id, write_predictions
 FIGURES = ("loss", "accuracy", "top5", "macro_f1")
 # Settings that may differ between the folds, and from call to call: what is computed stays the same.
 HARMLESS = (
-    *("device", "data.decoder", "data.threads", "data.prefetch", "data.hw_decoder_load"),
+    *("device", "data.decoder", "data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load"),
     *("train.compile", "train.compile_mode", "train.log_every", "train.profile"),
 )
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fastflower.config import Config, Data, Model
+from fastflower.data.cache import open_cache
 from fastflower.data.dataset import (
     Dataset,
     EvaluationBatches,
@@ -69,7 +70,7 @@ def prepare(
     with ranks.main_first():
         pretrained = None if resumed else open_pretrained(config.model, display.say)
     inherited = normalization_of(resumed) if resumed else pretrained.normalization if pretrained else None
-    loaders = build_loaders(config, device, ranks, inherited)
+    loaders = build_loaders(config, device, ranks, display, inherited)
     precision = choose_precision(config.amp, config.amp_dtype, device)
     if precision.note:
         display.say(precision.note)
@@ -125,7 +126,7 @@ def absolute(data: Data) -> Data:
 
 
 def build_loaders(
-    config: Config, device: torch.device, ranks: Ranks, inherited: Normalization | None = None
+    config: Config, device: torch.device, ranks: Ranks, display: Display, inherited: Normalization | None = None
 ) -> Loaders:
     """Index the configured data, measure its pixels where needed, and make this process's loaders.
 
@@ -133,6 +134,7 @@ def build_loaders(
         config: with data folders (`with_data`).
         device: where batches are handed out.
         ranks: the processes.
+        display: where progress is shown.
         inherited: normalization where the settings give none; None measures the training split.
 
     Raises:
@@ -145,16 +147,26 @@ def build_loaders(
         engine = choose_engine(config.data, device, ranks)
         normalization = choose_normalization(config.data, dataset.train, engine, inherited)
         lighting = choose_lighting(config.data, dataset.train, engine)
+    splits = [records for records in (dataset.train, dataset.val) if records]
+    decoded = open_cache(config.data.cache, splits, engine, ranks, display.say, display.follow)
     common = (normalization, engine, device, ranks)
     train = training_batches(
-        config.data, dataset.train, *common, batch_size=batch_size, seed=config.seed, lighting=lighting
+        config.data,
+        dataset.train,
+        *common,
+        batch_size=batch_size,
+        seed=config.seed,
+        lighting=lighting,
+        decoded=decoded[0],
     )
     if train.loader.batch == 1 and config.data.crop <= 32 and config.model.name not in CLASSICS:
         raise UserError(
             "one picture a process and data.crop of at most 32 pixels leave BatchNorm a single value: "
             "raise train.batch_size or data.crop."
         )
-    val = evaluation_batches(config.data, dataset.val, *common, batch_size=batch_size) if dataset.val else None
+    val = None
+    if dataset.val:
+        val = evaluation_batches(config.data, dataset.val, *common, batch_size=batch_size, decoded=decoded[1])
     return Loaders(dataset, normalization, train, val)
 
 
