@@ -13,7 +13,7 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import DataNode, Pipeline
 from rich.table import Table
 
-from fastflower.data.folder import load_folder, split_folder
+from fastflower.data.folder import load_folder, split_folder, without_pictures
 from fastflower.data.folds import digest
 from fastflower.data.loader import has_header
 from fastflower.data.pipeline import Engine, decode
@@ -160,11 +160,13 @@ def _open_folder(root: Path) -> tuple[dict[str, Records], list[Problem], list[st
         folder = split_folder(root, split)
         if not folder:
             continue
+        empty: list[Path] = []
         try:
-            found, classes = load_folder(root, split)
+            found, classes = load_folder(root, split, empty)
         except UserError as error:
             problems.append(Problem("file", split, str(folder), None, "", str(error)))
             continue
+        problems += [Problem("file", split, str(each), None, "", without_pictures(each)) for each in empty]
         if split == "train":
             names = names or classes
         unknown += [name for name in classes if name not in names + unknown]

@@ -39,11 +39,16 @@ def split_folder(root: Path, split: str) -> Path | None:
     return root if split == "train" and not divided else None
 
 
-def load_folder(root: Path, split: str) -> tuple[Records, list[str]]:
+def load_folder(root: Path, split: str, empty: list[Path] | None = None) -> tuple[Records, list[str]]:
     """Index the pictures of a split, sorted by path, with the names of their classes by label.
 
     A picture's id is its path below the split's folder, without the extension unless two differ in nothing else. Test
     pictures need no class folder, and have no label without one. Hidden files are left alone; links are followed.
+
+    Args:
+        root: the data set's folder.
+        split: train, val or test.
+        empty: takes the class folders of train without a picture; None = they are an error.
 
     Raises:
         UserError: there is no such split, no picture in it or in a class of train, a picture of train or val outside
@@ -54,7 +59,7 @@ def load_folder(root: Path, split: str) -> tuple[Records, list[str]]:
         raise UserError(f"{root} has no folder {split}: {LAYOUTS}.")
     try:
         found = sorted(_pictures(str(folder)))
-        empty = _class_folders(folder) - {path.partition("/")[0] for path, _ in found}
+        hollow = _class_folders(folder) - {path.partition("/")[0] for path, _ in found}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend it or take it away.") from error
     loose = [path for path, _ in found if "/" not in path]
@@ -62,9 +67,16 @@ def load_folder(root: Path, split: str) -> tuple[Records, list[str]]:
         raise UserError(f"{folder / loose[0]} is in no class's folder: move it into one ({LAYOUTS}).")
     if not found:
         raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}): {LAYOUTS}.")
-    if empty and split == "train":
-        raise UserError(f"{folder / min(empty)} holds no pictures ({', '.join(SUFFIXES)}): fill it or take it away.")
+    if hollow and split == "train":
+        if empty is None:
+            raise UserError(without_pictures(folder / min(hollow)))
+        empty += [folder / name for name in sorted(hollow)]
     return _records(folder, found)
+
+
+def without_pictures(folder: Path) -> str:
+    """The sentence for a class's folder that is empty."""
+    return f"{folder} holds no pictures ({', '.join(SUFFIXES)}): fill it or take it away."
 
 
 def picture_files(paths: Sequence[Path]) -> Records:

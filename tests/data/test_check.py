@@ -275,8 +275,10 @@ def test_class_folders_are_checked_alike(tmp_path: Path) -> None:
     assert lines[1].endswith(f"is the same picture as {root}/val/rose/copy.jpeg, there of class rose")
     assert lines[2].endswith("is of class weed, which train does not have")
     (root / "train/empty").mkdir()
-    (problem,) = (p for p in run(root).problems if p.kind == "file")
+    again = run(root)
+    (problem,) = (p for p in again.problems if p.kind == "file")
     assert "train/empty holds no pictures" in problem.text
+    assert [p for p in again.problems if p.kind != "file"] == report.problems  # the others are looked at all the same
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
