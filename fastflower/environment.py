@@ -12,18 +12,13 @@ from typing import Any, Literal
 import torch
 from nvidia import dali
 
-PACKAGES = ("fastflower", "torch", "triton", "numpy")
-
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, GPU and threads."""
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found | {
+    return {
+        "python": platform.python_version(),
+        **package_versions("fastflower", "triton", "numpy"),
+        "torch": torch.__version__,
         "dali": dali.__version__,
         "apex": find_apex(),
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
@@ -32,6 +27,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
+
+
+def package_versions(*names: str) -> dict[str, str | None]:
+    """Versions of packages by their names; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def find_apex() -> Literal["nvidia", "another package"] | None:
