@@ -22,7 +22,11 @@ setup(
     ],
     # `kernels` and `configs` are folders of the checkout, and parts of the package once installed
     package_dir={"fastflower": "fastflower", "fastflower.kernels": "kernels", "fastflower.configs": "configs"},
-    package_data={"fastflower.configs": ["*.yaml"], "fastflower.data": ["*.txt"]},
+    package_data={
+        "fastflower": ["*.html"],
+        "fastflower.configs": ["*.yaml"],
+        "fastflower.data": ["*.txt"],
+    },
     entry_points={"console_scripts": ["fastflower = fastflower.cli:main"]},
     install_requires=[
         "torch>=2.11",

@@ -12,7 +12,8 @@ from fastflower.engine.precision import cpu_has_bf16
 
 MUCH = 0.2  # share of the time that makes waiting for data, or for other processes, the bottleneck
 CHANGE = {
-    "decode": "read smaller stored pictures (--sizes), give DALI more cores (--threads) or decode on a GPU",
+    "decode": "keep decoded pictures in memory (data.cache), read smaller stored ones (--sizes), give DALI more cores "
+    "(--threads) or decode on a GPU",
     "augmentation": "lower --scale or --crop, give DALI more cores (--threads) or augment on a GPU (data.decoder)",
     "transfer": "let the GPU decode (data.decoder gpu), so that only encoded pictures travel to it",
     "communication": "raise --batch, so that gradients travel less often, or link the processes faster",
@@ -23,11 +24,11 @@ def of_loader(rows: Mapping[str, Mapping[str, Any]], transfer_s: float) -> str:
     """The longest part of the loader's time a picture.
 
     Args:
-        rows: by name, of the whole loader and of DALI's decoder alone.
+        rows: by name, of the whole loader and, unless its pictures are decoded before, of DALI's decoder alone.
         transfer_s: seconds a picture to the GPU.
     """
     whole = 1 / rows[OURS]["images_per_s"]
-    decode = 1 / rows[DECODE]["images_per_s"]
+    decode = 1 / rows[DECODE]["images_per_s"] if DECODE in rows else 0.0
     parts = {"decode": decode, "transfer": transfer_s, "augmentation": max(0.0, whole - decode - transfer_s)}
     longest = max(parts, key=parts.__getitem__)
     return (

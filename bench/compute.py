@@ -1,26 +1,16 @@
-"""How much a network computes, and how much this machine can: what model FLOPs utilization (MFU) is made of."""
+"""How much this machine can compute: what model FLOPs utilization (MFU) is a share of."""
 
 from __future__ import annotations
 
-import copy
 import time
 from statistics import median
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastflower.engine.precision import cpu_has_bf16
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices: large enough for the highest rate
 PRODUCTS = 5  # that are timed
-
-
-def macs(network: nn.Module, size: int) -> int:
-    """Multiply-adds of a forward pass of one picture [3, size, size], in convolutions and matrix products."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        copy.deepcopy(network).to("meta").eval()(torch.empty(1, 3, size, size))
-    return counter.get_total_flops() // 2
 
 
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:

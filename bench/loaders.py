@@ -24,6 +24,7 @@ from bench.pictures import Pictures, decode_by_pil, decode_by_torchvision
 from bench.throughput_options import Output
 from bench.timing import Contender, Make
 from fastflower.config import Data
+from fastflower.data.cache import Decoded
 from fastflower.data.loader import Loader
 from fastflower.data.pipeline import IMAGENET, Engine, View, decode
 from fastflower.data.records import Records, read_image
@@ -44,6 +45,7 @@ class Work:
     device: torch.device  # where batches are handed over
     ranks: Ranks
     output: Output = "float32"
+    decoded: Decoded | None = None  # the records' pixels, where our loader has them in memory
 
     @property
     def workers(self) -> int:
@@ -96,7 +98,16 @@ def ours(work: Work, batch: int) -> Contender:
     """Fastflower's Loader."""
     normalization = IMAGENET if work.output == "float32" else None
     view = View(work.data.crop, "random")
-    loader = Loader(work.records, view, normalization, work.engine, work.device, batch, read_ahead=work.data.prefetch)
+    loader = Loader(
+        work.records,
+        view,
+        normalization,
+        work.engine,
+        work.device,
+        batch,
+        read_ahead=work.data.prefetch,
+        decoded=work.decoded,
+    )
 
     def start(steps: int) -> Iterator[torch.Tensor]:
         for made in loader.batches(work.requests(batch, steps)):

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from itertools import chain, count
 
 import torch
 from rich.console import Console
 
-from bench.compute import macs
 from bench.loaders import Work, reads_ahead
 from bench.timing import Contender
 from fastflower.config import Config
@@ -23,6 +22,7 @@ from fastflower.engine.state import Setup, State
 from fastflower.engine.step import compiled, training_network, training_step
 from fastflower.engine.train import Stopwatch
 from fastflower.errors import UserError
+from fastflower.flops import count
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,12 @@ class Place:
 def prepared(config: Config, place: Place, batch: int) -> tuple[Setup, State]:
     """All that a loop needs, with `batch` pictures a process."""
     config = replace(config, train=replace(config.train, batch_size=batch * place.ranks.world_size))
-    return prepare(config, place.device, place.ranks, Display(Console(quiet=True), shown=False))
+    return prepare(config, place.device, place.ranks, silent())
+
+
+def silent() -> Display:
+    """A display that shows nothing, since each contender is prepared for itself."""
+    return Display(Console(quiet=True), shown=False)
 
 
 def training(config: Config, place: Place, batch: int) -> Contender:
@@ -48,13 +53,15 @@ def training(config: Config, place: Place, batch: int) -> Contender:
     watch = Stopwatch()
 
     def start(steps: int) -> Iterator[torch.Tensor]:
-        batches = chain.from_iterable(setup.train.epoch(epoch) for epoch in count())
+        batches = itertools.chain.from_iterable(setup.train.epoch(epoch) for epoch in itertools.count())
         for images_and_labels in place.ranks.lockstep(watch.waiting_for(batches), Signals()):
             state.schedule.before_step(state.position / setup.train.global_batch / setup.train.steps)
             training_step(setup, state, network, images_and_labels)
             yield images_and_labels.images
 
-    return Contender(start, reads_ahead(setup.train.loader), watch, macs(state.network, config.data.crop), passes=3)
+    return Contender(
+        start, reads_ahead(setup.train.loader), watch, count(state.network, config.data.crop).macs, passes=3
+    )
 
 
 def training_alone(config: Config, place: Place, batch: int) -> Contender:
@@ -82,7 +89,7 @@ def evaluation(config: Config, place: Place, batch: int) -> Contender:
     watch, val = Stopwatch(), setup.val
 
     def start(steps: int) -> Iterator[torch.Tensor]:
-        batches = chain.from_iterable(val.once() for _ in count())
+        batches = itertools.chain.from_iterable(val.once() for _ in itertools.count())
         together = place.ranks.lockstep(watch.waiting_for(batches), Signals())
         pad_to = batch if setup.compiles else None
         found = outputs(network, together, device=setup.device, precision=setup.precision, pad_to=pad_to)
@@ -91,7 +98,7 @@ def evaluation(config: Config, place: Place, batch: int) -> Contender:
                 images_and_labels, _ = next(found)
             yield images_and_labels.images
 
-    return Contender(start, reads_ahead(val.loader), watch, macs(state.network, config.data.crop))
+    return Contender(start, reads_ahead(val.loader), watch, count(state.network, config.data.crop).macs)
 
 
 def _require(batches: TrainingBatches | EvaluationBatches, batch: int, split: str) -> None:
@@ -106,5 +113,5 @@ def _require(batches: TrainingBatches | EvaluationBatches, batch: int, split: st
 
 def loader_work(config: Config, place: Place) -> Work:
     """What the loader of training does, for measuring it alone."""
-    loader = build_loaders(config, place.device, place.ranks).train.loader
-    return Work(loader.records, config.data, loader.engine, place.device, place.ranks)
+    loader = build_loaders(config, place.device, place.ranks, silent()).train.loader
+    return Work(loader.records, config.data, loader.engine, place.device, place.ranks, decoded=loader.decoded)

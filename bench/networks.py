@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.common import MissingError, need
-from bench.compute import macs
 from bench.timing import Contender, Make
 from fastflower.config import Config
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.precision import Precision
 from fastflower.engine.setup import build_network
 from fastflower.engine.state import new_state
+from fastflower.flops import count
 
 CLASSES = 104  # of the networks: as many as the Kaggle flowers have
 Pass = Literal["forward", "forward + backward", "step"]
@@ -82,7 +82,7 @@ def one_pass(work: Work, build: Callable[[], nn.Module], what: Pass, compiled: b
                 train()
             yield images
 
-    return Contender(start, macs=macs(network, size), passes=1 if what == "forward" else 3)
+    return Contender(start, macs=count(network, size).macs, passes=1 if what == "forward" else 3)
 
 
 def torchvisions(name: str) -> nn.Module:

@@ -45,8 +45,8 @@ from bench.throughput_options import (
     settled,
 )
 from bench.throughput_report import show, write_csv
-from bench.timing import measure
-from fastflower.config import Config
+from bench.timing import Make, measure
+from fastflower.config import Config, load_yaml
 from fastflower.data.dataset import choose_engine
 from fastflower.data.sources import load_pictures
 from fastflower.engine.distributed import processes
@@ -94,18 +94,17 @@ def measure_loader(command: LoaderCommand, config: Config, place: Place) -> list
     return rows
 
 
-def measure_networks(command: ModelCommand | TrainCommand, config: Config, place: Place) -> list[Row]:
+def measure_networks(command: ModelCommand | TrainCommand, configs: Sequence[Config], place: Place) -> list[Row]:
     """Rows of all networks, one after another; with the run's accuracy where one is given."""
     mine = matmul_flops_per_s(place.precision.dtype or torch.float32, place.device)
     ceiling = sum(place.ranks.gather(mine))
     rows: list[Row] = []
-    for name in dict.fromkeys(command.models):
-        named = replace(config, model=replace(config.model, name=name))
+    for config in configs:
         if isinstance(command, ModelCommand):
-            new = measure_passes(command, named, place, ceiling)
+            new = measure_passes(command, config, place, ceiling)
         else:
-            new = measure_loop(command, named, place, ceiling)
-        if command.run and name == config.model.name and (accuracy := best_accuracy(command.run)) is not None:
+            new = measure_loop(command, config, place, ceiling)
+        if command.run and (accuracy := best_accuracy(command.run, config.model.name)) is not None:
             new = [row | {"val_accuracy": accuracy} for row in new]
         rows += new
         torch.compiler.reset()  # the next network is none that this one's code should be adapted to
@@ -145,7 +144,9 @@ def explain(row: Row, command: TrainCommand, config: Config, place: Place) -> st
     plan = replace(command, batch=row["batch"], repeats=1)
     if bottleneck.is_loader(row):
         work = loops.loader_work(config, place)
-        parts = {name: make for name, make in loaders.contenders(work, peers=False).items() if name != loaders.LIMIT}
+        parts: dict[str, Make] = {loaders.OURS: partial(loaders.ours, work)}
+        if work.decoded is None:
+            parts[loaders.DECODE] = partial(loaders.decode_only, work)
         alone = {found["name"]: found for found in measure(parts, plan, place.device, place.ranks)}
         return bottleneck.of_loader(alone, loaders.transfer_s(work))
     alone_ms = None
@@ -156,12 +157,14 @@ def explain(row: Row, command: TrainCommand, config: Config, place: Place) -> st
     return bottleneck.of_network(row, place.device, str(place.precision), alone_ms)
 
 
-def best_accuracy(run: Path) -> float | None:
-    """The highest validation accuracy of a run; None where it has none yet.
+def best_accuracy(run: Path, model: str) -> float | None:
+    """The highest validation accuracy of a run; None where it has none yet, or is of another network than `model`.
 
     Raises:
-        UserError: its log is damaged.
+        UserError: its configuration cannot be read, or its log is damaged.
     """
+    if load_yaml(RunFolder(run).config).get("model", {}).get("name") != model:
+        return None
     path = RunFolder(run).metrics
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -181,7 +184,8 @@ def run_mode(command: Command, console: Console) -> int:
     device = choose_device("auto", int(os.environ.get("LOCAL_RANK", 0)))
     torch.backends.cudnn.benchmark = True  # as in training
     with processes(device) as ranks:
-        config = configure(command, ranks.world_size)
+        configs = configure(command, ranks.world_size)
+        config = configs[0]
         if not isinstance(command, ModelCommand):
             config = with_data(config, ranks, Display(Console(stderr=True), shown=ranks.is_main))
         place = Place(device, ranks, choose_precision(config.amp, config.amp_dtype, device))
@@ -192,7 +196,7 @@ def run_mode(command: Command, console: Console) -> int:
         if isinstance(command, LoaderCommand):
             rows = measure_loader(command, config, place)
         else:
-            rows = measure_networks(command, config, place)
+            rows = measure_networks(command, [replace(each, data=config.data) for each in configs], place)
         if ranks.is_main:
             report(MODES[type(command)], rows, around, command, console)
     return 0

@@ -13,7 +13,7 @@ from bench.common import require_positive
 from fastflower.config import Config, build, find_config, load_yaml, merge, resolve
 from fastflower.engine.run import RunFolder
 from fastflower.errors import UserError
-from fastflower.models import MODEL_NAMES, NormChoice
+from fastflower.models import NormChoice
 
 Output = Literal["float32", "uint8"]
 
@@ -101,6 +101,8 @@ class ModelCommand(Networks):
 class TrainCommand(Pictures, Networks):
     """Training from end to end: the loader, the network, the optimizer and, over processes, their exchange."""
 
+    cache: Literal["off", "ram", "gpu", "auto"] | None = None
+    """Where decoded pictures are kept, as data.cache; none = the run's, or off."""
     compile: Literal["auto", "on", "off", "both"] = "auto"
     """Measure networks compiled by torch.compile, as they are, or both; auto = as the run, or on a GPU only."""
 
@@ -119,25 +121,22 @@ C = TypeVar("C", bound=Common)
 
 
 def check(command: Command) -> None:
-    """UserError for settings that measure nothing, and for networks that there are not."""
+    """UserError for settings that measure nothing."""
     require_positive(
         command, *sorted({"batch", "steps", "warmup", "repeats", "size", "threads"} & vars(command).keys())
     )
     if command.warmup >= command.steps:
         raise UserError(f"--warmup {command.warmup} is not below --steps {command.steps}: lower it or raise --steps.")
-    for name in getattr(command, "models", ()):
-        if name not in MODEL_NAMES:
-            raise UserError(f"--models {name} is unknown: choose among {', '.join(MODEL_NAMES)}.")
 
 
-def configure(command: Command, world_size: int) -> Config:
-    """The configuration that the options, the run and the defaults come to, for the first network.
+def configure(command: Command, world_size: int) -> list[Config]:
+    """The configurations that the options, the run and the defaults come to: one for each network.
 
     Raises:
         UserError: no such run, or settings that do not fit each other.
     """
     options = vars(command)
-    data = {key: options.get(key) for key in ("root", "sizes", "crop", "scale", "threads", "val_resize")}
+    data = {key: options.get(key) for key in ("root", "sizes", "crop", "scale", "threads", "cache", "val_resize")}
     if isinstance(command, ModelCommand):
         data["crop"] = command.size
     if isinstance(command, LoaderCommand):
@@ -146,14 +145,17 @@ def configure(command: Command, world_size: int) -> Config:
         below = _below(command, data["root"])
     given: dict[str, Any] = {
         "data": _given(data),
-        "model": _given({"name": next(iter(options.get("models", ())), None), "norm": options.get("norm")}),
+        "model": _given({"norm": options.get("norm")}),
         "train": {"batch_size": command.batch * world_size, "accumulate": 1, "freeze_epochs": 0},
     }
     if not isinstance(command, EvalCommand):
         given["data"]["val_resize"] = None  # so that it does not have to fit the crop
     if dtype := options.get("dtype"):
         given |= {"amp": dtype != "fp32", "amp_dtype": "auto" if dtype == "fp32" else dtype}
-    return resolve(build(merge(below, given), "command line"))
+    settings = merge(below, given)
+    names = dict.fromkeys(options.get("models", ()))
+    named = [merge(settings, {"model": {"name": name}}) for name in names] or [settings]
+    return [resolve(build(each, "command line")) for each in named]
 
 
 def _below(command: ModelCommand | TrainCommand | EvalCommand, root: object) -> Mapping[str, Any]:
@@ -172,7 +174,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 def settled(command: C, config: Config, dtype: str) -> C:
     """The command with what its options left to the run or to defaults, so that results tell what was measured."""
     data = config.data
-    found = {key: getattr(data, key) for key in ("root", "sizes", "crop", "scale", "val_resize")}
+    found = {key: getattr(data, key) for key in ("root", "sizes", "crop", "scale", "cache", "val_resize")}
     found |= {"size": data.crop, "models": (config.model.name,), "norm": config.model.norm, "dtype": dtype}
     open_ = {key: value for key, value in vars(command).items() if key in found and value in (None, ())}
     return replace(command, **{key: found[key] for key in open_})

@@ -74,7 +74,8 @@ def analyse_run(evaluated: Evaluated) -> Analysis:
 
 def write_run(evaluated: Evaluated, analysis: Analysis, folder: Path | None) -> Path:
     """Write an analysis with the pictures of its mistakes, into eval-SPLIT of the run folder where `folder` is None."""
-    folder = folder or RunFolder(evaluated.trained.folder).evaluation(evaluated.split)
+    trained = evaluated.trained
+    folder = folder or trained.result(RunFolder(trained.folder).evaluation(evaluated.split))
     shown = [mistake.index for mistake in analysis.mistakes[:PICTURES]]
     pictures = thumbnails(evaluated.records, shown, SIDE, Engine(threads=len(os.sched_getaffinity(0))))
     write_analysis(folder, analysis, {"split": evaluated.split, **asdict(evaluated.figures)}, pictures)

@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,9 +29,12 @@ from fastflower.options import (
     CvCommand,
     DataCommand,
     DemoCommand,
+    DoctorCommand,
     EnsembleCommand,
     EvalCommand,
+    FlopsCommand,
     PredictCommand,
+    ReportCommand,
     StatsCommand,
     TestOptions,
     TrainCommand,
@@ -43,7 +46,17 @@ if TYPE_CHECKING:
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
 _NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
 
-Command = TrainCommand | EvalCommand | PredictCommand | EnsembleCommand | CvCommand | DataCommand
+Command = (
+    TrainCommand
+    | EvalCommand
+    | PredictCommand
+    | EnsembleCommand
+    | CvCommand
+    | FlopsCommand
+    | ReportCommand
+    | DoctorCommand
+    | DataCommand
+)
 
 
 def main() -> None:
@@ -90,6 +103,9 @@ def parse(argv: Sequence[str]) -> Command:
         | Annotated[PredictCommand, subcommand("predict")]
         | Annotated[EnsembleCommand, subcommand("ensemble")]
         | Annotated[CvCommand, subcommand("cv", default=CvCommand(settings))]
+        | Annotated[FlopsCommand, subcommand("flops")]
+        | Annotated[ReportCommand, subcommand("report")]
+        | Annotated[DoctorCommand, subcommand("doctor")]
         | Annotated[DataCommand, subcommand("data", description=DataCommand.__doc__)]
     )
     command = tyro.cli(
@@ -104,7 +120,8 @@ def parse(argv: Sequence[str]) -> Command:
         return replace(command, settings=_checked(command.settings), resume=checkpoint)
     if isinstance(command, CvCommand):
         data = command.settings.data
-        folded = replace(command.settings, data=replace(data, folds=command.folds or data.folds or 5, fold=0))
+        folds = (data.folds or 5) if command.folds is None else command.folds
+        folded = replace(command.settings, data=replace(data, folds=folds, fold=0))
         return replace(command, settings=_checked(folded))
     return command
 
@@ -146,21 +163,21 @@ def _run_name(config: str | Path | None, root: object) -> str:
 
 def run(command: Command) -> int:
     """Carry out a command; the exit code."""
-    if isinstance(command, TrainCommand):
-        return _train(command)
-    if isinstance(command, EvalCommand):
-        return _eval(command)
-    if isinstance(command, PredictCommand):
-        return _predict(command)
-    if isinstance(command, EnsembleCommand):
-        return _ensemble(command)
-    if isinstance(command, CvCommand):
-        return _cv(command)
-    if isinstance(command.command, DemoCommand):
-        return _demo(command.command)
-    if isinstance(command.command, CheckCommand):
-        return _check(command.command)
-    return _stats(command.command)
+    chosen = command.command if isinstance(command, DataCommand) else command
+    carry_out: dict[type, Callable[[Any], int]] = {
+        TrainCommand: _train,
+        EvalCommand: _eval,
+        PredictCommand: _predict,
+        EnsembleCommand: _ensemble,
+        CvCommand: _cv,
+        FlopsCommand: _flops,
+        ReportCommand: _report,
+        DoctorCommand: _doctor,
+        DemoCommand: _demo,
+        CheckCommand: _check,
+        StatsCommand: _stats,
+    }
+    return carry_out[type(chosen)](chosen)
 
 
 def _train(command: TrainCommand) -> int:
@@ -211,12 +228,12 @@ def _predict(command: PredictCommand) -> int:
     from fastflower.predict import likeliest, predict_pictures, predict_run
 
     testing = _testing(command)
-    if not command.images:
+    if command.images is None:
         files = {"out": command.out, "submission": command.submission, "sample": command.sample}
         predict_run(command.run, command.split, testing, Console(), **files)
         return 0
-    if command.submission or command.sample:
-        raise UserError("--submission and --sample are about a split: drop them, or --images.")
+    if command.submission or command.sample or command.root or command.sizes:
+        raise UserError("--submission, --sample, --data.root and --sizes are about a split: drop them, or --images.")
     predictions = predict_pictures(command.run, command.images, testing, Console(stderr=True), out=command.out)
     if _is_main():
         for line in likeliest(predictions, command.names):
@@ -232,6 +249,7 @@ def _ensemble(command: EnsembleCommand) -> int:
         command.method,
         command.split,
         Console(stderr=True),
+        roots=command.root,
         fit_on=command.fit_on,
         out=command.out,
         submission=command.submission,
@@ -267,6 +285,44 @@ def _cv(command: CvCommand) -> int:
     if _is_main():
         Console().print(summary(found))
     return 0
+
+
+def _flops(command: FlopsCommand) -> int:
+    from fastflower.flops import NAMES, count, layers_table, table
+
+    costs = [count(name, command.size) for name in command.models or NAMES]
+    if command.json:
+        rows = [asdict(cost) for cost in costs]
+        print(json.dumps([{k: v for k, v in row.items() if k != "layers" or command.layers} for row in rows]))
+        return 0
+    console = Console()
+    if command.layers:
+        for cost in costs:
+            console.print(layers_table(cost))
+    console.print(table(costs))
+    return 0
+
+
+def _report(command: ReportCommand) -> int:
+    from fastflower.report import table, write_report
+
+    report = write_report(command.runs, command.out, command.throughput)
+    console = Console()
+    console.print(table(report.rows))
+    for sentence in (*report.sentences, f"Report: {report.page}"):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _doctor(command: DoctorCommand) -> int:
+    from fastflower.doctor import examine, is_ready, table
+
+    findings = examine()
+    if command.json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        Console().print(table(findings))
+    return 0 if is_ready(findings) else 1
 
 
 def _testing(options: TestOptions) -> Testing:

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastflower.errors import UserError
-from fastflower.models import MODEL_NAMES, BottleneckStride, NormChoice, Shortcut
+from fastflower.models import CLASSICS, MODEL_NAMES, BottleneckStride, NormChoice, Shortcut, min_size
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -85,6 +85,10 @@ class Data:
     """Where DALI decodes and augments; auto = on the GPU where there is one."""
     threads: PositiveInt | None = None
     """DALI's CPU threads per process; none = the machine's cores shared by its processes."""
+    cache: Literal["off", "ram", "gpu", "auto"] = "off"
+    """Decode each picture once, before the first epoch, and keep its pixels: ram = in host memory, which a machine's
+    processes share; gpu = in each GPU's; auto = the GPU's if half of what is free there takes them, else the host's.
+    What does not fit is decoded anew each epoch. The batches are the same."""
     prefetch: PositiveInt = 2
     """Batches that DALI keeps in work, and as many finished ones that wait for the training step."""
     hw_decoder_load: Share = 0.65
@@ -96,7 +100,7 @@ class Model:
     """The network."""
 
     name: Literal[MODEL_NAMES] = "resnet34"  # type: ignore[valid-type]
-    """Architecture, as in "Deep Residual Learning"."""
+    """Architecture: plain and residual as in "Deep Residual Learning"; vgg and alexnet, which have no BatchNorm."""
     shortcut: Shortcut = "B"
     """Residual shortcuts: A = zero padding, B = projection where dimensions grow, C = all projections."""
     bottleneck_stride: BottleneckStride = "3x3"
@@ -125,7 +129,7 @@ class Train:
     """sgd and adamw = torch's, fused; apex_sgd = FusedSGD of NVIDIA's apex, on a GPU."""
     lr: PositiveFloat | None = None
     """Learning rate: the first (plateau, step) or the highest (cosine, onecycle); none = 0.1, or 0.01 with
-    model.pretrained."""
+    model.pretrained, vgg and alexnet."""
     head_lr: PositiveFloat | None = None
     """Learning rate of the last layer; none = lr. It follows the same schedule."""
     freeze_epochs: Annotated[int, Field(ge=0)] = 0
@@ -210,7 +214,8 @@ def resolve(config: Config) -> Config:
     """The configuration with the learning rate that stands for none."""
     if config.train.lr is not None:
         return config
-    return replace(config, train=replace(config.train, lr=0.01 if config.model.pretrained else 0.1))
+    low = config.model.pretrained or config.model.name in CLASSICS  # whose papers train at 0.01
+    return replace(config, train=replace(config.train, lr=0.01 if low else 0.1))
 
 
 def find_config(given: str | Path) -> Path:
@@ -327,6 +332,7 @@ def _check_together(config: Config, source: str) -> None:
     low, high = data.scale
     low_rates = train.schedule in ("plateau", "step")
     final = data.train_on == "train+val"
+    least = min_size(config.model.name)
     problems = {
         f"data.scale is {low} {high}: give the smaller size first": low > high,
         f"data.scale starts at {low} pixels, below data.crop ({data.crop}): raise it or lower data.crop": low
@@ -334,6 +340,7 @@ def _check_together(config: Config, source: str) -> None:
         f"data.val_resize is {data.val_resize} pixels, below data.crop ({data.crop}): raise it or lower data.crop": (
             data.val_resize is not None and data.val_resize < data.crop
         ),
+        f"data.crop is {data.crop} pixels, but {config.model.name} needs at least {least}: raise it": data.crop < least,
         "data.mean and data.std go together: give both or neither": (data.mean is None) != (data.std is None),
         f"data.std is {data.std}: each value must be above 0": data.std is not None and min(data.std) <= 0,
         f"train.warmup_epochs is {train.warmup_epochs:g}, not below train.epochs ({train.epochs}): lower it": (

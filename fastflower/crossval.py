@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastflower.config import Config, resolve
+from fastflower.data.dataset import open_dataset
 from fastflower.data.folds import duplicates
 from fastflower.data.records import SPLITS
-from fastflower.data.sources import class_list, join, load_pool
+from fastflower.data.sources import class_list, join, load_pool, load_records
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.commands import train_into
 from fastflower.engine.distributed import Signals, processes
@@ -34,11 +35,16 @@ from fastflower.engine.trained import Trained, open_trained
 from fastflower.engine.views import Views
 from fastflower.ensemble import Member, combine, figures
 from fastflower.errors import UserError
-from fastflower.files import atomic_write
+from fastflower.files import atomic_write, require_writable
 from fastflower.predict import hand_in, predictions_of
 from fastflower.predictions import Predictions, sort_by_id, write_predictions
 
 FIGURES = ("loss", "accuracy", "top5", "macro_f1")
+# Settings that may differ between the folds, and from call to call: what is computed stays the same.
+HARMLESS = (
+    *("device", "data.decoder", "data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load"),
+    *("train.compile", "train.compile_mode", "train.log_every", "train.profile"),
+)
 
 
 @dataclass(frozen=True)
@@ -105,10 +111,17 @@ def cross_validate(
         config = with_data(config, ranks, display)
         settings = [replace(config, data=replace(config.data, fold=fold)) for fold in folds]
         with ranks.main_first():
+            if RunFolder(path).exists:
+                raise UserError(f"{path} holds a run, and no folds: name another --run.")
+            classes = _check_data(config, display)
+            testing.views.check(config.data, config.model.name)
+            if test or submission:
+                _check_test(config, classes)
+            if submission and ranks.is_main:
+                require_writable(submission)
+            checkpoints = [None if overwrite else _checkpoint(path, each) for each in settings]
             if overwrite and ranks.is_main:
                 _clear(path)
-            checkpoints = [_checkpoint(path, each) for each in settings]
-            _report_duplicates(config, display)
         for each, checkpoint in zip(settings, checkpoints, strict=True):
             folder = _folder(path, each)
             if _mark(folder).is_file():
@@ -155,7 +168,9 @@ def _checkpoint(path: Path, settings: Config) -> Path | None:
     last = _folder(path, settings).last
     if not last.is_file():
         return None
-    if changed := changes(load_checkpoint(last)["config"], settings):
+    if changed := [
+        change for change in changes(load_checkpoint(last)["config"], settings) if change.split()[0] not in HARMLESS
+    ]:
         raise UserError(
             f"{last.parents[1]} was trained with other settings ({', '.join(changed)}): give the same, --overwrite or "
             "another --run."
@@ -163,8 +178,18 @@ def _checkpoint(path: Path, settings: Config) -> Path | None:
     return last
 
 
-def _report_duplicates(config: Config, display: Display) -> None:
-    """Say which ids are the same picture."""
+def _check_test(config: Config, classes: list[str]) -> None:
+    """Raise UserError where the test split could not be predicted after all the training."""
+    load_records(config.data, "test", classes, config.seed).require("id")
+
+
+def _check_data(config: Config, display: Display) -> list[str]:
+    """Say which ids are the same picture; the classes.
+
+    Raises:
+        UserError: bad data, or data that cannot be divided so.
+    """
+    open_dataset(config.data, config.seed)
     pool = load_pool(replace(config.data, sizes="all"))
     classes = class_list(pool)
     found = duplicates(join(pool, classes))
@@ -175,6 +200,7 @@ def _report_duplicates(config: Config, display: Display) -> None:
         display.say(f"  {' = '.join(each.ids)}{conflict}")
     if len(found) > SHOWN:
         display.say(f"  … and {len(found) - SHOWN} more (fastflower data check names them).")
+    return classes
 
 
 def _validate(path: Path, trained: Sequence[Trained], testing: Testing, within: Session) -> CrossValidation:
@@ -211,13 +237,14 @@ def _predict_test(
 def summary(found: CrossValidation) -> Table:
     """The folds' figures, their mean and deviation, and those of all predictions together, for a terminal."""
     rows = [(str(fold), asdict(each)) for fold, each in enumerate(found.folds)]
-    mean = {figure: f"{_shown(figure, found.mean(figure))} ± {_shown(figure, found.std(figure))}" for figure in FIGURES}
     grid = Table("fold", "pictures", "loss", "top-1", "top-5", "macro F1")
     for column in grid.columns[1:]:
         column.justify = "right"
     for name, row in (*rows, ("together", asdict(found.whole))):
         grid.add_row(name, str(row["n"]), *(_shown(figure, row[figure]) for figure in FIGURES))
-    grid.add_row("mean ± std", "", *mean.values())
+    grid.add_section()
+    for name, over_folds in (("mean", found.mean), ("± std", found.std)):
+        grid.add_row(name, "", *(_shown(figure, over_folds(figure)) for figure in FIGURES))
     return grid
 
 

@@ -24,7 +24,8 @@ from fastflower.engine.run import RunFolder
 from fastflower.engine.testing import Testing, session
 from fastflower.engine.trained import open_trained
 from fastflower.errors import UserError
-from fastflower.predict import hand_in, predictions_of, stored_predictions
+from fastflower.files import require_writable
+from fastflower.predict import hand_in, predictions_of
 from fastflower.predictions import Predictions, check_sample, read_predictions, refuse_repeated, some, sort_by_id
 
 Method = Literal["vote", "mean", "weighted"]
@@ -66,6 +67,7 @@ def ensemble_runs(
     split: str,
     console: Console,
     *,
+    roots: tuple[Path, ...] | None = None,
     fit_on: Sequence[Path] = (),
     out: Path | None = None,
     submission: Path | None = None,
@@ -79,6 +81,7 @@ def ensemble_runs(
         method: see `combine`.
         split: which of a run's.
         console: where progress is shown.
+        roots: the data's folders, for what is predicted now; None = each run's.
         fit_on: of each member what weights are fitted on; empty = the same predictions where they have true classes,
             else the runs' val.
         out: a predictions file of the ensemble; None = none is written.
@@ -88,15 +91,20 @@ def ensemble_runs(
     Raises:
         UserError: as `combine` and `fit_weights`, or a member that cannot be had.
     """
-    members = [find_member(path, split, console) for path in paths]
+    for path in (out, submission):
+        if path:
+            require_writable(path)
+    members = [find_member(path, split, roots, console) for path in paths]
+    joined, weights, notes = _join(members), None, []
     if sample:
-        check_sample(sample, members[0].predictions.ids.tolist())
-    weights, notes = None, []
+        check_sample(sample, joined[0].ids.tolist())
     if method == "weighted":
-        labelled = _labelled(members)
+        labelled = bool((_labels(joined) != NO_LABEL).all())
         if not (fit_on or labelled):
             _refuse_files(paths, split)
-        others = [find_member(path, "val", console) for path in fit_on or paths] if fit_on or not labelled else members
+        others = members
+        if fit_on or not labelled:
+            others = [find_member(path, "val", roots, console) for path in fit_on or paths]
         if len(others) != len(members):
             raise UserError(f"--fit_on names {len(others)} predictions for {len(members)} members: give one for each.")
         weights = fit_weights(others)
@@ -105,16 +113,18 @@ def ensemble_runs(
     combined = combine(members, method, weights)
     rows = []
     if combined.labelled:
-        known = [replace(each, labels=combined.labels) for each in _join(members)]
+        known = [replace(each, labels=combined.labels) for each in joined]
         shares = [None] * len(members) if weights is None else weights.tolist()
         rows = [Row(each.name, figures(own), w) for each, own, w in zip(members, known, shares, strict=True)]
         rows.append(Row(method, figures(combined)))
+        if method == "vote":
+            notes.append("The vote's loss is that of (votes + mean probability) / (members + 1).")
     notes += hand_in(combined, out=out, submission=submission)
     return Ensembled(combined, rows, notes)
 
 
-def find_member(path: Path, split: str, console: Console) -> Member:
-    """A run's predictions of a split, made now where they are missing or of older weights, or a file's.
+def find_member(path: Path, split: str, roots: tuple[Path, ...] | None, console: Console) -> Member:
+    """A run's predictions of a split, made now where they are missing or of other weights or records; or a file's.
 
     Raises:
         UserError: there is nothing of the kind, or predicting fails.
@@ -125,17 +135,9 @@ def find_member(path: Path, split: str, console: Console) -> Member:
     if not path.is_file() and not RunFolder(path).best.is_file() and kept.is_file():
         return Member(str(path), read_predictions(kept))  # of folds
     trained = open_trained(path)
-    found = stored_predictions(trained, split)
-    if found is None:
-        testing = Testing()
-        with session(trained, testing, console) as within:
-            found = predictions_of(trained, split, testing, within)
-    return Member(str(path), found)
-
-
-def _labelled(members: Sequence[Member]) -> bool:
-    """Whether every true class is known to one of them."""
-    return bool((_labels(_join(members)) != NO_LABEL).all())
+    testing = Testing(roots)
+    with session(trained, testing, console) as within:
+        return Member(str(path), predictions_of(trained, split, testing, within, any_views=True))
 
 
 def _refuse_files(paths: Sequence[Path], split: str) -> None:

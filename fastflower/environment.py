@@ -7,14 +7,17 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from nvidia import dali
+if TYPE_CHECKING:
+    import torch
 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, GPU and threads."""
+    import torch  # here, so that `find_apex` can be asked where these are broken
+    from nvidia import dali
+
     return {
         "python": platform.python_version(),
         **package_versions("fastflower", "triton", "numpy"),

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from fastflower.errors import UserError
+
 
 def cache_dir() -> Path:
     """The user's cache folder: $FASTFLOWER_CACHE, else $XDG_CACHE_HOME/fastflower, else ~/.cache/fastflower."""
@@ -36,6 +38,20 @@ def code_digest(*sources: str) -> str:
     for source in sources:
         digest.update(Path(source).read_bytes())
     return digest.hexdigest()
+
+
+def require_writable(path: Path) -> None:
+    """Find out, before the work whose result goes to `path`, whether it can be written; its folder is made.
+
+    Raises:
+        UserError: it is a folder.
+        OSError: its folder cannot be made or written.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
 
 
 @contextlib.contextmanager

@@ -48,10 +48,11 @@ def load_data(config: Config) -> Loaders:
         UserError: bad data, settings that do not fit it or this machine, or pretrained weights that cannot be had.
     """
     ranks = Ranks()
-    config = with_data(config, ranks, Display(Console(), shown=False))
+    display = Display(Console(), shown=False)
+    config = with_data(config, ranks, display)
     pretrained = open_pretrained(config.model, lambda _: None)
     inherited = pretrained.normalization if pretrained else None
-    return build_loaders(config, choose_device(config.device), ranks, inherited)
+    return build_loaders(config, choose_device(config.device), ranks, display, inherited)
 
 
 def build_model(config: Config, classes: int) -> torch.nn.Module:

@@ -59,8 +59,8 @@ class TestOptions:
     root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
     """Data folder, or several that are taken together; none = the run's."""
     sizes: Literal["all"] | tuple[int, ...] | None = None
-    """Stored sizes to take (pixels); none = those of training to evaluate by one or ten crops, else all. Predictions
-    and scales take each picture once, from the largest of them."""
+    """Stored sizes to take (pixels); none = training's to evaluate by one or ten crops, and where data.val_resize is
+    none; else all. Predictions and scales take each picture once, from the largest of them."""
     crops: Literal[1, 10] = 1
     """1 = the center of each picture; 10 = corners and center and their mirror images, averaged."""
     scales: Numbers = ()
@@ -108,7 +108,7 @@ class PredictCommand(TestOptions):
     """Run folder (its best checkpoint) or a checkpoint file."""
     split: Split = "test"
     """Which split; it needs no classes."""
-    images: tuple[Path, ...] = ()
+    images: tuple[Path, ...] | None = None
     """Picture files, in place of a split."""
     out: Path | None = None
     """Predictions file; none = predictions-SPLIT.parquet in the run folder, and no file for --images."""
@@ -137,6 +137,8 @@ class EnsembleCommand:
     probabilities; weighted = with weights that make validation's classes the likeliest."""
     split: Split = "test"
     """Which split of the runs."""
+    root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
+    """Data folder, or several, for what is predicted now; none = each run's."""
     fit_on: tuple[Path, ...] = ()
     """Predictions to fit the weights on, one for each member in the same order; none = the runs' val."""
     out: Path | None = None
@@ -177,6 +179,58 @@ class CvCommand:
     """Also predict the test split, by the mean of the folds' networks."""
     submission: Path | None = None
     """Write the competition's CSV, id,label, of that."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class FlopsCommand:
+    """Count what networks cost: fastflower flops resnet34 resnet50 resnet50-v1
+
+    Parameters, multiply-adds (MACs) and FLOPs (2 x MACs) of one forward pass of one image, for 1000 classes. Only
+    convolutions and matrix products are counted, not normalization, ReLU, pooling, addition and biases.
+    """
+
+    models: Positional[tuple[str, ...]] = ()
+    """Networks, as model.name; resnet50, 101 and 152 are v1.5, and resnet50-v1, ... the paper's; none = all."""
+    size: int = 224
+    """Side of the image (pixels)."""
+    layers: bool = False
+    """Also each network's layers one by one."""
+    json: bool = False
+    """Print a JSON list of objects: model, size, params, macs, flops, and with --layers layers."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class ReportCommand:
+    """Compare runs: fastflower report runs/A runs/B runs/C --out report
+
+    Prints a table and which run converges first, and writes report.html, which shows the learning curves too, and each
+    of its pictures as PNG and SVG.
+    """
+
+    runs: Positional[tuple[Path, ...]]
+    """Run folders, or folders of TensorBoard events with the tags loss/train, loss/val, accuracy/train and
+    accuracy/val."""
+    out: Path = Path("report")
+    """Folder to write into."""
+    throughput: Path | None = None
+    """Results of bench/throughput.py (its --out) to draw too."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class DoctorCommand:
+    """Say what this machine gives, what will be used, and what is missing and how to get it: fastflower doctor
+
+    Exit code 1 if something is missing that nothing runs without.
+    """
+
+    json: bool = False
+    """Print one JSON list of objects: section, item, value, mend, essential."""
     debug: bool = False
     """Show the traceback of an error."""
 

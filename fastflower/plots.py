@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -30,7 +32,7 @@ def plot_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None
     classes, n = len(names), int(matrix.sum())
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     named = range(0, classes, -(-classes // MOST_NAMES))
-    labels = [_short(names[k], LONGEST_NAME) for k in named]
+    labels = [short(names[k], LONGEST_NAME) for k in named]
     font, cell = (9, 0.45) if classes <= COUNTED else (7, 0.17)  # points, inches
     square = max(3, cell * len(named))
     margin = 0.6 * font / 72 * max(map(len, labels)) + 0.8  # inches that names and titles take
@@ -48,7 +50,7 @@ def plot_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None
             if count:
                 color = "white" if shares[row, column] > 0.25 else "black"
                 axes.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)
-    _save(path, figure, "png")
+    save_figure(path, figure, "png")
 
 
 def contact_sheet(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
@@ -59,17 +61,20 @@ def contact_sheet(path: Path, pictures: Sequence[np.ndarray], captions: Sequence
         axes.set_axis_off()
     for axes, (picture, caption) in zip(figure.axes, zip(pictures, captions, strict=True), strict=False):
         axes.imshow(picture)
-        text = "\n".join(_short(line, LONGEST_LINE) for line in caption.split("\n"))
+        text = "\n".join(short(line, LONGEST_LINE) for line in caption.split("\n"))
         axes.text(0.5, -0.03, text, transform=axes.transAxes, ha="center", va="top", fontsize=7.5, parse_math=False)
-    _save(path, figure, "jpeg")
+    save_figure(path, figure, "jpeg")
 
 
-def _short(text: str, longest: int) -> str:
+def short(text: str, longest: int) -> str:
+    """The text, or its beginning where it has more characters than `longest`."""
     return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
-def _save(path: Path, figure: Figure, format: str) -> None:
+def save_figure(path: Path, figure: Figure, format: Literal["png", "jpeg", "svg"]) -> None:
+    """Write a figure as a file, the same bytes each time."""
     FigureCanvasAgg(figure)
-    with atomic_write(path) as file, warnings.catch_warnings():
+    metadata = {"Date": None} if format == "svg" else None
+    with atomic_write(path) as file, warnings.catch_warnings(), rc_context({"svg.hashsalt": "fastflower"}):
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # a box stands for it
-        figure.savefig(file, format=format, dpi=DPI)
+        figure.savefig(file, format=format, dpi=DPI, metadata=metadata)

@@ -7,14 +7,17 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
+from fastflower.config import Data
 from fastflower.data.folder import picture_files
 from fastflower.data.names import display_names
 from fastflower.data.records import NO_LABEL, Records
+from fastflower.data.selection import digest_of
 from fastflower.engine.run import RunFolder
 from fastflower.engine.scores import probabilities, score
 from fastflower.engine.testing import Session, Testing, load_split, session
-from fastflower.engine.trained import Trained, digest_of, open_trained
+from fastflower.engine.trained import Trained, open_trained, weights_digest
 from fastflower.errors import UserError
+from fastflower.files import require_writable
 from fastflower.predictions import (
     Predictions,
     check_sample,
@@ -55,81 +58,98 @@ def predict_run(
         Interrupted: a signal came.
     """
     trained = open_trained(run)
-    out = out or RunFolder(trained.folder).predictions(split)
+    out = out or trained.result(RunFolder(trained.folder).predictions(split))
     with session(trained, testing, console) as within:
-        predictions = predict_split(trained, split, testing, within, sample=sample)
+        with within.ranks.together():
+            for path in (out, submission):
+                if path and within.ranks.is_main:
+                    require_writable(path)
+        data, records = load_pictures(trained, split, testing, within, sample=sample)
+        predictions = _predict(trained, split, data, records, testing, within)
         if within.ranks.is_main:
             for note in hand_in(predictions, out=out, submission=submission):
                 within.display.say(note)
     return predictions
 
 
-def predict_split(
+def load_pictures(
     trained: Trained, split: str, testing: Testing, within: Session, *, sample: Path | None = None
-) -> Predictions:
-    """Class probabilities of a split's pictures, on every rank; see `predict_run`."""
+) -> tuple[Data, Records]:
+    """The records to predict, each id once (see `load_split`).
+
+    Raises:
+        UserError: bad data, an id that is missing or no text, or other ids than the sample's.
+    """
     data, records = load_split(trained, split, testing, within, once=True)
     with within.ranks.together():
         _require_ids(records)
         if sample:
             check_sample(sample, records.ids.tolist())
-    found = probabilities(score(trained, data, records, testing, within))
-    known = (records.labels >= 0) & (records.labels < len(trained.classes))
-    return sort_by_id(
-        Predictions(
-            split,
-            trained.classes,
-            records.ids,
-            found,
-            np.where(known, records.labels, NO_LABEL),
-            source(trained, testing),
-        )
-    )
+    return data, records
 
 
-def predictions_of(trained: Trained, split: str, testing: Testing, within: Session) -> Predictions:
-    """What `predict_run` left in the run folder, if it is of the same weights and views; else predicted and left there.
+def predictions_of(
+    trained: Trained, split: str, testing: Testing, within: Session, *, any_views: bool = False
+) -> Predictions:
+    """What `predict_run` left in the run folder, if it is of these weights and records; else predicted and left there.
+
+    Args:
+        trained: the run.
+        split: train, val or test.
+        testing: which data, and by which views.
+        within: where.
+        any_views: take what is there also if it was made by other views.
 
     Raises:
         UserError: as `predict_run`.
     """
-    found = stored_predictions(trained, split)
-    if all(within.ranks.gather(found is not None and found.source == source(trained, testing))):
+    data, records = load_pictures(trained, split, testing, within)
+    path = trained.result(RunFolder(trained.folder).predictions(split))
+    with within.ranks.together():
+        found = read_predictions(path) if path.is_file() else None
+    wanted = source(trained, records, testing)
+    if any_views and found:
+        wanted["views"] = found.source.get("views")
+    if all(within.ranks.gather(found is not None and found.source == wanted)):
         assert found
         return found
-    predictions = predict_split(trained, split, testing, within)
+    predictions = _predict(trained, split, data, records, testing, within)
     if within.ranks.is_main:
-        write_predictions(RunFolder(trained.folder).predictions(split), predictions)
+        write_predictions(path, predictions)
     return predictions
 
 
-def stored_predictions(trained: Trained, split: str) -> Predictions | None:
-    """What `predict_run` left in the run folder, by whichever views; None where it has other weights by now.
+def _predict(
+    trained: Trained, split: str, data: Data, records: Records, testing: Testing, within: Session
+) -> Predictions:
+    """Class probabilities, sorted by id, on every rank."""
+    found = probabilities(score(trained, data, records, testing, within))
+    known = (records.labels >= 0) & (records.labels < len(trained.classes))
+    labels = np.where(known, records.labels, NO_LABEL)
+    made_from = source(trained, records, testing)
+    return sort_by_id(Predictions(split, trained.classes, records.ids, found, labels, made_from))
 
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = RunFolder(trained.folder).predictions(split)
-    found = read_predictions(path) if path.is_file() else None
-    return found if found and found.source.get("weights") == digest_of(trained) else None
 
-
-def source(trained: Trained, testing: Testing) -> dict[str, object]:
+def source(trained: Trained, records: Records, testing: Testing) -> dict[str, object]:
     """What a predictions file says of where it comes from."""
-    views = {"crops": testing.views.crops, "scales": list(testing.views.scales)}
-    return {"run": trained.folder.name, "weights": digest_of(trained), "views": views}
+    return {
+        "run": trained.folder.name,
+        "weights": weights_digest(trained),
+        "records": digest_of(records),
+        "views": {"crops": testing.views.crops, "scales": list(testing.views.scales)},
+    }
 
 
 def hand_in(predictions: Predictions, *, out: Path | None = None, submission: Path | None = None) -> list[str]:
     """Write the files that are asked for; sentences that say so."""
     notes = []
-    if out:
-        write_predictions(out, predictions)
-        notes.append(f"Predictions of {len(predictions.ids)} pictures: {out}")
     if submission:
         labels = dict(zip(predictions.ids.tolist(), predictions.likeliest.tolist(), strict=True))
         write_submission(submission, labels, set(predictions.ids.tolist()), len(predictions.classes))
         notes.append(f"Submission: {submission}")
+    if out:
+        write_predictions(out, predictions)
+        notes.append(f"Predictions of {len(predictions.ids)} pictures: {out}")
     return notes
 
 
@@ -145,9 +165,13 @@ def predict_pictures(
     trained = open_trained(run)
     with session(trained, testing, console) as within:
         with within.ranks.together():
+            if out and within.ranks.is_main:
+                require_writable(out)
             records = picture_files(paths)
         found = probabilities(score(trained, trained.data(None, None), records, testing, within))
-        predictions = Predictions("", trained.classes, records.ids, found, records.labels, source(trained, testing))
+        predictions = Predictions(
+            "", trained.classes, records.ids, found, records.labels, source(trained, records, testing)
+        )
         if out and within.ranks.is_main:
             write_predictions(out, predictions)
     return predictions

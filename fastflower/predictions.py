@@ -25,6 +25,7 @@ from fastflower.files import atomic_write
 
 HEADER = ("id", "label")  # of a submission
 NAMED = 5  # ids that a message names
+SUM_TOLERANCE = 1e-3  # of a picture's probabilities, whose sum is 1
 _METADATA = b"fastflower"
 
 
@@ -117,8 +118,12 @@ def _refuse_damage(found: Predictions, path: Path) -> None:
     sound = np.isfinite(found.probabilities).all(axis=1) & (found.probabilities >= 0).all(axis=1) & (found.ids != "")
     known = found.labels != NO_LABEL
     sound &= ~known | ((found.labels >= 0) & (found.labels < len(found.classes)))
+    sound &= np.abs(found.probabilities.sum(axis=1) - 1) < SUM_TOLERANCE
     if not sound.all():
-        raise UserError(f"{path} is damaged (id {str(found.ids[np.argmin(sound)])!r}): predict again.")
+        raise UserError(
+            f"{path} is damaged (of id {str(found.ids[np.argmin(sound)])!r} the class or the probabilities are none): "
+            "predict again."
+        )
     if found.probabilities.shape[1] != len(found.classes):
         raise UserError(f"{path} is damaged (it names {len(found.classes)} classes): predict again.")
 

@@ -71,6 +71,12 @@ def odd_images() -> Path:
     return _shared("odd_images")
 
 
+@pytest.fixture(scope="session")
+def seed_curves() -> Path:
+    """TensorBoard events of the four runs that the project began with, in a folder each."""
+    return _shared("seed_curves")
+
+
 def _shared(name: str) -> Path:
     if not (SHARED / name).is_dir():
         pytest.skip(f"real data {name} is not at hand (FASTFLOWER_SHARED_DATA)")

@@ -50,6 +50,7 @@ def test_help_answers_in_under_a_second() -> None:
     [
         (["train", "--help"], ["(default: 256)", "(pixels)", "--amp, --no_amp", "--train.epochs", "--resume"]),
         (["eval", "--help"], ["--data.root", "(default: val)", "--json"]),
+        (["flops", "--help"], ["(pixels)", "(default: 224)", "--layers", "--json", "resnet50-v1", "2 x MACs"]),
         (["data", "demo", "--help"], ["(default: 2400)", "(pixels)"]),
         (["data", "check", "--help"], ["--json"]),
         (["data", "stats", "--help"], ["--sizes", "(default: auto)", "--split", "train+val"]),

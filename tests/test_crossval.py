@@ -112,7 +112,11 @@ def test_other_settings_are_refused_unless_the_folds_are_replaced(data: Path, tm
         refused = fastflower(*arguments(data, run), *other)
         assert refused.code == 2
         assert "was trained with other settings" in refused.err
-    assert json.loads((run / "cv.json").read_text()) == before
+    other = ["--data.threads", 1, "--device", "cpu", "--train.log_every", 3]
+    assert cross_validated(data, run, *other) == before
+    for bad in (["--folds", 99], ["--scales", 24], ["--data.root", tmp_path / "none"], ["--submission", tmp_path]):
+        assert fastflower(*arguments(data, run), "--overwrite", *bad).code == 2
+    assert cross_validated(data, run) == before
     assert cross_validated(data, run, "--train.lr", 0.5, "--overwrite") != before
 
 
@@ -180,8 +184,29 @@ def test_settings_that_leave_nothing_to_validate_are_refused(data: Path, tmp_pat
     for options, words in [
         (("--data.train_on", "train+val", "--train.schedule", "step"), "data.folds leaves a part to validate on"),
         (("--folds", 1), "data.folds"),
+        (("--folds", 0), "data.folds"),
         (("--folds", 99), "there are only 42 different pictures"),
+        (("--crops", 10, "--data.val_resize", 32), "one crop and not ten"),
+        (("--scales", 24), "is smaller than data.crop"),
     ]:
         refused = fastflower(*arguments(data, tmp_path / "cv", *options))
         assert refused.code == 2
         assert words in refused.err
+    shutil.rmtree(data / "tfrecords-jpeg-40x40/test")
+    refused = fastflower(*arguments(data, tmp_path / "cv", "--test"))
+    assert refused.code == 2
+    assert "/test holds no TFRecord files" in refused.err
+    assert not (tmp_path / "cv").exists()
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_changed_test_data_is_predicted_anew(
+    data: Path, tmp_path: Path, tiny_net: None
+) -> None:
+    run = tmp_path / "cv"
+    cross_validated(data, run, "--test")
+    refused = fastflower(*arguments(data, run / "fold-0"))
+    assert refused.code == 2
+    assert f"{run / 'fold-0'} holds a run, and no folds" in refused.err
+    write_tfrecord(data / "tfrecords-jpeg-40x40/test/more.tfrec", [example(700, None)])
+    cross_validated(data, run, "--submission", tmp_path / "s.csv")
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 7

@@ -129,3 +129,23 @@ def test_the_table_shows_members_ensemble_and_weights(runs: list[Path]) -> None:
     assert "macro F1" in result.out
     assert "weight" in result.out
     assert "The weights were fitted on these very pictures" in result.out
+
+
+def test_other_data_than_the_runs_is_not_taken_for_it(runs: list[Path], data: Path, tmp_path: Path) -> None:
+    wanted = ensemble(*runs, "--split", "val")
+    other = write_dataset(tmp_path / "other", {"val": 6}, first=800)
+    for run in runs:
+        assert fastflower("predict", run, "--split", "val", "--data.root", other).code == 0
+    assert ensemble(*runs, "--split", "val") == wanted
+    moved = data.rename(tmp_path / "moved")
+    assert ensemble(*runs, "--split", "val", "--data.root", moved) == wanted
+    refused = fastflower("ensemble", *runs, "--split", "val")
+    assert refused.code == 2
+    assert "--data.root" in refused.err
+
+
+def test_ten_crops_that_predict_left_are_taken(runs: list[Path]) -> None:
+    plain = ensemble(*runs, "--split", "val", "--method", "mean")
+    for run in runs:
+        assert fastflower("predict", run, "--split", "val", "--crops", 10).code == 0
+    assert ensemble(*runs, "--split", "val", "--method", "mean") != plain

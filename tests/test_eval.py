@@ -89,6 +89,6 @@ def test_a_checkpoint_elsewhere_leaves_its_results_beside_it(run: Path, tmp_path
     lone.parent.mkdir()
     lone.write_bytes((run / "checkpoints/best.pt").read_bytes())
     assert fastflower("eval", lone).code == 0
-    assert (tmp_path / "lone/eval-val/figures.json").is_file()
+    assert (tmp_path / "lone/eval-val-mine/figures.json").is_file()
     assert fastflower("eval", run / "checkpoints/best.pt").code == 0
     assert (run / "eval-val/figures.json").is_file()

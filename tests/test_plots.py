@@ -7,6 +7,7 @@ import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -24,15 +25,15 @@ from fastflower.plots import contact_sheet, plot_confusion
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are saved, with a warning for anything that Matplotlib finds wrong."""
     figures: list[Figure] = []
-    save = plots._save
+    save = plots.save_figure
 
-    def note(path: Path, figure: Figure, format: str) -> None:
+    def note(path: Path, figure: Figure, format: Literal["png", "jpeg", "svg"]) -> None:
         figures.append(figure)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             save(path, figure, format)
 
-    monkeypatch.setattr(plots, "_save", note)
+    monkeypatch.setattr(plots, "save_figure", note)
     return figures
 
 
@@ -137,5 +138,5 @@ def test_a_contact_sheet_has_each_picture_above_its_caption(count: int, tmp_path
 
 
 def test_drawing_leaves_no_global_state() -> None:
-    script = "import sys, fastflower.analysis; sys.exit('matplotlib.pyplot' in sys.modules)"
+    script = "import sys, fastflower.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], check=False).returncode == 0

@@ -110,10 +110,14 @@ def test_other_sizes_give_other_predictions_and_the_largest_is_the_default(run: 
 
 def test_a_run_that_crops_stored_pictures_keeps_to_its_sizes(sized: Path, tmp_path: Path, tiny_net: None) -> None:
     run = trained(sized, tmp_path / "as_is", "--data.sizes", 40, "--data.val_resize", "None")
-    for name, options in {"default": (), "small": ("--sizes", 40)}.items():
-        assert fastflower("predict", run, "--out", tmp_path / name, *options).code == 0
-    found = [read_predictions(tmp_path / name).probabilities for name in ("default", "small")]
-    np.testing.assert_array_equal(found[0], found[1])
+    for views in ((), ("--scales", 48)):
+        found = []
+        for options in ((), ("--sizes", 40), ("--sizes", 48)):
+            assert fastflower("predict", run, "--out", tmp_path / "p", *views, *options).code == 0
+            found.append(read_predictions(tmp_path / "p").probabilities)
+        taken = 2 if views else 1  # scales begin with the largest, since they resize anyway
+        np.testing.assert_array_equal(found[0], found[taken])
+        assert np.abs(found[0] - found[3 - taken]).max() > 1e-3
 
 
 def test_files_do_not_depend_on_batches_processes_or_the_order_of_files(run: Path, sized: Path, tmp_path: Path) -> None:
@@ -203,7 +207,10 @@ def test_single_pictures_are_printed_with_their_likeliest_classes(tmp_path: Path
     refused = fastflower("predict", run, "--images", files[0], files[0])
     assert "is given twice" in refused.err
     refused = fastflower("predict", run, "--images", files[0], "--submission", tmp_path / "s.csv")
-    assert "--submission and --sample are about a split" in refused.err
+    assert "--submission, --sample, --data.root and --sizes are about a split" in refused.err
+    refused = fastflower("predict", run, "--images")
+    assert refused.code == 2
+    assert "--images names no picture" in refused.err
 
 
 def test_views_change_predictions_and_are_kept_in_the_file(run: Path, tmp_path: Path) -> None:
@@ -228,3 +235,37 @@ def test_concatenating_keeps_stored_sizes_apart(sized: Path) -> None:
     parts = [load_split(sized, "test", sizes=[size]) for size in (48, 40)]
     chosen, _ = largest_of_each(concatenate(parts))
     assert chosen.file.max() == 0
+
+
+def test_another_checkpoint_leaves_the_bests_predictions_alone(run: Path, tmp_path: Path) -> None:
+    assert fastflower("predict", run, "--crops", 10).code == 0
+    best = (run / "predictions-test.parquet").read_bytes()
+    assert fastflower("predict", run / "checkpoints/last.pt").code == 0
+    assert (run / "predictions-test-last.parquet").is_file()
+    assert fastflower("eval", run / "checkpoints/last.pt").code == 0
+    assert (run / "eval-val-last/figures.json").is_file()
+    assert (run / "predictions-test.parquet").read_bytes() == best
+
+
+def test_what_cannot_be_written_stops_before_the_work(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for option in ("--out", "--submission"):
+        for path, words in [(tmp_path, "is a folder: name a file"), (tmp_path / "file/s", str(tmp_path / "file"))]:
+            refused = fastflower("predict", run, option, path)
+            assert refused.code == 2
+            assert words in refused.err
+    assert not (run / "predictions-test.parquet").exists()
+
+
+def test_what_is_left_out_is_said(tmp_path: Path, tiny_net: None) -> None:
+    root = write_folders(
+        tmp_path / "data", {"train/rose": 12, "train/tulip": 12, "val/rose": 2, "val/tulip": 2, "test": 3}
+    )
+    (root / "test/page.jpg").write_bytes(b"<html>")
+    checked = fastflower("data", "check", root, "--json")
+    (tmp_path / "skip.json").write_text(checked.out)
+    run = trained(root, tmp_path / "run", "--data.skip", tmp_path / "skip.json")
+    result = fastflower("predict", run)
+    assert result.code == 0, result.err
+    assert f"Left out 1 records of test that {tmp_path / 'skip.json'} lists." in result.out
+    assert len(read_predictions(run / "predictions-test.parquet").ids) == 3

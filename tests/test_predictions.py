@@ -69,14 +69,15 @@ def _table(**columns: Any) -> pa.Table:
     ("table", "words"),
     [
         (_table(id=["a", "a"]), "has id a more than once"),
-        (_table(p1=[0.5, float("nan")]), "is damaged .id 'b'"),
-        (_table(p1=[-0.5, 0.0]), "is damaged .id 'a'"),
+        (_table(p1=[0.5, float("nan")]), "is damaged .of id 'b'"),
+        (_table(p1=[-0.5, 0.0]), "is damaged .of id 'a'"),
         (_table().drop_columns("id"), "has no column 'id'"),
         (_table().drop_columns("p0"), "has no column 'p0'"),
         (_table().drop_columns(["p0", "p1"]), "has no column 'p0'"),
         (_table(p1=["x", "y"]), "is damaged"),
-        (_table(id=pa.array(["a", None])), "is damaged .id ''"),
-        (_table(**{"class": [0, 2]}), "is damaged .id 'b'"),
+        (_table(id=pa.array(["a", None])), "is damaged .of id ''"),
+        (_table(**{"class": [0, 2]}), "is damaged .of id 'b'"),
+        (_table(p0=[0.5, 0.9]), "is damaged .of id 'b'"),
     ],
 )
 def test_what_is_no_predictions_file_is_named(table: pa.Table, words: str, tmp_path: Path) -> None:

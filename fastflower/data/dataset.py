@@ -13,6 +13,7 @@ from nvidia.dali import backend
 
 from fastflower.config import Data
 from fastflower.data import demo
+from fastflower.data.cache import Decoded
 from fastflower.data.demo import write_demo
 from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import Engine, Normalization, View
@@ -214,8 +215,11 @@ def training_batches(
     batch_size: int,
     seed: int,
     lighting: np.ndarray | None = None,
+    decoded: Decoded | None = None,
 ) -> TrainingBatches:
     """Random scale, crop and flip, and the color shift of `choose_lighting`, in an order that changes each epoch.
+
+    `decoded` has the pictures' pixels, where they are in memory.
 
     A split smaller than `batch_size` (over all ranks) is trained in one batch of its size.
 
@@ -229,9 +233,8 @@ def training_batches(
             raise UserError(
                 f"the training split has {len(records)} records for {ranks.world_size} processes: start fewer."
             )
-    loader = Loader(
-        records, View(data.crop, "random"), normalization, engine, device, batch=share, read_ahead=data.prefetch
-    )
+    view = View(data.crop, "random")
+    loader = Loader(records, view, normalization, engine, device, share, read_ahead=data.prefetch, decoded=decoded)
     balanced = data.sampling == "balanced"
     return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, ranks, balanced, lighting)
 
@@ -245,11 +248,12 @@ def evaluation_batches(
     ranks: Ranks,
     *,
     batch_size: int,
+    decoded: Decoded | None = None,
 ) -> EvaluationBatches:
     """Center crop of the resized (or stored) picture; `batch_size` is over all ranks."""
     share = max(1, min(batch_size, len(records)) // ranks.world_size)
     view = View(data.crop, "center", resize=data.val_resize is not None)
-    loader = Loader(records, view, normalization, engine, device, batch=share, read_ahead=data.prefetch)
+    loader = Loader(records, view, normalization, engine, device, share, read_ahead=data.prefetch, decoded=decoded)
     return EvaluationBatches(loader, data.val_resize or 0, ranks)
 
 

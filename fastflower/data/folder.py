@@ -73,6 +73,8 @@ def picture_files(paths: Sequence[Path]) -> Records:
     Raises:
         UserError: one cannot be read, is not a picture's file, or is given twice.
     """
+    if not paths:
+        raise UserError("--images names no picture: give one or more files.")
     for path, times in Counter(paths).items():
         if path.is_dir():
             raise UserError(f"{path} is a folder: give picture files, or a data set's folder as --data.root.")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,6 +21,11 @@ from fastflower.data.pipeline import Engine, Normalization, View
 from fastflower.data.records import Records, read_image
 from fastflower.data.sampler import Request
 from fastflower.errors import UserError
+
+if TYPE_CHECKING:
+    from fastflower.data.cache import Decoded
+
+CACHED = 2**17  # float32 values that stay in a core's cache
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,7 @@ class Loader:
         device: torch.device,
         batch: int,
         read_ahead: int = 2,
+        decoded: Decoded | None = None,
     ) -> None:
         """Prepare; the pipeline is built when the first batch is asked for.
 
@@ -57,13 +66,15 @@ class Loader:
             device: where batches are handed out.
             batch: most pictures in a batch.
             read_ahead: finished batches that wait for the consumer, beside those that DALI has in work.
+            decoded: the records' pixels, where they are in memory.
         """
         self.records, self.view, self.engine, self.device = records, view, engine, device
-        self.normalization, self.batch, self.read_ahead = normalization, batch, read_ahead
+        self.normalization, self.batch, self.read_ahead, self.decoded = normalization, batch, read_ahead, decoded
         if normalization:
             self._mean = torch.tensor(normalization.mean, device=device) * 255
             self._std = torch.tensor(normalization.std, device=device) * 255
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._memory = Memory()
         self._pipeline: graph.Pipeline | None = None
         self._requests: Iterator[Request] = iter(())
         self._in_work: deque[Request] = deque()
@@ -117,7 +128,8 @@ class Loader:
             return Batch(images, labels, indices)
         if images.dtype == torch.uint8:
             mean = self._mean if shift is None else self._mean - 255 * shift
-            images = normalize(images, mean, self._std)
+            out = self._memory.take(images.numel()) if images.device.type == "cpu" else None
+            images = normalize(images, mean, self._std, out)
         elif shift is not None:
             images.add_((255 * shift / self._std)[:, :, None, None])
         return Batch(images, labels, indices)
@@ -131,7 +143,12 @@ class Loader:
             if self._pipeline is None:
                 normalization = self.normalization if self.engine.device == "gpu" else None
                 self._pipeline = graph.build_pipeline(
-                    self._next_inputs, self.view, self.engine, self.batch, normalization
+                    self._next_inputs,
+                    self.view,
+                    self.engine,
+                    self.batch,
+                    normalization,
+                    decoded=self.decoded.place if self.decoded else None,
                 )
             with torch.cuda.stream(self._stream):
                 while True:
@@ -147,13 +164,14 @@ class Loader:
             self._pipeline = None  # after an error its batches no longer match our requests
             ready.put(self._explain(error))
 
-    def _next_inputs(self) -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+    def _next_inputs(self) -> graph.Inputs:
         """DALI's source: called on the loader thread, some batches ahead of the outputs."""
         request = next(self._requests, None)
         if request is None:
             raise StopIteration
         try:
-            images = [read_picture(self.records, index) for index in request.indices]
+            read = self.decoded.picture if self.decoded else partial(read_picture, self.records)
+            images = [read(int(index)) for index in request.indices]
         except UserError as error:
             self._failure = error  # an exception would cross DALI's native code: end the data and raise it after
             raise StopIteration from error
@@ -196,15 +214,48 @@ _Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, np.ndarray, _Even
 _Ready = _Item | Exception | None
 
 
-def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """(images - mean) / std of channels-last uint8 [N, 3, H, W], in float32; mean [3] or [N, 3] and std [3] are 0..255.
+def normalize(
+    images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """(images - mean) / std in float32 of channels-last uint8 [N, 3, H, W]; mean [3] or [N, 3] and std [3] are 0..255.
 
-    It works on rows of W * 3 values: broadcasting along the three channels, which lie innermost, is half as fast.
+    It works on rows of W * 3 values, since broadcasting along the three channels, which lie innermost, is half as fast;
+    and on as many pictures at once as stay in a processor's cache from one operation to the next.
+
+    Args:
+        images: to normalize.
+        mean: of each channel, of all pictures or of each.
+        std: of each channel.
+        out: [N * H * W * 3] float32, whose memory the result has; None takes new memory.
     """
     n, channels, height, width = images.shape
-    rows = images.permute(0, 2, 3, 1).reshape(n, height, width * channels)
-    rows = rows.float().sub_(mean.view(-1, 1, channels).repeat(1, 1, width)).div_(std.repeat(width))
+    pixels = images.permute(0, 2, 3, 1).reshape(n, height, width * channels)
+    rows = torch.empty(pixels.shape, device=images.device) if out is None else out.view(pixels.shape)
+    means, stds = mean.view(-1, 1, channels).expand(n, 1, channels).repeat(1, 1, width), std.repeat(width)
+    at_once = max(1, CACHED // (height * width * channels)) if images.device.type == "cpu" else n
+    for start in range(0, n, at_once):
+        some = slice(start, start + at_once)
+        rows[some].copy_(pixels[some]).sub_(means[some]).div_(stds)
     return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+class Memory:
+    """Float32 memory for batches, which is used again when nobody refers to it any more.
+
+    New memory costs more than the arithmetic: the system clears each page when it is first written to.
+    """
+
+    def __init__(self) -> None:
+        self._free: deque[np.ndarray] = deque()
+
+    def take(self, size: int) -> torch.Tensor:
+        """[size] float32; of any values."""
+        while self._free and len(self._free[0]) != size:
+            self._free.popleft()
+        array = self._free.popleft() if self._free else np.empty(size, np.float32)
+        view = array.view()  # lives as long as a tensor has its memory
+        weakref.finalize(view, self._free.append, array).atexit = False
+        return torch.from_numpy(view)
 
 
 def read_picture(records: Records, index: int) -> np.ndarray:

@@ -6,17 +6,21 @@ Resizing, cropping and flipping are one operator that computes only the region t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.backend import TensorListCPU, TensorListGPU
 from nvidia.dali.pipeline import DataNode, Pipeline
 
 Pictures = TensorListCPU | TensorListGPU
-Source = Callable[[], tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]]
+Images = Sequence[np.ndarray | torch.Tensor]
+Inputs = tuple[Images, np.ndarray, np.ndarray, np.ndarray]
+Source = Callable[[], Inputs]
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,13 @@ class Engine:
 
 
 def build_pipeline(
-    source: Source, view: View, engine: Engine, batch: int, normalization: Normalization | None = None
+    source: Source,
+    view: View,
+    engine: Engine,
+    batch: int,
+    normalization: Normalization | None = None,
+    *,
+    decoded: Literal["cpu", "gpu"] | None = None,
 ) -> Pipeline:
     """A built pipeline whose single output is a batch of RGB pictures in [N, H, W, C] layout.
 
@@ -64,12 +74,15 @@ def build_pipeline(
         batch: most pictures in a batch.
         normalization: None gives uint8, right for a CPU, where DALI's conversion to floating point costs 0.5 ms a
             picture; else float16, normalized, right for a GPU.
+        decoded: where the source's images are pixels already, uint8 [H, W, 3], whose memory stays as it is until the
+            source has ended; None = they are encoded.
     """
     pipeline = _definition(
         source,
         view,
         engine,
         normalization,
+        decoded,
         batch_size=batch,
         num_threads=engine.threads,
         device_id=engine.device_id,
@@ -82,9 +95,17 @@ def build_pipeline(
 
 
 @pipeline_def
-def _definition(source: Source, view: View, engine: Engine, normalization: Normalization | None) -> DataNode:
-    encoded, shorter, crop_yx, mirror = fn.external_source(source=source, num_outputs=4, batch=True)
-    pictures = decode(encoded, engine)
+def _definition(
+    source: Source,
+    view: View,
+    engine: Engine,
+    normalization: Normalization | None,
+    decoded: Literal["cpu", "gpu"] | None = None,
+) -> DataNode:
+    images, shorter, crop_yx, mirror = _inputs(source, decoded)
+    pictures = images if decoded else decode(images, engine)
+    if decoded == "cpu" and engine.device == "gpu":
+        pictures = pictures.gpu()
     size, position = _geometry(pictures.shape()[0:2], shorter, crop_yx, view)
     resampling = {"size": size, "interp_type": types.INTERP_LINEAR, "antialias": True}
     if view.place == "whole":
@@ -107,6 +128,25 @@ def _definition(source: Source, view: View, engine: Engine, normalization: Norma
         mean=[255 * value for value in normalization.mean],
         std=[255 * value for value in normalization.std],
     )
+
+
+def _inputs(source: Source, decoded: Literal["cpu", "gpu"] | None) -> Sequence[DataNode]:
+    """The source's four outputs. Pixels are not copied; on a GPU they come apart from the numbers, which stay on the
+    host.
+    """
+    if decoded is None:
+        return fn.external_source(source=source, num_outputs=4, batch=True)
+    if decoded == "cpu":
+        return fn.external_source(source=source, num_outputs=4, batch=True, layout=["HWC", "", "", ""], no_copy=True)
+    numbers: deque[tuple[np.ndarray, ...]] = deque()
+
+    def pixels() -> Images:
+        images, *others = source()
+        numbers.append(tuple(others))
+        return images
+
+    images = fn.external_source(source=pixels, batch=True, device="gpu", layout="HWC", no_copy=True)
+    return [images, *fn.external_source(source=numbers.popleft, num_outputs=3, batch=True)]
 
 
 def decode(encoded: DataNode, engine: Engine) -> DataNode:

@@ -9,8 +9,8 @@ import torch
 from fastflower.config import Train
 from fastflower.environment import find_apex
 from fastflower.errors import UserError
+from fastflower.models.layers import head_prefix
 
-HEAD = "fc."  # what the names of the last layer's parameters begin with
 LR_SCALE = "lr_scale"  # of a group: what the schedule's rate is multiplied by
 
 
@@ -40,10 +40,10 @@ def parameter_groups(network: torch.nn.Module, train: Train) -> list[dict[str, A
 
     The groups are the same whatever the settings, so that these may change when a run is resumed.
     """
-    groups = []
+    prefix, groups = head_prefix(network), []
     for head in (False, True):
         for vectors in (False, True):  # biases and BatchNorm's parameters have one dimension
-            named = [(name, p) for name, p in network.named_parameters() if name.startswith(HEAD) == head]
+            named = [(name, p) for name, p in network.named_parameters() if name.startswith(prefix) == head]
             rate = train.head_lr if head and train.head_lr else train.peak_lr
             groups.append(
                 {
@@ -70,7 +70,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, k
 
 
 def freeze(network: torch.nn.Module, *, frozen: bool) -> None:
-    """Let only the head learn, or all; while the rest is frozen, BatchNorm uses and keeps its running statistics."""
+    """Let only the head learn, or all; while the rest is frozen, BatchNorm uses and keeps its running statistics.
+
+    Dropout drops nothing then.
+    """
+    head = head_prefix(network)
     for name, parameter in network.named_parameters():
-        parameter.requires_grad_(not frozen or name.startswith(HEAD))
+        parameter.requires_grad_(not frozen or name.startswith(head))
     network.train(not frozen)

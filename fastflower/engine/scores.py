@@ -44,8 +44,8 @@ def score(trained: Trained, data: Data, records: Records, testing: Testing, with
         Interrupted: a rank got a signal.
     """
     views, device, ranks = testing.views, within.device, within.ranks
-    views.check(data)
     config = trained.config
+    views.check(data, config.model.name)
     precision = choose_precision(config.amp, config.amp_dtype, device)
     network = build_network(config, len(trained.classes), device, ranks)
     network.load_state_dict(trained.weights)

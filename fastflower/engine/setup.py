@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from fastflower.config import Config, Data
+from fastflower.config import Config, Data, Model
+from fastflower.data.cache import open_cache
 from fastflower.data.dataset import (
     Dataset,
     EvaluationBatches,
@@ -35,7 +36,7 @@ from fastflower.engine.progress import Display
 from fastflower.engine.run import changes
 from fastflower.engine.state import Setup, State, new_state
 from fastflower.errors import UserError
-from fastflower.models import create_model
+from fastflower.models import CLASSICS, create_model
 from fastflower.models.layers import choose_norm
 from fastflower.models.pretrained import load_pretrained, open_pretrained
 
@@ -69,7 +70,7 @@ def prepare(
     with ranks.main_first():
         pretrained = None if resumed else open_pretrained(config.model, display.say)
     inherited = normalization_of(resumed) if resumed else pretrained.normalization if pretrained else None
-    loaders = build_loaders(config, device, ranks, inherited)
+    loaders = build_loaders(config, device, ranks, display, inherited)
     precision = choose_precision(config.amp, config.amp_dtype, device)
     if precision.note:
         display.say(precision.note)
@@ -125,7 +126,7 @@ def absolute(data: Data) -> Data:
 
 
 def build_loaders(
-    config: Config, device: torch.device, ranks: Ranks, inherited: Normalization | None = None
+    config: Config, device: torch.device, ranks: Ranks, display: Display, inherited: Normalization | None = None
 ) -> Loaders:
     """Index the configured data, measure its pixels where needed, and make this process's loaders.
 
@@ -133,6 +134,7 @@ def build_loaders(
         config: with data folders (`with_data`).
         device: where batches are handed out.
         ranks: the processes.
+        display: where progress is shown.
         inherited: normalization where the settings give none; None measures the training split.
 
     Raises:
@@ -145,16 +147,26 @@ def build_loaders(
         engine = choose_engine(config.data, device, ranks)
         normalization = choose_normalization(config.data, dataset.train, engine, inherited)
         lighting = choose_lighting(config.data, dataset.train, engine)
+    splits = [records for records in (dataset.train, dataset.val) if records]
+    decoded = open_cache(config.data.cache, splits, engine, ranks, display.say, display.follow)
     common = (normalization, engine, device, ranks)
     train = training_batches(
-        config.data, dataset.train, *common, batch_size=batch_size, seed=config.seed, lighting=lighting
+        config.data,
+        dataset.train,
+        *common,
+        batch_size=batch_size,
+        seed=config.seed,
+        lighting=lighting,
+        decoded=decoded[0],
     )
-    if train.loader.batch == 1 and config.data.crop <= 32:
+    if train.loader.batch == 1 and config.data.crop <= 32 and config.model.name not in CLASSICS:
         raise UserError(
             "one picture a process and data.crop of at most 32 pixels leave BatchNorm a single value: "
             "raise train.batch_size or data.crop."
         )
-    val = evaluation_batches(config.data, dataset.val, *common, batch_size=batch_size) if dataset.val else None
+    val = None
+    if dataset.val:
+        val = evaluation_batches(config.data, dataset.val, *common, batch_size=batch_size, decoded=decoded[1])
     return Loaders(dataset, normalization, train, val)
 
 
@@ -184,7 +196,7 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
     if config.data.skip:
         display.say(f"Left out {dataset.left_out} records that {config.data.skip} lists.")
     compiled = ", compiled" if setup.compiles else ""
-    norm = choose_norm(config.model.norm, setup.device, sync=config.model.sync_norm)
+    norm = _norm_options(config.model, setup.device, setup.ranks)["norm"]
     where = "by" if setup.device.type == "cuda" else "in plain torch instead of"
     kernels = f", norm {where} our Triton kernels" if norm == "triton" else ""
     processes = f", {setup.ranks.world_size} processes" if setup.ranks.world_size > 1 else ""
@@ -199,14 +211,19 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
 def build_network(config: Config, classes: int, device: torch.device, ranks: Ranks) -> torch.nn.Module:
     """The configured network with seeded weights, channels-last, on `device`."""
     model = config.model
-    settings = asdict(model) | {
-        "norm": choose_norm(model.norm, device, sync=model.sync_norm),
-        "sync_norm": model.sync_norm and ranks.world_size > 1,
-    }
+    settings = asdict(model) | _norm_options(model, device, ranks)
     del settings["pretrained"]  # not the network's: `prepare` loads it, and a checkpoint replaces it
     torch.manual_seed(config.seed)
     network = create_model(num_classes=classes, **settings)
     return network.to(device).to(memory_format=torch.channels_last)
+
+
+def _norm_options(model: Model, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+    """How BatchNorm is computed, as `create_model` takes it."""
+    if model.name in CLASSICS:  # which have none: nothing is chosen for them, and what the user chose is refused
+        return {"norm": "torch" if model.norm == "auto" else model.norm, "sync_norm": model.sync_norm}
+    norm = choose_norm(model.norm, device, sync=model.sync_norm)
+    return {"norm": norm, "sync_norm": model.sync_norm and ranks.world_size > 1}
 
 
 def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any], display: Display) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from rich.console import Console
 from fastflower.config import Data
 from fastflower.data.records import Records
 from fastflower.data.selection import largest_of_each
-from fastflower.data.sources import load_records
+from fastflower.data.sources import leave_out, load_records
 from fastflower.engine.distributed import Ranks, Signals, processes
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
@@ -73,16 +73,20 @@ def load_split(trained: Trained, split: str, testing: Testing, within: Session, 
         testing: which data.
         within: where.
         once: take each picture once, from its largest record; unless `testing` names sizes, of all that are stored, or,
-            where the run crops stored pictures as they are, of those that it was validated at.
+            where stored pictures are cropped as they are, of those that the run was validated at.
 
     Raises:
         UserError: bad data, or data that does not fit the run.
     """
-    stored_as_is = trained.config.data.val_resize is None
+    stored_as_is = trained.config.data.val_resize is None and not testing.views.scales
     sizes: TestSizes | None = testing.sizes or ("all" if once and not stored_as_is else None)
     data = trained.data(testing.roots, sizes)
     with within.ranks.main_first():
-        records = load_records(data, split, trained.classes, trained.config.seed)
+        records = load_records(replace(data, skip=None), split, trained.classes, trained.config.seed)
+        if data.skip:
+            everything, records = records, leave_out(records, data.skip)
+            if left := len(everything) - len(records):
+                within.display.say(f"Left out {left} records of {split} that {data.skip} lists.")
         if once:
             records, again = largest_of_each(records)
             for note in again[:SHOWN]:

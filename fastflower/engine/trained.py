@@ -35,6 +35,14 @@ class Trained:
         parent = self.checkpoint.absolute().parent
         return parent.parent if parent.name == "checkpoints" else parent
 
+    def result(self, path: Path) -> Path:
+        """Where a result of this checkpoint goes, as `path` of its folder; of the best one just there, of another one
+        with the checkpoint's name in it.
+        """
+        if self.checkpoint.absolute() == RunFolder(self.folder).best:
+            return path
+        return path.with_name(f"{path.stem}-{self.checkpoint.stem}{path.suffix}")
+
     def data(self, roots: tuple[Path, ...] | None, sizes: TestSizes | None) -> Data:
         """The run's data, in other folders or at other stored sizes where they are given.
 
@@ -64,7 +72,7 @@ def open_trained(run: Path) -> Trained:
     return Trained(path, config, saved["classes"], normalization_of(saved), weights_of(saved))
 
 
-def digest_of(trained: Trained) -> str:
+def weights_digest(trained: Trained) -> str:
     """Tells the weights apart from those of any other checkpoint."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in trained.weights.items():

@@ -18,6 +18,7 @@ from torch import nn
 
 from fastflower.config import Data
 from fastflower.errors import UserError
+from fastflower.models import CLASSICS
 
 Scorer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -38,13 +39,20 @@ class Views:
         """The geometry of each pass over the records."""
         return [replace(data, val_resize=scale) for scale in self.scales] or [data]
 
-    def check(self, data: Data) -> None:
-        """Raise UserError where they do not fit together or the data's geometry."""
+    def check(self, data: Data, model: str) -> None:
+        """Raise UserError where they do not fit together, the data's geometry or the network of that name."""
+        if self.scales and model in CLASSICS:
+            raise UserError(
+                f"--scales needs a network that ends in global average pooling, which {model} does not: give --crops "
+                "10."
+            )
         if self.crops > 1 and self.scales:
             raise UserError(
                 "--crops 10 and --scales are two ways to test: give one (--scales sees the mirror images and all "
                 "positions already)."
             )
+        if len(set(self.scales)) < len(self.scales):
+            raise UserError(f"--scales {','.join(map(str, self.scales))} names a size twice: give each once.")
         if small := [scale for scale in self.scales if scale < data.crop]:
             raise UserError(
                 f"--scales {small[0]} is smaller than data.crop, the {data.crop} pixels that the network was trained "
@@ -105,7 +113,8 @@ def all_positions(features: Scorer, fc: nn.Linear, window: int, images: torch.Te
     """
     weight = fc.weight[:, :, None, None]
     return log_mean_probabilities(
-        F.conv2d(F.avg_pool2d(features(each), window, stride=1), weight, fc.bias) for each in (images, images.flip(3))
+        F.conv2d(F.avg_pool2d(features(each), window, stride=1), weight, fc.bias)
+        for each in (images.clone(), images.flip(3))  # a compiler takes both for the same kind of tensor
     )
 
 

@@ -75,6 +75,39 @@ class BNReLU(nn.BatchNorm2d):
         return (output, output) if self.fork else output
 
 
+class Classic(nn.Module):
+    """Convolutions, average pooling to a fixed size, and fully connected layers: AlexNet and VGG.
+
+    Modules are named as torchvision has them.
+    """
+
+    def __init__(self, features: nn.Sequential, pooled: int, classifier: nn.Sequential) -> None:
+        """Initialize the layers before a ReLU; the last one keeps torch's own initialization, as it does in ResNet.
+
+        Args:
+            features: images [N, 3, H, W] to [N, C, h, w].
+            pooled: side of the map that `classifier` takes, averaged or, from smaller images, repeated.
+            classifier: [N, C * pooled * pooled] to logits.
+        """
+        super().__init__()
+        self.features, self.avgpool, self.classifier = features, nn.AdaptiveAvgPool2d(pooled), classifier
+        for layer in [*features, *classifier[:-1]]:
+            if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+                # He et al. 2015, "Delving Deep into Rectifiers", eq. 10: the activations keep their size, which no
+                # BatchNorm restores here
+                nn.init.kaiming_normal_(layer.weight, mode="fan_in", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images [N, 3, H, W] to logits [N, num_classes]."""
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+
+
+def head_prefix(network: nn.Module) -> str:
+    """What the names of the last linear layer's parameters begin with: `fc.`, or `classifier.6.`."""
+    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1] + "."
+
+
 def both(x: torch.Tensor | Forked) -> Forked:
     """An activation for two consumers, whether or not it comes forked."""
     return x if isinstance(x, tuple) else (x, x)

@@ -17,6 +17,7 @@ from fastflower.data.pipeline import IMAGENET, Normalization
 from fastflower.engine.checkpoint import FORMAT, first_non_finite, normalization_of, weights_of
 from fastflower.engine.run import RunFolder
 from fastflower.errors import UserError
+from fastflower.models.layers import head_prefix
 
 # As torchvision publishes them (torchvision.models.ResNet50_Weights and its like). A file's name ends with the first
 # digits of its SHA-256.
@@ -28,6 +29,9 @@ FILES = {
         "resnet50": "resnet50-0676ba61.pth",
         "resnet101": "resnet101-63fe2227.pth",
         "resnet152": "resnet152-394f9c45.pth",
+        "vgg16": "vgg16-397923af.pth",
+        "vgg19": "vgg19-dcbb9e9d.pth",
+        "alexnet": "alexnet-owt-7be5be79.pth",
     },
     "IMAGENET1K_V2": {
         "resnet50": "resnet50-11ad3fa6.pth",
@@ -78,14 +82,15 @@ def open_pretrained(model: Model, say: Callable[[str], None]) -> Pretrained | No
 
 
 def load_pretrained(network: torch.nn.Module, pretrained: Pretrained) -> None:
-    """Put the weights into `network`, whose last layer `fc` stays as it is.
+    """Put the weights into `network`, whose last layer stays as it is.
 
     Raises:
         UserError: other keys or shapes than the network's, or a value that is not finite. Counts of BatchNorm's steps
             (num_batches_tracked) may be missing, as in files older than them.
     """
-    weights = {name: tensor for name, tensor in pretrained.weights.items() if not name.startswith("fc.")}
-    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith("fc.")}
+    head = head_prefix(network)
+    weights = {name: tensor for name, tensor in pretrained.weights.items() if not name.startswith(head)}
+    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(head)}
     shapes = {name: (list(weights[name].shape), list(own[name].shape)) for name in own if name in weights}
     problems = {
         "missing": [name for name in own if name not in weights and not name.endswith(".num_batches_tracked")],

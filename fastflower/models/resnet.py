@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastflower.errors import UserError
-from fastflower.models import BottleneckStride, Norm, Shortcut
+from fastflower.models import BOTTLENECKS, PLAIN, BottleneckStride, Norm, Shortcut
 from fastflower.models.layers import BNReLU, Forked, both
 
 # Blocks in each of the four stages.
@@ -27,8 +26,6 @@ DEPTHS = {
     "resnet101": (3, 4, 23, 3),
     "resnet152": (3, 8, 36, 3),
 }
-PLAIN = ("plain18", "plain34")
-BOTTLENECKS = ("resnet50", "resnet101", "resnet152")
 
 
 class ResNet(nn.Module):
@@ -59,12 +56,8 @@ class ResNet(nn.Module):
             norm: how BatchNorm and ReLU are computed, see BNReLU. With "triton" residual blocks hand on their output
                 forked, as a pair.
             sync_norm: take batch statistics over all ranks; "triton" only.
-
-        Raises:
-            UserError: an option that has no effect on this network.
         """
         super().__init__()
-        _refuse_idle_options(name, shortcut, bottleneck_stride, zero_init_gamma)
         kind = None if name in PLAIN else shortcut
         bn_relu = partial(BNReLU, norm=norm, sync=sync_norm)
 
@@ -200,20 +193,3 @@ def _shortcut(kind: Shortcut | None, inputs: int, outputs: int, stride: int) -> 
     if kind == "C" or (kind == "B" and inputs != outputs):
         return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
     return nn.Identity() if inputs == outputs else ZeroPad(outputs - inputs, stride)
-
-
-def _refuse_idle_options(
-    name: str, shortcut: Shortcut, bottleneck_stride: BottleneckStride, zero_init_gamma: bool
-) -> None:
-    idle = {
-        f"model.shortcut {shortcut} has no effect on {name}, which has no shortcuts": name in PLAIN and shortcut != "B",
-        f"model.zero_init_gamma has no effect on {name}, which has no residual blocks": (
-            name in PLAIN and zero_init_gamma
-        ),
-        f"model.bottleneck_stride {bottleneck_stride} has no effect on {name}, which has no bottlenecks": (
-            name not in BOTTLENECKS and bottleneck_stride != "3x3"
-        ),
-    }
-    for problem, holds in idle.items():
-        if holds:
-            raise UserError(f"{problem}: leave it out.")

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(
     ("whole", "decode", "transfer_s", "wanted"),
     [
-        (1000, 1500, 0.0, "Bottleneck: decode, 0.67 of the loader's 1.00 ms a picture: read smaller stored pictures"),
+        (1000, 1500, 0.0, "Bottleneck: decode, 0.67 of the loader's 1.00 ms a picture: keep decoded pictures"),
         (1000, 4000, 0.0, "Bottleneck: augmentation, 0.75 of the loader's 1.00 ms a picture: lower --scale"),
         (1000, 5000, 0.0006, "Bottleneck: transfer, 0.60 of the loader's 1.00 ms a picture: let the GPU decode"),
         (1000, 900, 0.0, "Bottleneck: decode, 1.11 of the loader's 1.00 ms a picture"),

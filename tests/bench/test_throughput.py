@@ -14,11 +14,9 @@ import torch
 from torch import nn
 
 from bench import loaders, networks, throughput
-from bench.compute import macs
 from bench.loaders import DECODE, LIMIT
 from bench.throughput import main
 from bench.timing import Contender
-from fastflower.models import create_model
 from tests.conftest import ROOT, TinyNet, fastflower, torchrun, train_arguments
 
 pytestmark = pytest.mark.usefixtures("on_a_small_cpu")
@@ -139,7 +137,7 @@ def test_peers_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_only_steps_change_the_weights() -> None:
-    config = throughput.configure(throughput.ModelCommand(size=2), 1)
+    (config,) = throughput.configure(throughput.ModelCommand(size=2), 1)
     work = networks.Work(config, torch.device("cpu"), throughput.choose_precision(False, "auto", torch.device("cpu")))
     for what, trained in (("forward", False), ("forward + backward", False), ("step", True)):
         linear = nn.Linear(12, networks.CLASSES)
@@ -148,12 +146,6 @@ def test_only_steps_change_the_weights() -> None:
         assert [len(images) for images in contender.start(3)] == [4, 4, 4]
         assert torch.equal(before, linear.weight) is not trained
         assert (linear.weight.grad is None) is (what == "forward")
-
-
-@pytest.mark.parametrize(("name", "published"), [("resnet18", 1.814e9), ("resnet50", 4.089e9)])
-def test_macs_are_the_published_ones(name: str, published: float) -> None:
-    # torchvision's documentation of its weights gives 1.81 and 4.09 "GFLOPS", which are multiply-adds
-    assert macs(create_model(name, 1000), 224) == pytest.approx(published, rel=1e-3)
 
 
 @pytest.mark.usefixtures("tiny_net")
@@ -192,13 +184,17 @@ def test_settings_and_accuracy_come_from_a_run(small: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.usefixtures("tiny_net")
+@pytest.mark.parametrize("cache", ["off", "ram"])
 def test_a_starving_loop_is_told_from_what_the_loader_does_alone(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cache: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(throughput.bottleneck, "is_loader", lambda row: True)
-    options = ["--data.root", small, *GEOMETRY, "--models", "resnet18", "--batch", 16, *SHORT]
+    options = ["--data.root", small, *GEOMETRY, "--models", "resnet18", "--batch", 16, *SHORT, "--cache", cache]
     (row,) = measure(tmp_path / "out.jsonl", "train", *options)
     assert "ms a picture" in row["bottleneck"]
+    assert row["settings"]["cache"] == cache
+    if cache == "ram":  # nothing is left to decode
+        assert row["bottleneck"].startswith("Bottleneck: augmentation")
 
 
 @pytest.mark.slow
@@ -256,7 +252,8 @@ def test_mistakes_end_with_a_sentence(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("model --models resnet18 resnet19", "--models resnet19 is unknown: choose among plain18,"),
+        ("model --models resnet18 resnet19", "model.name is 'resnet19'"),
+        ("model --models resnet18 vgg16 --size 16", "vgg16"),
         ("train --run {root}/none", "none/config.yaml cannot be read"),
         ("train --data.root {root}/small --crop 32 --scale 36 48 --batch 49", "the training split has 48 records"),
         ("eval --data.root {root}/small --crop 32 --scale 36 48 --batch 21", "the validation split has 20 records"),
@@ -271,10 +268,12 @@ def test_mistakes_of_the_other_modes(
 
 
 def test_damaged_log_of_a_run(tmp_path: Path) -> None:
-    assert throughput.best_accuracy(tmp_path) is None
+    (tmp_path / "config.yaml").write_text("model: {name: resnet50}")
+    assert throughput.best_accuracy(tmp_path, "resnet50") is None
     log: list[dict[str, Any]] = [{"val_accuracy": None}, {"val_accuracy": 0.5}, {"val_accuracy": 0.25}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    assert throughput.best_accuracy(tmp_path) == 0.5
+    assert throughput.best_accuracy(tmp_path, "resnet50") == 0.5
+    assert throughput.best_accuracy(tmp_path, "resnet34") is None
     (tmp_path / "metrics.jsonl").write_text("{")
     with pytest.raises(throughput.UserError, match=r"metrics\.jsonl cannot be read as the log of a run"):
-        throughput.best_accuracy(tmp_path)
+        throughput.best_accuracy(tmp_path, "resnet50")

@@ -16,7 +16,7 @@ import torch
 
 from fastflower.config import Data
 from fastflower.data.dataset import evaluation_batches, training_batches
-from fastflower.data.loader import Batch, Loader, decodable, has_header, normalize
+from fastflower.data.loader import Batch, Loader, Memory, decodable, has_header, normalize
 from fastflower.data.pipeline import IMAGENET, Engine, Normalization, View
 from fastflower.data.records import Records, load_split
 from fastflower.data.sampler import evaluation_requests, training_requests
@@ -221,6 +221,38 @@ def test_without_color_shift_normalizing_is_the_plain_formula_to_the_bit() -> No
     images = levels.view(2, 3, 1, 128).contiguous(memory_format=torch.channels_last)
     mean, std = (255 * torch.tensor(values) for values in (IMAGENET.mean, IMAGENET.std))
     assert torch.equal(normalize(images, mean, std), (images.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (5, 3, 7, 9), (3, 3, 224, 200), (70, 3, 32, 32)])
+def test_normalizing_in_pieces_is_the_plain_formula(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    images = images.contiguous(memory_format=torch.channels_last)
+    std = torch.tensor([50.0, 60.0, 70.0])
+    for mean in (torch.tensor([100.0, 110.0, 90.0]), torch.rand(shape[0], 3, generator=generator) * 100):
+        wanted = (images.float() - mean.view(-1, 3, 1, 1)) / std.view(3, 1, 1)
+        out = torch.full((images.numel(),), torch.nan)
+        for found in (normalize(images, mean, std), normalize(images, mean, std, out)):
+            assert torch.equal(found, wanted)
+            assert found.is_contiguous(memory_format=torch.channels_last)
+        assert found.data_ptr() == out.data_ptr()
+
+
+def test_memory_is_used_again_when_nobody_holds_it() -> None:
+    memory = Memory()
+    first, second = memory.take(1000), memory.take(1000)
+    assert first.data_ptr() != second.data_ptr()
+    address = first.data_ptr()
+    part = (first.view(10, 100)[3:] * torch.ones(1, requires_grad=True)).sum()  # autograd holds it
+    del first
+    assert memory.take(1000).data_ptr() != address
+    del part
+    held = memory.take(1000), memory.take(1000)
+    assert address in {each.data_ptr() for each in held}
+    assert len({each.data_ptr() for each in (*held, second)}) == 3
+    del held
+    other = memory.take(500)
+    assert len(other) == 500
 
 
 @pytest.mark.slow

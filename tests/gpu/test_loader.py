@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
+from fastflower.data.cache import open_cache
 from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import IMAGENET, Engine, View
 from fastflower.data.records import Records, load_split
-from fastflower.data.sampler import evaluation_requests, training_requests
+from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
+from fastflower.data.selection import shapes_of
 from fastflower.data.tfrecord import write_tfrecord
+from fastflower.engine.distributed import Ranks
 from tests.conftest import example, jpeg
 
 pytestmark = pytest.mark.gpu
@@ -42,11 +46,14 @@ def epoch(loader: Loader) -> Iterator[Batch]:
     return loader.batches(requests)
 
 
-@pytest.mark.parametrize("place", ["center", "random"])
+@pytest.mark.parametrize("place", ["center", "random", "whole"])
 def test_pictures_are_those_of_the_cpu(pictures: Records, place: str) -> None:
     made = [loader(pictures, View(128, place), on_gpu) for on_gpu in (False, True)]  # type: ignore[arg-type]
     if place == "center":
         passes = [each.batches(evaluation_requests(COUNT, shorter=144, batch=BATCH)) for each in made]
+    elif place == "whole":
+        shapes = shapes_of(pictures)
+        passes = [each.batches(whole_requests(shapes, shorter=144, crop=128, batch=BATCH)) for each in made]
     else:
         passes = [epoch(each) for each in made]
     to_levels = 255 * torch.tensor(IMAGENET.std).view(3, 1, 1)
@@ -110,3 +117,18 @@ def test_color_shift_is_that_of_the_cpu(pictures: Records, on_gpu: bool) -> None
         assert shifted.images.is_contiguous(memory_format=torch.channels_last)
         # half of an fp16 step, which is at most 2**-8 for values below 8, twice
         torch.testing.assert_close(shifted.images.float().cpu(), wanted, rtol=0, atol=2**-8)
+
+
+@pytest.mark.parametrize("choice", ["gpu", "ram"])
+def test_pictures_decoded_once_give_the_same_batches(pictures: Records, choice: Literal["gpu", "ram"]) -> None:
+    device, engine = torch.device("cuda", 0), Engine(device="gpu", device_id=0, threads=4)
+    (decoded,) = open_cache(choice, [pictures], engine, Ranks(), lambda _: None, lambda _: lambda done, total: None)
+    assert decoded
+    assert decoded.place == ("gpu" if choice == "gpu" else "cpu")
+    cached = Loader(pictures, View(128, "random"), IMAGENET, engine, device, BATCH, decoded=decoded)
+    for number in range(2):
+        wanted = [batch.images.clone() for batch in epoch(loader(pictures, View(128, "random"), on_gpu=True))]
+        found = [batch.images.clone() for batch in epoch(cached)]
+        assert len(found) == len(wanted)
+        for one, other in zip(found, wanted, strict=True):
+            assert torch.equal(one, other), f"epoch {number}"

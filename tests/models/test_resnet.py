@@ -16,9 +16,9 @@ import torchvision
 from torch import nn
 
 from fastflower.errors import UserError
-from fastflower.models import MODEL_NAMES, Shortcut, create_model
+from fastflower.models import BOTTLENECKS, CLASSICS, MODEL_NAMES, PLAIN, RESIDUAL, Shortcut, create_model
 from fastflower.models.layers import BNReLU
-from fastflower.models.resnet import BOTTLENECKS, DEPTHS, BasicBlock, Bottleneck, ResNet, ZeroPad
+from fastflower.models.resnet import DEPTHS, BasicBlock, Bottleneck, ResNet, ZeroPad
 
 # torchvision's published counts, 1000 classes.
 PARAMETERS = {
@@ -358,7 +358,7 @@ class TestRunningStatistics:
 
 
 class TestRegistry:
-    @pytest.mark.parametrize("name", MODEL_NAMES)
+    @pytest.mark.parametrize("name", DEPTHS)
     def test_every_name_takes_the_defaults(self, name: str) -> None:
         with torch.device("meta"):
             model = create_model(name, 7, shortcut="B", bottleneck_stride="3x3", zero_init_gamma=False)
@@ -366,7 +366,8 @@ class TestRegistry:
         assert model.state_dict()["fc.weight"].shape == (7, 2048 if name in BOTTLENECKS else 512)
 
     def test_names_are_the_networks(self) -> None:
-        assert tuple(DEPTHS) == MODEL_NAMES
+        assert set(DEPTHS) == set(PLAIN + RESIDUAL)
+        assert set(DEPTHS) | set(CLASSICS) == set(MODEL_NAMES)
 
     @pytest.mark.parametrize(
         ("name", "nearest"),

@@ -1,0 +1,234 @@
+"""Pictures decoded once, in memory: later epochs begin with their pixels, and need no decoder.
+
+In host memory the processes of a machine share one copy; in a GPU's memory each process has its own.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.pipeline import DataNode
+
+from fastflower.data.loader import first_undecodable, read_picture
+from fastflower.data.pipeline import Engine, decode
+from fastflower.data.records import Records
+from fastflower.data.selection import shapes_of
+from fastflower.engine.distributed import Ranks
+from fastflower.errors import UserError
+
+Choice = Literal["off", "ram", "gpu", "auto"]
+Place = Literal["ram", "gpu"]
+
+BATCH = 32  # pictures that are decoded at once
+GROUP = Path("/sys/fs/cgroup")  # a container's limits (version 2)
+SHARED = Path("/dev/shm")  # where Linux keeps memory that processes share
+MOST, MOST_AUTO = 0.8, 0.5  # share of the free memory that a cache takes at most
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """The pixels of a split's records."""
+
+    shapes: np.ndarray  # [n, 2] int64, height and width, turned by EXIF
+    starts: np.ndarray  # [n] int64, place in `pixels`
+    pixels: np.ndarray | torch.Tensor  # [bytes] uint8, in host memory or on the GPU
+
+    @property
+    def place(self) -> Literal["cpu", "gpu"]:
+        """Whose memory it is."""
+        return "gpu" if isinstance(self.pixels, torch.Tensor) else "cpu"
+
+    def picture(self, index: int) -> np.ndarray | torch.Tensor:
+        """RGB of a record, uint8 [H, W, 3]; a view."""
+        (height, width), start = self.shapes[index].tolist(), int(self.starts[index])
+        return self.pixels[start : start + 3 * height * width].reshape(height, width, 3)
+
+
+def choose_place(choice: Choice, needed: int, engine: Engine, ranks: Ranks) -> tuple[Place | None, str]:
+    """Where `needed` bytes of pixels are kept, None for nowhere, and a sentence that says so ("" for "off").
+
+    auto takes the GPU's memory if all fit into half of what is free there, else host memory on the same terms.
+
+    Raises:
+        UserError: "gpu" where DALI does not work on one.
+    """
+    if choice == "gpu" and engine.device != "gpu":
+        raise UserError("data.cache gpu needs DALI on a GPU (data.decoder): give ram or auto.")
+    places: list[Place] = {"off": [], "ram": ["ram"], "gpu": ["gpu"], "auto": ["gpu", "ram"]}[choice]  # type: ignore[assignment]
+    most = MOST_AUTO if choice == "auto" else MOST
+    free = {place: _free(place, engine, ranks) for place in places if place == "ram" or engine.device == "gpu"}
+    for place, size in free.items():
+        if needed <= most * size:
+            return place, f"Keeping the decoded pictures in {_NAMES[place]}: {_gb(needed)}."
+    if not free:
+        return None, ""
+    found = " and ".join(f"{_gb(size)} of {_NAMES[place]}" for place, size in free.items())
+    return None, f"The decoded pictures would take {_gb(needed)}, and {found} are free: each epoch decodes them anew."
+
+
+_NAMES = {"ram": "host memory", "gpu": "the GPU's memory"}
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.2g} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"
+
+
+def _free(place: Place, engine: Engine, ranks: Ranks) -> int:
+    """Bytes that can still be taken."""
+    if place == "gpu":
+        return torch.cuda.mem_get_info(engine.device_id)[0]
+    free = _meminfo()
+    if ranks.local_world_size > 1:
+        status = os.statvfs(SHARED)
+        free = min(free, status.f_bavail * status.f_frsize)
+    return free
+
+
+def _meminfo() -> int:
+    """Available host memory, within the limit of a container."""
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit, used = ((GROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
+        return min(free, int(limit) - int(used))
+    except (OSError, ValueError):  # no such limit, or "max"
+        return free
+
+
+def open_cache(
+    choice: Choice,
+    splits: list[Records],
+    engine: Engine,
+    ranks: Ranks,
+    say: Callable[[str], None],
+    follow: Callable[[str], Callable[[int, int], None]],
+) -> list[Decoded | None]:
+    """Decode splits into memory, each record once; None of each where that is not wanted or does not fit.
+
+    Every rank must call it; those of one machine share the work, and host memory.
+
+    Args:
+        choice: where to.
+        splits: the records.
+        engine: what decodes; "gpu" memory is its GPU's.
+        ranks: the processes.
+        say: takes sentences for the user.
+        follow: makes a callback (done, to do) for a named part of the work.
+
+    Raises:
+        UserError: a record cannot be decoded, or `choice` cannot be had.
+    """
+    if choice == "off":
+        return [None for _ in splits]
+    with ranks.together():
+        sizes = [3 * shapes_of(records).prod(axis=1) for records in splits]
+        place, sentence = choose_place(choice, int(sum(size.sum() for size in sizes)), engine, ranks)
+    if place != _agree(place, ranks):  # what is free may have changed between two readings
+        place, sentence = None, "Not every process finds room for the decoded pictures: each epoch decodes them anew."
+    say(sentence)
+    if place is None:
+        return [None for _ in splits]
+    return [_decode(records, size, place, engine, ranks, follow) for records, size in zip(splits, sizes, strict=True)]
+
+
+def _agree(place: Place | None, ranks: Ranks) -> Place | None:
+    """What all ranks have chosen, None where they differ."""
+    chosen = set(ranks.gather(place))
+    return chosen.pop() if len(chosen) == 1 else None
+
+
+def _decode(
+    records: Records,
+    sizes: np.ndarray,
+    place: Place,
+    engine: Engine,
+    ranks: Ranks,
+    follow: Callable[[str], Callable[[int, int], None]],
+) -> Decoded:
+    ends = np.cumsum(sizes)
+    total, n = int(ends[-1]), len(records)
+    if place == "gpu":
+        pixels: np.ndarray | torch.Tensor = torch.empty(total, dtype=torch.uint8, device=f"cuda:{engine.device_id}")
+        shapes, mine = np.zeros((n, 2), np.int64), np.arange(n)
+    else:
+        memory = _memory(16 * n + total, ranks)
+        shapes, pixels = memory[: 16 * n].view(np.int64).reshape(n, 2), memory[16 * n :]
+        mine = np.arange(ranks.local_rank, n, ranks.local_world_size)
+    decoded = Decoded(shapes, ends - sizes, pixels)
+    progress = follow("decode once")
+    with ranks.together():
+        for done, (index, picture) in enumerate(_pictures(records, mine, engine, on_gpu=place == "gpu"), start=1):
+            if 3 * picture.shape[0] * picture.shape[1] != sizes[index]:
+                raise UserError(f"{records.describe(index)} has not the size that its header says: leave it out.")
+            shapes[index] = picture.shape[:2]
+            decoded.picture(index)[:] = picture  # type: ignore[assignment]
+            progress(done, len(mine))
+    return decoded
+
+
+def _memory(size: int, ranks: Ranks) -> np.ndarray:
+    """Zeroed host memory, [size] uint8, that all processes of this machine see; gone with the last of them."""
+    if ranks.local_world_size == 1:
+        return np.zeros(size, np.uint8)
+    path = SHARED / f"fastflower-{secrets.token_hex(8)}"
+    failure = None
+    if ranks.local_rank == 0:
+        try:
+            with path.open("xb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # taken now: later, a full machine would kill us
+        except OSError as error:
+            failure = error
+    leader = ranks.rank - ranks.local_rank
+    path, failure = ranks.gather((path, failure))[leader]
+    if not failure:
+        with path.open("r+b") as file:
+            memory = np.frombuffer(mmap.mmap(file.fileno(), size), np.uint8)
+    ranks.gather(None)  # all have opened it
+    if ranks.local_rank == 0:
+        path.unlink(missing_ok=True)
+    if failure:
+        raise UserError(f"{path} cannot take {_gb(size)} ({failure.strerror}): give data.cache off.")
+    return memory
+
+
+def _pictures(
+    records: Records, indices: np.ndarray, engine: Engine, *, on_gpu: bool
+) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
+    """Each record's number and its pixels, uint8 [H, W, 3], valid until the next batch."""
+    batches = [indices[start : start + BATCH] for start in range(0, len(indices), BATCH)]
+    encoded = ([read_picture(records, index) for index in batch] for batch in batches)
+    failures: list[UserError] = []
+
+    def source() -> list[np.ndarray]:
+        try:
+            return next(encoded)
+        except UserError as error:
+            failures.append(error)  # it would cross DALI's native code: end the data and raise it after
+            raise StopIteration from error
+
+    @pipeline_def(batch_size=BATCH, num_threads=engine.threads, device_id=engine.device_id, prefetch_queue_depth=1)
+    def pictures() -> DataNode:
+        decoded = decode(fn.external_source(source=source, batch=True), engine)
+        return decoded if on_gpu else decoded.cpu()
+
+    pipeline = pictures()
+    for batch in batches:
+        try:
+            (found,) = pipeline.run()
+        except StopIteration:
+            raise failures[0] from None
+        except RuntimeError as error:
+            raise first_undecodable(records, batch) or error from error
+        for index, picture in zip(batch.tolist(), found, strict=True):
+            yield index, torch.from_dlpack(picture) if on_gpu else np.asarray(picture)
+    if on_gpu:
+        torch.cuda.synchronize(engine.device_id)

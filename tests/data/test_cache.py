@@ -1,0 +1,147 @@
+"""Pictures decoded once: the same batches, what fits where, and memory that processes share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastflower.config import Data
+from fastflower.data import cache
+from fastflower.data.cache import Decoded, choose_place, open_cache
+from fastflower.data.dataset import evaluation_batches, training_batches
+from fastflower.data.folder import picture_files
+from fastflower.data.pipeline import IMAGENET, Engine
+from fastflower.data.records import Records, load_split
+from fastflower.engine.distributed import Ranks
+from fastflower.errors import UserError
+from tests.conftest import READABLE, ROOT, fastflower, torchrun, train_arguments, write_folders
+from tests.engine.test_run import without_times
+
+CPU, ALONE = torch.device("cpu"), Ranks()
+
+
+def decoded(records: Records, choice: Any = "ram") -> tuple[Decoded | None, list[str]]:
+    said: list[str] = []
+    (found,) = open_cache(choice, [records], Engine(), ALONE, said.append, lambda _: lambda done, total: None)
+    return found, said
+
+
+def batches(records: Records, pixels: Decoded | None, epoch: int) -> list[torch.Tensor]:
+    data = Data(crop=32, scale=(36, 60), val_resize=40)
+    common = (IMAGENET, Engine(), CPU, ALONE)
+    train = training_batches(data, records, *common, batch_size=4, seed=0, decoded=pixels)
+    val = evaluation_batches(data, records, *common, batch_size=3, decoded=pixels)
+    return [batch.images for loader in (train.epoch(epoch), val.once()) for batch in loader]
+
+
+def test_batches_are_the_same_bit_for_bit(odd_images: Path) -> None:
+    records = picture_files([odd_images / name for name in READABLE])
+    records = Records(**{**vars(records), "labels": np.zeros(len(records), np.int64)})
+    pixels, said = decoded(records)
+    assert pixels
+    assert "Keeping the decoded pictures in host memory: 0.0" in said[0]
+    for epoch in (0, 1, 5):
+        for found, wanted in zip(batches(records, pixels, epoch), batches(records, None, epoch), strict=True):
+            assert torch.equal(found, wanted)
+
+
+def test_real_photographs_at_all_sizes(flowers5: Path) -> None:
+    records = load_split(flowers5, "val", sizes="all")
+    pixels, _ = decoded(records)
+    assert pixels
+    assert pixels.pixels.nbytes == 3 * 50 * (192**2 + 224**2 + 331**2 + 512**2)
+    for found, wanted in zip(batches(records, pixels, 0), batches(records, None, 0), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("choice", "needed", "place", "words"),
+    [
+        ("off", 1, None, ""),
+        ("ram", 799, "ram", "Keeping the decoded pictures in host memory: 8e-07 GB"),
+        ("ram", 801, None, "would take 8e-07 GB, and 1e-06 GB of host memory are free"),
+        ("auto", 499, "ram", "in host memory"),
+        ("auto", 501, None, "each epoch decodes them anew"),
+    ],
+)
+def test_what_does_not_fit_is_said(
+    choice: Any, needed: int, place: str | None, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "_meminfo", lambda: 1000)
+    found, sentence = choose_place(choice, needed, Engine(), ALONE)
+    assert found == place
+    assert words in sentence
+
+
+def test_a_gpu_comes_first_and_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "_free", lambda place, *_: {"gpu": 1000, "ram": 2000}[place])
+    on_gpu = Engine(device="gpu", device_id=0)
+    for choice, needed, place in [("auto", 499, "gpu"), ("auto", 501, "ram"), ("auto", 1001, None), ("gpu", 801, None)]:
+        assert choose_place(choice, needed, on_gpu, ALONE)[0] == place  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="data.cache gpu needs DALI on a GPU"):
+        choose_place("gpu", 1, Engine(), ALONE)
+
+
+def test_shared_memory_counts_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = Ranks(rank=0, world_size=2, local_rank=0, local_world_size=2)
+    free = os.statvfs("/dev/shm")
+    monkeypatch.setattr(cache, "_meminfo", lambda: 10**15)
+    assert cache._free("ram", Engine(), two) == free.f_bavail * free.f_frsize
+    assert cache._free("ram", Engine(), ALONE) == 10**15
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = cache._meminfo()
+    assert 10**8 < whole < 10**14
+    (tmp_path / "memory.max").write_text("70000\n")
+    (tmp_path / "memory.current").write_text("50000\n")
+    monkeypatch.setattr(cache, "GROUP", tmp_path)
+    assert cache._meminfo() == 20000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert cache._meminfo() > 10**8
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    return write_folders(tmp_path / "data", {"train/rose": 13, "train/tulip": 12, "val/rose": 4, "val/tulip": 3})
+
+
+def test_runs_are_the_same_with_and_without(folders: Path, tmp_path: Path, tiny_net: None) -> None:
+    rows = {}
+    for choice in ("off", "ram", "auto"):
+        result = fastflower(*train_arguments(folders, tmp_path / choice), "--train.epochs", 2, "--data.cache", choice)
+        assert result.code == 0, result.err
+        assert ("Keeping the decoded pictures in host memory" in result.out) == (choice != "off")
+        rows[choice] = without_times(tmp_path / choice)
+    assert rows["off"] == rows["ram"] == rows["auto"]
+    refused = fastflower(*train_arguments(folders, tmp_path / "gpu"), "--data.cache", "gpu")
+    assert refused.code == 2
+    assert "data.cache gpu needs DALI on a GPU" in refused.err
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(folders: Path, tmp_path: Path, tiny_net: None) -> None:
+    bad = folders / "train/rose/000003.jpg"
+    measured = ("--data.mean", 0.4, 0.4, 0.4, "--data.std", 1, 1, 1)  # else that would find it
+    for content in (b"<html>", bad.read_bytes()[:200]):
+        bad.write_bytes(content)
+        refused = fastflower(*train_arguments(folders, tmp_path / "run"), *measured, "--data.cache", "ram")
+        assert refused.code == 2
+        assert f"{bad} cannot be decoded" in refused.err
+
+
+def test_two_processes_share_memory_and_leave_none(folders: Path, tmp_path: Path, tiny_net: None) -> None:
+    before = set(os.listdir("/dev/shm"))
+    rows = []
+    for choice in ("off", "ram"):
+        arguments = [*train_arguments(folders, tmp_path / choice), "--train.epochs", 1, "--data.cache", choice]
+        done = torchrun(ROOT / "tests/engine/tiny_worker.py", *arguments, limit_s=120, environment={})
+        assert done.returncode == 0, done.stderr
+        rows.append(without_times(tmp_path / choice))
+    assert rows[0] == rows[1]
+    assert "Keeping the decoded pictures in host memory" in done.stdout
+    assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("fastflower-")} == set()
