@@ -46,6 +46,7 @@ setup(
         "google-crc32c>=1.5",
     ],
     extras_require={
+        "bench": ["torchvision", "timm"],  # what `bench/throughput.py --peers` measures beside fastflower
         "test": [
             "pandas",
             "pytest>=8",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
@@ -9,6 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,32 +18,37 @@ import tyro
 from rich.console import Console
 from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes
 
+from fastflower.environment import environment
 from fastflower.errors import UserError
 
 CORES = len(os.sched_getaffinity(0))
 
 
+class MissingError(Exception):
+    """A contender is not installed or does not apply; the message says why."""
+
+
+def need(package: str) -> ModuleType:
+    """Import a package that only contenders use; MissingError where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise MissingError(f"not installed (pip install {package.partition('.')[0]})") from error
+
+
 def circumstances(command: object, device: torch.device, versions: Mapping[str, Any]) -> dict[str, Any]:
     """What a figure depends on: settings, machine and its load before the run, versions, commit, date.
 
-    `versions` are added to torch's.
+    `versions` are added to those of `fastflower.environment.environment`.
     """
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    info = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.partition(": ")[2] for line in info if line.startswith("model name")), "unknown")
+    found = environment(device)
+    machine = {name: found.pop(name) for name in ("cpu", "gpu", "cores")}
     git = shlex.join(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"])
     failed, commit = subprocess.getstatusoutput(git)
-    settings = {key: _without_paths(value) for key, value in vars(command).items()}
     return {
-        "settings": settings,
-        "machine": {
-            "cpu": cpu,
-            "gpu": gpu,
-            "cores": CORES,
-            "threads": torch.get_num_threads(),
-            "load": os.getloadavg()[0],
-        },
-        "versions": {"torch": torch.__version__, **versions},
+        "settings": {key: _without_paths(value) for key, value in vars(command).items()},
+        "machine": machine | {"threads": found.pop("torch_threads"), "load": os.getloadavg()[0]},
+        "versions": {**found, **versions},
         "commit": None if failed else commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -84,5 +91,6 @@ def start(
     try:
         return run(tyro.cli(commands, description=description, args=argv, use_underscores=True, config=conf), Console())
     except UserError as error:
-        Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        if os.environ.get("RANK", "0") == "0":  # the other processes of a run fail with the same sentence
+            Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
         return 2

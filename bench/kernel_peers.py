@@ -16,15 +16,12 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+from bench.common import MissingError
 from bench.kernel_layers import Data, Forward, Problem
 from fastflower.environment import find_apex
 from fastflower.errors import UserError
 from fastflower.kernels.batch_norm import bn_relu
 from fastflower.kernels.tiles import Tiles
-
-
-class MissingError(Exception):
-    """A contender is not installed or does not apply; the message says why."""
 
 
 @dataclass(frozen=True)

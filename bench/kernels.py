@@ -15,7 +15,6 @@ Rates are the bytes that our kernels have to move, over the time, for every cont
 
 from __future__ import annotations
 
-import importlib.metadata
 import itertools
 import math
 import sys
@@ -36,10 +35,11 @@ from torch import Tensor
 from tyro.conf import arg
 
 from bench import kernel_report
-from bench.common import append, circumstances, require_positive, start
+from bench.common import MissingError, append, circumstances, require_positive, start
 from bench.kernel_layers import DTYPES, Data, Forward, Problem, find_layers
-from bench.kernel_peers import Contender, MissingError, all_contenders
+from bench.kernel_peers import Contender, all_contenders
 from fastflower.engine.precision import choose_device
+from fastflower.environment import package_versions
 from fastflower.errors import UserError
 
 MAX_COPIES = 32  # of the data; a layer that needs more is so small that calls, not bytes, take its time
@@ -226,14 +226,8 @@ def judge(problem: Problem, contenders: Sequence[Contender], found: Mapping[str,
 
 def versions(device: torch.device) -> dict[str, Any]:
     """Of what the contenders are made of, besides torch."""
-    found: dict[str, Any] = {}
-    for package in ("triton", "nvidia-cudnn-frontend"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    gpu = device.type == "cuda"
-    return found | {"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version() if gpu else None}
+    cudnn = torch.backends.cudnn.version() if device.type == "cuda" else None
+    return package_versions("nvidia-cudnn-frontend") | {"cudnn": cudnn}
 
 
 def run(command: Command, console: Console) -> int:

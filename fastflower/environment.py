@@ -12,21 +12,16 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     import torch
 
-PACKAGES = ("fastflower", "torch", "triton", "numpy")
-
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, GPU and threads."""
     import torch  # here, so that `find_apex` can be asked where these are broken
     from nvidia import dali
 
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found | {
+    return {
+        "python": platform.python_version(),
+        **package_versions("fastflower", "triton", "numpy"),
+        "torch": torch.__version__,
         "dali": dali.__version__,
         "apex": find_apex(),
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
@@ -35,6 +30,17 @@ def environment(device: torch.device) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
     }
+
+
+def package_versions(*names: str) -> dict[str, str | None]:
+    """Versions of packages by their names; None where one is not installed."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def find_apex() -> Literal["nvidia", "another package"] | None:

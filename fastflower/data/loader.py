@@ -32,7 +32,8 @@ CACHED = 2**17  # float32 values that stay in a core's cache
 class Batch:
     """Pictures ready for the network."""
 
-    images: torch.Tensor  # [N, 3, H, W] channels-last, normalized: float32, or float16 where DALI normalizes (GPU)
+    # [N, 3, H, W] channels-last, normalized: float32, or float16 where DALI normalizes (GPU); else uint8
+    images: torch.Tensor
     labels: torch.Tensor  # [N] int64
     indices: np.ndarray  # [N] int64, which records they are
 
@@ -48,7 +49,7 @@ class Loader:
         self,
         records: Records,
         view: View,
-        normalization: Normalization,
+        normalization: Normalization | None,
         engine: Engine,
         device: torch.device,
         batch: int,
@@ -60,7 +61,7 @@ class Loader:
         Args:
             records: the split.
             view: geometry of the pictures.
-            normalization: of the pixels.
+            normalization: of the pixels; None leaves them uint8, as DALI resized them, without color shifts.
             engine: where DALI works; "gpu" needs `device` to be that GPU.
             device: where batches are handed out.
             batch: most pictures in a batch.
@@ -69,8 +70,9 @@ class Loader:
         """
         self.records, self.view, self.engine, self.device = records, view, engine, device
         self.normalization, self.batch, self.read_ahead, self.decoded = normalization, batch, read_ahead, decoded
-        self._mean = torch.tensor(normalization.mean, device=device) * 255
-        self._std = torch.tensor(normalization.std, device=device) * 255
+        if normalization:
+            self._mean = torch.tensor(normalization.mean, device=device) * 255
+            self._std = torch.tensor(normalization.std, device=device) * 255
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._memory = Memory()
         self._pipeline: graph.Pipeline | None = None
@@ -122,6 +124,8 @@ class Loader:
     ) -> Batch:
         if made:
             torch.cuda.current_stream(self.device).wait_event(made)
+        if not self.normalization:
+            return Batch(images, labels, indices)
         if images.dtype == torch.uint8:
             mean = self._mean if shift is None else self._mean - 255 * shift
             out = self._memory.take(images.numel()) if images.device.type == "cpu" else None

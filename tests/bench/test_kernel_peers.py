@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from bench import kernel_layers, kernel_peers
+from bench.common import MissingError
 from bench.kernel_layers import Layer, Problem
-from bench.kernel_peers import MissingError, all_contenders, parse_tiles
+from bench.kernel_peers import all_contenders, parse_tiles
 from fastflower.errors import UserError
 from fastflower.kernels import launch  # before the interpreter's variable is taken away below
 

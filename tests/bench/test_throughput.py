@@ -1,145 +1,232 @@
-"""The throughput benchmark: what it counts, what it leaves out, and that the contenders do the same work."""
+"""The throughput benchmark from its options to its results, in each mode."""
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from bench import throughput
-from bench.throughput import Contender, LoaderCommand, ModelCommand, main, time_steps
+from bench import loaders, networks, throughput
+from bench.loaders import DECODE, LIMIT
+from bench.throughput import main
+from bench.timing import Contender
+from tests.conftest import ROOT, TinyNet, fastflower, torchrun, train_arguments
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("on_a_small_cpu")
 KEYS = {"mode", "name", "images_per_s", "spread", "ms_per_step", "pictures", "machine", "versions", "commit", "date"}
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # tiny pictures; more threads wait for each other on a busy machine
-    yield
-    torch.set_num_threads(threads)
+KEYS |= {"batch", "world_size", "peak_memory_mb", "peak_memory_of", "first_step_s", "settings"}
+COMPUTED = {"macs", "flops", "flops_per_s", "mfu", "ceiling_flops_per_s"}
+GEOMETRY = ["--crop", "32", "--scale", "36", "48"]
+SHORT = ["--steps", "2", "--warmup", "1", "--repeats", "1"]
 
 
 def rows(out: Path) -> list[dict]:
     """The lines of --out, checked for what each must have."""
     found = [json.loads(line) for line in out.read_text().splitlines()]
     for row in found:
+        if "missing" in row:
+            continue
         assert row.keys() >= KEYS
         assert row["spread"][0] <= row["images_per_s"] <= row["spread"][1]
         assert row["machine"]["cores"] >= 1
+        assert row["machine"]["gpu"] is None
         assert row["versions"]["torch"] == torch.__version__
+        assert row["peak_memory_of"] == "process"
+        if row["mode"] != "loader":
+            assert row.keys() >= COMPUTED
+            assert row["flops_per_s"] == pytest.approx(row["images_per_s"] * row["flops"])
+            assert row["mfu"] == pytest.approx(row["flops_per_s"] / row["ceiling_flops_per_s"])
     return found
 
 
-def test_only_the_steps_between_warmup_and_work_ahead_are_timed() -> None:
-    done: list[int] = []
-
-    def start(steps: int) -> Iterator[torch.Tensor]:
-        for step in range(steps):
-            time.sleep(0.2 if step == 0 else 0.1 if step < 4 or step >= 10 else 0.01)  # slow outside 4..9
-            done.append(step)
-            yield torch.zeros(3 + step, 3, 1, 1)
-
-    timing = time_steps(Contender("stub", start, ahead=4), warmup=2, steps=6, device=CPU)
-    assert done == list(range(4 + 6 + 4))  # warm-up grows to the work ahead, and that is waited for at the end
-    assert timing.pictures == sum(3 + step for step in range(4, 10))  # counted, not batch x steps
-    assert timing.first_s >= 0.2
-    assert 0.06 <= timing.seconds < 0.1 + 0.06  # one slow step more would pass it
+def measure(out: Path, *arguments: object) -> list[dict]:
+    """The rows of one run."""
+    assert main([*map(str, arguments), "--out", str(out)]) == 0
+    return rows(out)
 
 
-def test_loader_counts_pictures_and_appends_a_line(small: Path, tmp_path: Path) -> None:
+def test_loader_counts_pictures_and_appends_lines(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
-    options = "--crop 32 --scale 36 48 --batch 20 --steps 4 --warmup 1 --repeats 2"
-    for _ in range(2):
-        assert main(["loader", "--data.root", str(small), "--out", str(out), *options.split()]) == 0
-    first, second = rows(out)
+    options = ["loader", "--data.root", small, *GEOMETRY, "--batch", 20, "--steps", 4, "--warmup", 1, "--repeats", 2]
+    measure(out, *options)
+    found = measure(out, *options)
+    assert [row["name"] for row in found] == ["fastflower", DECODE, LIMIT] * 2
+    assert {row["pictures"] for row in found} == {2 * 4 * 20}
+    first, *_, limit = found
     assert first["mode"] == "loader"
-    assert first["pictures"] == second["pictures"] == 2 * 4 * 20
     assert first["settings"]["scale"] == [36, 48]
     assert first["settings"]["root"] == ["small"]  # no paths of one machine
-    assert first["machine"]["gpu"] is None
+    assert first["share_of_limit"] == pytest.approx(found[0]["images_per_s"] / found[2]["images_per_s"])
+    assert limit["share_of_limit"] == 1
+    assert first["bottleneck"].startswith("Bottleneck: ")
 
 
-def test_default_data_are_the_builtin_flowers(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "ensure_builtin", lambda: small)
-    (ours,) = throughput.loader_contenders(throughput.with_defaults(LoaderCommand(batch=8)), CPU)
-    assert [images.shape for images in ours.start(2)] == [(8, 3, 56, 56)] * 2
+def test_default_data_are_the_builtin_flowers(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastflower.engine.setup.ensure_builtin", lambda progress: small)
+    monkeypatch.setattr("fastflower.engine.setup.builtin_root", lambda: small)
+    first, *_ = measure(tmp_path / "out.jsonl", "loader", "--batch", 8, *SHORT)
+    assert first["settings"]["root"] == ["small"]
+    assert (first["settings"]["crop"], first["settings"]["scale"]) == (56, [64, 96])
 
 
-def test_peer_hands_over_the_same_pictures(small: Path) -> None:
-    # shorter side = crop, and the pictures are square: nothing is random but the flip
-    command = LoaderCommand(root=(small,), crop=36, scale=(36, 36), batch=20, peers=True)
-    ours, peer = throughput.loader_contenders(command, CPU)
-    for _ in range(2):  # the workers serve a second repeat
-        batches = list(zip(ours.start(5), peer.start(5), strict=True))
-        assert len(batches) == 5  # over the end of two epochs of 48 // 20 batches
-        for a, b in batches:
-            assert a.shape == b.shape == (20, 3, 36, 36)
-            assert a.dtype == b.dtype == torch.float32
-            straight, flipped = ((a - view).abs().amax(dim=(1, 2, 3)) for view in (b, b.flip(3)))
-            # the resizers round apart by at most two levels of 255: 2 / 255 / 0.224 = 0.0350 after normalization
-            assert torch.minimum(straight, flipped).max() < 0.0351
-            assert (straight - flipped).abs().min() > 0.1  # so the flip was told apart
+def test_peers_stand_beside_the_loader(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loaders, "dataloader", lambda work, batch, *_: Contender(loaders.ours(work, batch).start))
+    monkeypatch.setitem(sys.modules, "timm", None)
+    found = measure(tmp_path / "out.jsonl", "loader", "--data.root", small, *GEOMETRY, "--batch", 8, *SHORT, "--peers")
+    assert len(found) == 7
+    assert found[-1]["missing"] == "not installed (pip install timm)"
+    shown = capsys.readouterr().out
+    assert f"{found[3]['images_per_s'] / found[0]['images_per_s']:.2f}" in shown
+    assert "missing: DataLoader, timm's: not installed (pip install timm)" in shown
+    assert found[0]["bottleneck"] in shown
 
 
-def test_loader_with_peers_reports_both(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "out.jsonl"
-    options = "--crop 32 --scale 36 48 --batch 8 --steps 3 --warmup 1 --repeats 1 --peers"
-    assert main(["loader", "--data.root", str(small), "--out", str(out), *options.split()]) == 0
-    ours, peer = rows(out)
-    assert ours["pictures"] == peer["pictures"] == 3 * 8
-    table = capsys.readouterr().out
-    assert f"{peer['images_per_s'] / ours['images_per_s']:.2f}" in table
-    assert "1.00" in table
+@pytest.mark.usefixtures("tiny_net")
+def test_model_measures_three_passes_of_each_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
 
-
-def test_model_trains_every_contender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[torch.nn.Module] = []
-
-    def compile_(network: torch.nn.Module, **_: bool) -> torch.nn.Module:
+    def compile_(network: nn.Module, **_: bool) -> nn.Module:
         compiled.append(network)
         return network
 
     monkeypatch.setattr(torch, "compile", compile_)
-    out = tmp_path / "out.jsonl"
-    options = "--models resnet18 plain18 --batch 4 --size 32 --steps 2 --warmup 1 --repeats 1 --peers"
-    assert main(["model", "--out", str(out), *options.split()]) == 0
-    found = rows(out)
-    names = ["resnet18, eager", "resnet18, compiled", "resnet18, torchvision", "plain18, eager", "plain18, compiled"]
+    options = ["--models", "resnet18", "plain18", "--batch", 4, "--size", 32, *SHORT, "--csv", tmp_path / "out.csv"]
+    found = measure(tmp_path / "out.jsonl", "model", *options)
+    passes = ["forward", "forward + backward", "step"]
+    names = [
+        f"{net}, {how}, {what}" for net in ("resnet18", "plain18") for how in ("eager", "compiled") for what in passes
+    ]
     assert [row["name"] for row in found] == names
     assert {row["pictures"] for row in found} == {2 * 4}
-    assert len(compiled) == 2
+    assert len(compiled) == 6
+    forward, both, step = found[:3]
+    assert (forward["flops"], both["flops"], step["flops"]) == tuple(k * 2 * forward["macs"] for k in (1, 3, 3))
+    assert [row["name"] for row in found if "bottleneck" in row] == [name for name in names if name.endswith("step")]
+    with (tmp_path / "out.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["images_per_s"]) for line in table] == [row["images_per_s"] for row in found]
+    assert {line["settings.size"] for line in table} == {"32"}
 
 
-@pytest.mark.parametrize(("given", "wanted"), [({"eager": True}, ["eager"]), ({"compile": True}, ["compiled"])])
-def test_one_of_eager_and_compile(given: dict[str, bool], wanted: list[str]) -> None:
-    found = throughput.model_contenders(ModelCommand(batch=4, size=32, **given), CPU)  # type: ignore[arg-type]
-    assert [contender.name.split(", ")[1] for contender in found] == wanted
+def test_peers_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timm = ModuleType("timm")
+    vars(timm).update(is_model=lambda name: True, create_model=TinyNet)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    options = ["--models", "plain18", "--batch", 4, "--size", 32, "--compile", "off", *SHORT, "--peers"]
+    found = measure(tmp_path / "out.jsonl", "model", *options)
+    assert {row["name"]: row["missing"] for row in found if "missing" in row} == {
+        f"plain18 of torchvision, eager, {what}": "has no such network"
+        for what in ("forward", "forward + backward", "step")
+    }
+    assert [row["name"] for row in found if "of timm" in row["name"] and row["images_per_s"] > 0] == [
+        f"plain18 of timm, eager, {what}" for what in ("forward", "forward + backward", "step")
+    ]
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(networks.MissingError, match="not installed"):
+        networks.timms("resnet18")
+    assert isinstance(networks.torchvisions("resnet18"), nn.Module)
 
 
-def test_steps_change_the_weights() -> None:
-    linear = torch.nn.Linear(12, throughput.CLASSES)
-    network = torch.nn.Sequential(torch.nn.Flatten(), linear)
-    before = linear.weight.clone()
-    contender = throughput.training("tiny", network, torch.ones(4, 3, 2, 2), torch.zeros(4, dtype=torch.int64))
-    assert [len(images) for images in contender.start(3)] == [4, 4, 4]
-    assert not torch.equal(before, linear.weight)
+def test_only_steps_change_the_weights() -> None:
+    (config,) = throughput.configure(throughput.ModelCommand(size=2), 1)
+    work = networks.Work(config, torch.device("cpu"), throughput.choose_precision(False, "auto", torch.device("cpu")))
+    for what, trained in (("forward", False), ("forward + backward", False), ("step", True)):
+        linear = nn.Linear(12, networks.CLASSES)
+        network, before = nn.Sequential(nn.Flatten(), linear), linear.weight.detach().clone()
+        contender = networks.one_pass(work, lambda network=network: network, what, False, 4)  # type: ignore[arg-type,misc]
+        assert [len(images) for images in contender.start(3)] == [4, 4, 4]
+        assert torch.equal(before, linear.weight) is not trained
+        assert (linear.weight.grad is None) is (what == "forward")
+
+
+@pytest.mark.usefixtures("tiny_net")
+def test_train_and_eval_run_the_products_loops(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    options = ["--data.root", small, *GEOMETRY, "--models", "resnet18", "--batch", 16, *SHORT, "--dtype", "bf16"]
+    measure(out, "train", *options)
+    trained, evaluated = measure(out, "eval", *options, "--val_resize", 36)
+    assert [trained["mode"], evaluated["mode"]] == ["train", "eval"]
+    assert trained["name"] == evaluated["name"] == "resnet18, eager"
+    assert trained["pictures"] == 2 * 16
+    assert trained["flops"] == 3 * evaluated["flops"] == 3 * 2 * evaluated["macs"]
+    for row in (trained, evaluated):
+        assert 0 <= row["data_wait"] <= 1
+        assert row["bottleneck"].startswith("Bottleneck: ")
+        assert row["settings"]["dtype"] == "bf16"
+    # passes of 20 records: batches of 16, 4, 16, ...; how many steps lie ahead decides where the clock starts
+    assert evaluated["pictures"] == 20
+
+
+@pytest.mark.usefixtures("tiny_net")
+def test_settings_and_accuracy_come_from_a_run(small: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.jsonl"
+    assert fastflower(*train_arguments(small, run), "--train.epochs", 2).code == 0
+    best = max(json.loads(line)["val_accuracy"] for line in (run / "metrics.jsonl").read_text().splitlines())
+    options = ["--run", run, "--batch", 8, *SHORT]
+    measure(out, "train", *options)
+    measure(out, "eval", *options)
+    trained, evaluated, *passes = measure(out, "model", *options, "--compile", "off")
+    for row in (trained, evaluated, *passes):
+        assert row["val_accuracy"] == best
+        assert row["settings"]["models"] == ["resnet18"]
+        assert row["settings"]["dtype"] == "fp32"
+    assert trained["settings"]["crop"] == evaluated["settings"]["crop"] == passes[0]["settings"]["size"] == 32
+    assert evaluated["settings"]["val_resize"] == 36
+
+
+@pytest.mark.usefixtures("tiny_net")
+@pytest.mark.parametrize("cache", ["off", "ram"])
+def test_a_starving_loop_is_told_from_what_the_loader_does_alone(
+    cache: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput.bottleneck, "is_loader", lambda row: True)
+    options = ["--data.root", small, *GEOMETRY, "--models", "resnet18", "--batch", 16, *SHORT, "--cache", cache]
+    (row,) = measure(tmp_path / "out.jsonl", "train", *options)
+    assert "ms a picture" in row["bottleneck"]
+    assert row["settings"]["cache"] == cache
+    if cache == "ram":  # nothing is left to decode
+        assert row["bottleneck"].startswith("Bottleneck: augmentation")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["loader", "model", "train"])
+def test_processes_are_summed(mode: str, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    options: list[object] = [mode, "--batch", 4, "--steps", 2, "--warmup", 1, "--repeats", 1, "--out", out]
+    options += ["--size", 48] if mode == "model" else ["--data.root", small, "--size", 40, "--scale", 40, 48]
+    options += ["--models", "resnet18", "--compile", "off"] if mode != "loader" else []
+    result = torchrun(ROOT / "bench" / "throughput.py", *options, limit_s=200, environment={"CUDA_VISIBLE_DEVICES": ""})
+    assert result.returncode == 0, result.stderr
+    found = rows(out)
+    assert len(found) == {"loader": 3, "model": 3, "train": 1}[mode]  # written once
+    for row in found:
+        assert row["world_size"] == 2
+        assert row["pictures"] == 2 * 2 * 4
+        assert row["images_per_s"] * row["ms_per_step"] / 1000 == pytest.approx(2 * 4)
+
+
+@pytest.mark.slow
+def test_peers_in_worker_processes(small: Path, tmp_path: Path) -> None:
+    options = ["loader", "--data.root", small, *GEOMETRY, "--batch", 8, *SHORT, "--peers", "--output", "uint8"]
+    found = measure(tmp_path / "out.jsonl", *options)
+    assert {row["pictures"] for row in found if "missing" not in row} == {2 * 8}
 
 
 @pytest.mark.slow
 def test_compiled_first_step_is_not_in_the_figure(tmp_path: Path) -> None:
-    out = tmp_path / "out.jsonl"
-    options = "--compile --batch 4 --size 32 --steps 3 --warmup 1 --repeats 1"
-    assert main(["model", "--out", str(out), *options.split()]) == 0
-    (row,) = rows(out)
-    assert row["first_step_s"] * 1000 > 5 * row["ms_per_step"]
+    options = ["--compile", "on", "--batch", 4, "--size", 32, "--steps", 3, "--warmup", 1, "--repeats", 1]
+    _, both, step = measure(tmp_path / "out.jsonl", "model", *options)
+    assert both["first_step_s"] * 1000 > 5 * both["ms_per_step"]
+    assert step["first_step_s"] < both["first_step_s"]  # the same code, which is compiled already
 
 
 @pytest.mark.parametrize(
@@ -147,22 +234,46 @@ def test_compiled_first_step_is_not_in_the_figure(tmp_path: Path) -> None:
     [
         ("--steps 5 --warmup 5", "--warmup 5 is not below --steps 5"),
         ("--warmup 0", "--warmup is 0"),
+        ("--threads 0", "--threads is 0"),
         ("--batch 49", "48 training records, fewer than --batch 49"),
         ("--crop 64 --scale 48 80", "data.scale starts at 48 pixels, below data.crop (64)"),
         ("--sizes 41", "has no size 41"),
         ("--batch 8 --steps 2 --warmup 1 --repeats 1 --out .", "--out . cannot be written"),
+        ("--batch 8 --steps 2 --warmup 1 --repeats 1 --csv .", "--csv . cannot be written"),
     ],
 )
 def test_mistakes_end_with_a_sentence(
     small: Path, options: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["loader", "--data.root", str(small), "--crop", "32", "--scale", "36", "48", *options.split()]) == 2
+    assert main(["loader", "--data.root", str(small), *GEOMETRY, *options.split()]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_peers_without_torchvision(
-    small: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("model --models resnet18 resnet19", "model.name is 'resnet19'"),
+        ("model --models resnet18 vgg16 --size 16", "vgg16"),
+        ("train --run {root}/none", "none/config.yaml cannot be read"),
+        ("train --data.root {root}/small --crop 32 --scale 36 48 --batch 49", "the training split has 48 records"),
+        ("eval --data.root {root}/small --crop 32 --scale 36 48 --batch 21", "the validation split has 20 records"),
+    ],
+)
+@pytest.mark.usefixtures("tiny_net")
+def test_mistakes_of_the_other_modes(
+    arguments: str, message: str, small: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torchvision", None)
-    assert main(["loader", "--data.root", str(small), "--batch", "8", "--peers"]) == 2
-    assert "--peers needs torchvision: pip install" in capsys.readouterr().err
+    assert main(arguments.format(root=small.parent).split()) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_damaged_log_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("model: {name: resnet50}")
+    assert throughput.best_accuracy(tmp_path, "resnet50") is None
+    log: list[dict[str, Any]] = [{"val_accuracy": None}, {"val_accuracy": 0.5}, {"val_accuracy": 0.25}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    assert throughput.best_accuracy(tmp_path, "resnet50") == 0.5
+    assert throughput.best_accuracy(tmp_path, "resnet34") is None
+    (tmp_path / "metrics.jsonl").write_text("{")
+    with pytest.raises(throughput.UserError, match=r"metrics\.jsonl cannot be read as the log of a run"):
+        throughput.best_accuracy(tmp_path, "resnet50")

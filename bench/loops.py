@@ -1,0 +1,117 @@
+"""The product's own loops, from records to weights or outputs: what `fastflower train` and its validation do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from rich.console import Console
+
+from bench.loaders import Work, reads_ahead
+from bench.timing import Contender
+from fastflower.config import Config
+from fastflower.data.dataset import EvaluationBatches, TrainingBatches
+from fastflower.engine.distributed import Ranks, Signals
+from fastflower.engine.evaluate import outputs
+from fastflower.engine.precision import Precision
+from fastflower.engine.progress import Display
+from fastflower.engine.setup import build_loaders, prepare
+from fastflower.engine.state import Setup, State
+from fastflower.engine.step import compiled, training_network, training_step
+from fastflower.engine.train import Stopwatch
+from fastflower.errors import UserError
+from fastflower.flops import count
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where and how a measurement runs."""
+
+    device: torch.device
+    ranks: Ranks
+    precision: Precision
+
+
+def prepared(config: Config, place: Place, batch: int) -> tuple[Setup, State]:
+    """All that a loop needs, with `batch` pictures a process."""
+    config = replace(config, train=replace(config.train, batch_size=batch * place.ranks.world_size))
+    return prepare(config, place.device, place.ranks, silent())
+
+
+def silent() -> Display:
+    """A display that shows nothing, since each contender is prepared for itself."""
+    return Display(Console(quiet=True), shown=False)
+
+
+def training(config: Config, place: Place, batch: int) -> Contender:
+    """Training steps on batches of the loader; behind DDP where there are processes."""
+    setup, state = prepared(config, place, batch)
+    _require(setup.train, batch, "training")
+    network = training_network(setup, state)
+    watch = Stopwatch()
+
+    def start(steps: int) -> Iterator[torch.Tensor]:
+        batches = itertools.chain.from_iterable(setup.train.epoch(epoch) for epoch in itertools.count())
+        for images_and_labels in place.ranks.lockstep(watch.waiting_for(batches), Signals()):
+            state.schedule.before_step(state.position / setup.train.global_batch / setup.train.steps)
+            training_step(setup, state, network, images_and_labels)
+            yield images_and_labels.images
+
+    return Contender(
+        start, reads_ahead(setup.train.loader), watch, count(state.network, config.data.crop).macs, passes=3
+    )
+
+
+def training_alone(config: Config, place: Place, batch: int) -> Contender:
+    """The same steps on a batch that is there, without other processes: what remains is communication and loading."""
+    setup, state = prepared(config, place, batch)
+    setup = replace(setup, ranks=Ranks())
+    network = training_network(setup, state)
+    held = next(setup.train.epoch(0))
+
+    def start(steps: int) -> Iterator[torch.Tensor]:
+        for _ in range(steps):
+            training_step(setup, state, network, held)
+            yield held.images
+
+    return Contender(start)
+
+
+def evaluation(config: Config, place: Place, batch: int) -> Contender:
+    """Outputs for batches of the validation split's loader; a pass's last batch may be short."""
+    setup, state = prepared(config, place, batch)
+    if setup.val is None:
+        raise UserError("data.train_on train+val leaves no validation split to evaluate: give another --run.")
+    _require(setup.val, batch, "validation")
+    network = compiled(setup, state.validated).eval()
+    watch, val = Stopwatch(), setup.val
+
+    def start(steps: int) -> Iterator[torch.Tensor]:
+        batches = itertools.chain.from_iterable(val.once() for _ in itertools.count())
+        together = place.ranks.lockstep(watch.waiting_for(batches), Signals())
+        pad_to = batch if setup.compiles else None
+        found = outputs(network, together, device=setup.device, precision=setup.precision, pad_to=pad_to)
+        while True:
+            with torch.no_grad():
+                images_and_labels, _ = next(found)
+            yield images_and_labels.images
+
+    return Contender(start, reads_ahead(val.loader), watch, count(state.network, config.data.crop).macs)
+
+
+def _require(batches: TrainingBatches | EvaluationBatches, batch: int, split: str) -> None:
+    """UserError where the split is smaller than a batch."""
+    if batches.loader.batch < batch:
+        n = len(batches.loader.records)
+        raise UserError(
+            f"the {split} split has {n} records, fewer than --batch {batch} for each of {batches.ranks.world_size} "
+            "processes: lower it."
+        )
+
+
+def loader_work(config: Config, place: Place) -> Work:
+    """What the loader of training does, for measuring it alone."""
+    loader = build_loaders(config, place.device, place.ranks, silent()).train.loader
+    return Work(loader.records, config.data, loader.engine, place.device, place.ranks, decoded=loader.decoded)

@@ -1,0 +1,104 @@
+"""Networks on one synthetic batch: forward pass, forward and backward pass, training step; ours and others'."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bench.common import MissingError, need
+from bench.timing import Contender, Make
+from fastflower.config import Config
+from fastflower.engine.distributed import Ranks
+from fastflower.engine.precision import Precision
+from fastflower.engine.setup import build_network
+from fastflower.engine.state import new_state
+from fastflower.flops import count
+
+CLASSES = 104  # of the networks: as many as the Kaggle flowers have
+Pass = Literal["forward", "forward + backward", "step"]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all contenders do."""
+
+    config: Config  # network, optimizer and, as data.crop, the pictures' side
+    device: torch.device
+    precision: Precision
+
+
+def contenders(work: Work, compiles: Mapping[str, bool], *, peers: bool) -> dict[str, Make]:
+    """Each pass of the configured network and, with `peers`, of others' networks of the same name.
+
+    `compiles` says for each label, such as "eager", whether torch.compile is used.
+    """
+    name = work.config.model.name
+    ours = partial(build_network, work.config, CLASSES, work.device, Ranks())
+    builders: dict[str, Callable[[], nn.Module]] = {name: ours}
+    if peers:
+        builders |= {f"{name} of {package}": partial(build, name) for package, build in OTHERS.items()}
+    return {
+        f"{who}, {label}, {what}": partial(one_pass, work, builder, what, compiled)
+        for who, builder in builders.items()
+        for label, compiled in compiles.items()
+        for what in get_args(Pass)
+    }
+
+
+def one_pass(work: Work, build: Callable[[], nn.Module], what: Pass, compiled: bool, batch: int) -> Contender:
+    """Passes of a network over one batch [N, 3, S, S], channels-last."""
+    size = work.config.data.crop
+    torch.manual_seed(0)
+    images = torch.randn(batch, 3, size, size, device=work.device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(CLASSES, (batch,), device=work.device)
+    network = build().to(work.device).to(memory_format=torch.channels_last).train(what != "forward")
+    state = new_state(network, work.config, work.device, work.precision)
+    called = torch.compile(network, dynamic=False) if compiled else network
+
+    def forward() -> torch.Tensor:
+        with work.precision.autocast(work.device):
+            return called(images)
+
+    def train() -> None:
+        state.optimizer.zero_grad(set_to_none=True)
+        loss = F.cross_entropy(forward().float(), labels)
+        state.scaler.scale(loss).backward()
+        if what == "step":
+            state.scaler.step(state.optimizer)
+            state.scaler.update()
+
+    def start(steps: int) -> Iterator[torch.Tensor]:
+        for _ in range(steps):
+            if what == "forward":
+                with torch.no_grad():
+                    forward()
+            else:
+                train()
+            yield images
+
+    return Contender(start, macs=count(network, size).macs, passes=1 if what == "forward" else 3)
+
+
+def torchvisions(name: str) -> nn.Module:
+    """Torchvision's network of that name; MissingError where there is none."""
+    models = need("torchvision.models")
+    if name not in models.list_models(models):
+        raise MissingError("has no such network")
+    return models.get_model(name, num_classes=CLASSES)
+
+
+def timms(name: str) -> nn.Module:
+    """Timm's network of that name; MissingError where there is none."""
+    timm = need("timm")
+    if not timm.is_model(name):
+        raise MissingError("has no such network")
+    return timm.create_model(name, num_classes=CLASSES)
+
+
+OTHERS: dict[str, Callable[[str], nn.Module]] = {"torchvision": torchvisions, "timm": timms}

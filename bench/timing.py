@@ -1,0 +1,240 @@
+"""Contenders in turns: only the steady state is timed, and a batch that memory does not hold is halved.
+
+All contenders of a group take turns, repeat by repeat, so that a machine that slows down slows all of them. The first
+steps do not count (compiling, starting), and as much work lies begun ahead of the last timed step as lay ahead of the
+first. Where torchrun started several processes, they start and stop the clock together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from bench.common import MissingError
+from fastflower.engine.distributed import Ranks
+from fastflower.engine.train import Stopwatch
+from fastflower.errors import UserError
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's and DALI's allocators say
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to measure."""
+
+    start: Callable[[int], Iterator[Sized]]  # begin so many steps; gives each one's pictures when it is done
+    ahead: int = 0  # most steps that it begins beyond the one that it hands over
+    watch: Stopwatch | None = None  # notes the time spent waiting for batches, where there is some to note
+    macs: int | None = None  # of a forward pass of one picture
+    passes: int = 1  # work of a step in forward passes: 1, or 3 with the backward pass, which takes two
+
+
+Make = Callable[[int], Contender]  # for a batch of so many pictures; raises MissingError
+
+
+class Plan(Protocol):
+    """How much is measured."""
+
+    @property
+    def batch(self) -> int:
+        """Pictures in a batch, of each process."""
+
+    @property
+    def steps(self) -> int:
+        """Timed steps of a repeat."""
+
+    @property
+    def warmup(self) -> int:
+        """Fewest steps before them."""
+
+    @property
+    def repeats(self) -> int:
+        """How often each contender is timed."""
+
+
+class Timing(NamedTuple):
+    """One repeat of one contender."""
+
+    pictures: int  # delivered while the clock ran, to all processes
+    seconds: float
+    first_s: float  # what the very first step took, before the clock ran
+    waited_s: float  # of `seconds`, for batches; the mean over the processes
+
+
+def time_steps(contender: Contender, warmup: int, steps: int, device: torch.device, ranks: Ranks) -> Timing:
+    """Time `steps` steps after at least `warmup` >= 1 others.
+
+    As many steps as the contender works ahead are begun before the clock starts and, for the same reason, follow after
+    it stops. They are waited for, so that they do not slow the next contender down.
+    """
+    lead = max(warmup, contender.ahead)
+    began = time.perf_counter()
+    done = contender.start(lead + steps + contender.ahead)
+    next(done)
+    _synchronize(device, ranks)
+    first_s = time.perf_counter() - began
+    _count(done, lead - 1)
+    _synchronize(device, ranks)
+    waited_before = contender.watch.waited_s if contender.watch else 0.0
+    began = time.perf_counter()
+    pictures = _count(done, steps)
+    waited_s = contender.watch.waited_s - waited_before if contender.watch else 0.0
+    _synchronize(device, ranks)
+    seconds = time.perf_counter() - began
+    _count(done, contender.ahead)
+    every = ranks.gather((pictures, seconds, waited_s))
+    return Timing(
+        pictures=sum(each[0] for each in every),
+        seconds=max(each[1] for each in every),
+        first_s=first_s,
+        waited_s=sum(each[2] for each in every) / len(every),
+    )
+
+
+def _count(done: Iterator[Sized], steps: int) -> int:
+    return sum(len(pictures) for pictures in islice(done, steps))
+
+
+def _synchronize(device: torch.device, ranks: Ranks) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    ranks.max(0)  # waits for the other processes
+
+
+class Lane:
+    """A contender through its repeats; it begins anew with half the batch where memory does not hold it."""
+
+    def __init__(self, make: Make, batch: int, device: torch.device, ranks: Ranks) -> None:
+        self.make, self.batch, self.device, self.ranks = make, batch, device, ranks
+        self.timings: list[Timing] = []
+        self.note: str | None = None
+        self.contender: Contender | None = None
+        self.peak_bytes = 0
+
+    def turn(self, plan: Plan) -> None:
+        """One repeat.
+
+        Raises:
+            MissingError: it cannot be measured here.
+            UserError: not even one picture fits, or several processes run, of which one alone cannot halve its batch.
+        """
+        while not self._try(plan):
+            if self.batch == 1 or self.ranks.world_size > 1:
+                raise UserError(
+                    f"a batch of {self.batch} does not fit into memory: lower --batch or the pictures' size."
+                )
+            self.batch //= 2
+            self.note = f"out of memory: batch halved to {self.batch}"
+            self.contender = None
+            self.timings.clear()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _try(self, plan: Plan) -> bool:
+        """Whether the repeat was timed; False where memory ran out."""
+        try:
+            if self.contender is None:
+                before = reset_peak(self.device)
+                self.contender = self.make(self.batch)
+                timing = time_steps(self.contender, plan.warmup, plan.steps, self.device, self.ranks)
+                self.peak_bytes = self.ranks.max(peak_bytes(self.device) - before)
+            else:
+                timing = time_steps(self.contender, plan.warmup, plan.steps, self.device, self.ranks)
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            return False
+        self.timings.append(timing)
+        return True
+
+    def row(self, steps: int, ceiling: float | None) -> dict[str, Any]:
+        """What is reported; `ceiling` is what all processes together multiply, FLOP/s.
+
+        first_step_s is that of the first repeat: building the pipeline is in it, and compiling, unless a contender of
+        the group has compiled the same before. pictures are those of all repeats and processes, and images_per_s is of
+        all processes too. macs (multiply-adds of a forward pass) and flops (of the step: 2 x macs, and three times that
+        with a backward pass) are a picture's.
+        """
+        assert self.contender
+        rates = [timing.pictures / timing.seconds for timing in self.timings]
+        found: dict[str, Any] = {
+            "images_per_s": median(rates),
+            "spread": (min(rates), max(rates)),
+            "ms_per_step": 1000 * median(timing.seconds for timing in self.timings) / steps,
+            "first_step_s": self.timings[0].first_s,
+            "pictures": sum(timing.pictures for timing in self.timings),
+            "batch": self.batch,
+            "world_size": self.ranks.world_size,
+            "peak_memory_mb": self.peak_bytes / 1e6,
+            "peak_memory_of": "GPU" if self.device.type == "cuda" else "process",
+        }
+        if self.contender.macs is not None and ceiling is not None:
+            flops = 2 * self.contender.passes * self.contender.macs
+            rate = found["images_per_s"] * flops
+            found |= {"macs": self.contender.macs, "flops": flops, "flops_per_s": rate, "mfu": rate / ceiling}
+            found |= {"ceiling_flops_per_s": ceiling}
+        if self.contender.watch:
+            found["data_wait"] = median(timing.waited_s / timing.seconds for timing in self.timings)
+        return found | ({"note": self.note} if self.note else {})
+
+
+def measure(
+    makers: Mapping[str, Make], plan: Plan, device: torch.device, ranks: Ranks, ceiling: float | None = None
+) -> list[dict[str, Any]]:
+    """A row for each contender, by name; all are timed `plan.repeats` times, in turns. Missing ones say why.
+
+    Raises:
+        UserError: not even one picture fits into memory, or what the contenders raise.
+    """
+    lanes = {name: Lane(make, plan.batch, device, ranks) for name, make in makers.items()}
+    missing: dict[str, str] = {}
+    with Progress(console=Console(stderr=True), transient=True, disable=not ranks.is_main) as progress:
+        task = progress.add_task("measuring", total=plan.repeats * len(lanes))
+        while waiting := [name for name in lanes if name not in missing and len(lanes[name].timings) < plan.repeats]:
+            for name in waiting:
+                progress.update(task, description=name)
+                try:
+                    lanes[name].turn(plan)
+                except MissingError as reason:
+                    missing[name] = str(reason)
+            progress.update(task, completed=sum(len(lane.timings) for lane in lanes.values()))
+    return [
+        {"name": name} | ({"missing": missing[name]} if name in missing else lane.row(plan.steps, ceiling))
+        for name, lane in lanes.items()
+    ]
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def reset_peak(device: torch.device) -> int:
+    """Begin to look for the peak of memory; bytes that others hold and that do not count.
+
+    On a GPU what tensors take is known. On a CPU the whole process counts; since its start, where the system cannot
+    reset the peak.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak of the resident size
+    return 0
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The peak of memory since `reset_peak`: a GPU's tensors, or the resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
