@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count, islice
 from typing import Any
@@ -32,7 +32,8 @@ from fastflower.data.sampler import Request, training_requests
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
 
-OURS, DECODE, LIMIT = "fastflower", "DALI, decode only", "libjpeg-turbo, decode only"
+OURS, CACHED = "fastflower", "fastflower, decoded before"
+DECODE, LIMIT = "DALI, decode only", "libjpeg-turbo, decode only"
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,10 @@ class Work:
 
 
 def contenders(work: Work, *, peers: bool) -> dict[str, Make]:
-    """Ours, the decoders alone, and the peers."""
-    found: dict[str, Make] = {OURS: partial(ours, work), DECODE: partial(decode_only, work)}
+    """Ours, also from decoded pictures where it has them, the decoders alone, and the peers."""
+    found: dict[str, Make] = {OURS: partial(ours, replace(work, decoded=None)), DECODE: partial(decode_only, work)}
+    if work.decoded:
+        found[CACHED] = partial(ours, work)
     if work.engine.device == "cpu":
         found[LIMIT] = partial(limit, work)
     if peers:

@@ -47,6 +47,7 @@ from bench.throughput_options import (
 from bench.throughput_report import show, write_csv
 from bench.timing import Make, measure
 from fastflower.config import Config, load_yaml
+from fastflower.data.cache import open_cache
 from fastflower.data.dataset import choose_engine
 from fastflower.data.sources import load_pictures
 from fastflower.engine.distributed import processes
@@ -84,7 +85,9 @@ def measure_loader(command: LoaderCommand, config: Config, place: Place) -> list
     with place.ranks.main_first():
         records = load_pictures(config.data, ["train"], seed=0)
         engine = choose_engine(config.data, place.device, place.ranks)
-    work = loaders.Work(records, config.data, engine, place.device, place.ranks, command.output)
+    display = Display(Console(stderr=True), shown=place.ranks.is_main)
+    (decoded,) = open_cache(config.data.cache, [records], engine, place.ranks, display.say, display.follow)
+    work = loaders.Work(records, config.data, engine, place.device, place.ranks, command.output, decoded)
     rows = measure(loaders.contenders(work, peers=command.peers), command, place.device, place.ranks)
     found = {row["name"]: row for row in rows if "missing" not in row}
     rows[0]["bottleneck"] = bottleneck.of_loader(found, loaders.transfer_s(work))

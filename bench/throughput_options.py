@@ -77,6 +77,8 @@ class LoaderCommand(Pictures):
 
     output: Output = "float32"
     """What is handed over: float32, normalized, or uint8 before normalization."""
+    cache: Literal["off", "ram", "gpu", "auto"] = "off"
+    """Also measure our loader from decoded pictures, as data.cache keeps them."""
     peers: bool = False
     """Measure in turn with it what people use otherwise: PIL and torchvision's transforms in a DataLoader, torchvision
     v2 on tensors, DALI's separate operators, timm's loader."""

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from bench import loaders, networks, throughput
-from bench.loaders import DECODE, LIMIT
+from bench.loaders import CACHED, DECODE, LIMIT
 from bench.throughput import main
 from bench.timing import Contender
 from tests.conftest import ROOT, TinyNet, fastflower, torchrun, train_arguments
@@ -66,6 +66,12 @@ def test_loader_counts_pictures_and_appends_lines(small: Path, tmp_path: Path) -
     assert first["share_of_limit"] == pytest.approx(found[0]["images_per_s"] / found[2]["images_per_s"])
     assert limit["share_of_limit"] == 1
     assert first["bottleneck"].startswith("Bottleneck: ")
+
+
+def test_decoded_pictures_are_measured_beside_the_others(small: Path, tmp_path: Path) -> None:
+    found = measure(tmp_path / "out", "loader", "--data.root", small, *GEOMETRY, "--batch", 8, *SHORT, "--cache", "ram")
+    assert [row["name"] for row in found] == ["fastflower", DECODE, CACHED, LIMIT]
+    assert found[2]["pictures"] == found[0]["pictures"] == 16
 
 
 def test_default_data_are_the_builtin_flowers(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
