@@ -209,12 +209,13 @@ def _eval(command: EvalCommand) -> int:
     if not _is_main():
         return 0
     analysis = analyse_run(evaluated)
-    figures = {"split": command.split, **asdict(evaluated.figures), "ece": analysis.ece}
+    figures = {"split": command.split, **asdict(evaluated.figures)}
     if command.json:
         print(json.dumps(figures))
         write_run(evaluated, analysis, command.out)
         return 0
-    texts = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items())
+    shown = figures | {"ece": analysis.ece}
+    texts = (f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
     console = Console()
     console.print("  ".join(texts), soft_wrap=True)
     for each in summary(analysis):

@@ -91,7 +91,7 @@ class EvalCommand(TestOptions):
     out: Path | None = None
     """Folder for what is written; none = eval-SPLIT in the run folder."""
     json: bool = False
-    """Print one JSON object: split, n, loss, accuracy, top5, macro_f1, ece."""
+    """Print one JSON object: split, n, loss, accuracy, top5, macro_f1."""
     debug: bool = False
     """Show the traceback of an error."""
 

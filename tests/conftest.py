@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from PIL import Image, ImageFilter
 from torch import nn
 
@@ -28,6 +29,8 @@ from fastflower.models import Norm
 from fastflower.models.layers import BNReLU
 
 torch.set_num_threads(1)  # the tests' networks are too small for more
+settings.register_profile("the same each time", derandomize=True)
+settings.load_profile("the same each time")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(os.environ.get("FASTFLOWER_SHARED_DATA", ROOT.parent / "shared" / "data"))

@@ -48,7 +48,8 @@ def test_eval_writes_where_the_network_errs(run: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose([float(row[3]) for row in classes], f1)
     figures = json.loads((folder / "figures.json").read_text())
     printed = json.loads(fastflower("eval", run, "--json").out)
-    assert figures == printed
+    assert figures == printed | {"ece": figures["ece"]}
+    assert f"ece {figures['ece']:.4g}" in result.out
     assert list(figures) == ["split", "n", "loss", "accuracy", "top5", "macro_f1", "ece"]
     with Image.open(folder / "confusion.png") as picture:
         assert min(picture.size) > 300
