@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -19,6 +20,7 @@ from nvidia.dali import pipeline_def
 from fastflower.data import pipeline as graph
 from fastflower.data.pipeline import Engine, Normalization, View
 from fastflower.data.records import Records, read_image
+from fastflower.data.resample import resample_batch
 from fastflower.data.sampler import Request
 from fastflower.errors import UserError
 
@@ -140,29 +142,49 @@ class Loader:
         self._failure = None
         self._in_work.clear()
         try:
-            if self._pipeline is None:
-                normalization = self.normalization if self.engine.device == "gpu" else None
-                self._pipeline = graph.build_pipeline(
-                    self._next_inputs,
-                    self.view,
-                    self.engine,
-                    self.batch,
-                    normalization,
-                    decoded=self.decoded.place if self.decoded else None,
-                )
             with torch.cuda.stream(self._stream):
-                while True:
-                    try:
-                        (pictures,) = self._pipeline.run(self._stream)
-                    except StopIteration:
-                        self._pipeline.reset()
-                        break
-                    for item in self._to_torch(pictures, self._in_work.popleft()):
-                        ready.put(item)
+                for item in self._on_cpu() if self.engine.device == "cpu" else self._by_dali():
+                    ready.put(item)
             ready.put(self._failure)
         except Exception as error:
             self._pipeline = None  # after an error its batches no longer match our requests
             ready.put(self._explain(error))
+
+    def _on_cpu(self) -> Iterator[_Item]:
+        """Decoded by DALI, or before, and resampled here."""
+        with ThreadPoolExecutor(self.engine.threads, "resample") as threads:
+            for pictures, request in self._decoded_pictures():
+                for images, alike in resample_batch(pictures, request, self.view, threads):
+                    yield self._item(torch.from_numpy(images), request.select(alike))
+
+    def _decoded_pictures(self) -> Iterator[tuple[list[np.ndarray], Request]]:
+        if self.decoded:
+            for request in self._requests:
+                yield [np.asarray(self.decoded.picture(int(index))) for index in request.indices], request
+        else:
+            for pictures, request in self._runs(None):
+                yield [np.asarray(pictures[i]) for i in range(len(request))], request
+
+    def _by_dali(self) -> Iterator[_Item]:
+        """Decoded and resampled by DALI on a GPU."""
+        for pictures, request in self._runs(self.view):
+            yield from self._to_torch(pictures, request)
+
+    def _runs(self, view: View | None) -> Iterator[tuple[graph.Pictures, Request]]:
+        """What the pipeline makes of each request."""
+        if self._pipeline is None:
+            normalization = self.normalization if self.engine.device == "gpu" else None
+            place = self.decoded.place if self.decoded else None
+            self._pipeline = graph.build_pipeline(
+                self._next_inputs, view, self.engine, self.batch, normalization, decoded=place
+            )
+        while True:
+            try:
+                (pictures,) = self._pipeline.run(self._stream)
+            except StopIteration:
+                self._pipeline.reset()
+                return
+            yield pictures, self._in_work.popleft()
 
     def _next_inputs(self) -> graph.Inputs:
         """DALI's source: called on the loader thread, some batches ahead of the outputs."""

@@ -1,6 +1,7 @@
 """The DALI graph: encoded bytes in, cropped (or whole) pictures out. One definition for GPU and CPU.
 
-Resizing, cropping and flipping are one operator that computes only the region that is kept.
+Resizing, cropping and flipping are one operator that computes only the region that is kept. On a CPU the graph ends
+after decoding, since `fastflower.data.resample` is several times as fast there.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Engine:
 
 def build_pipeline(
     source: Source,
-    view: View,
+    view: View | None,
     engine: Engine,
     batch: int,
     normalization: Normalization | None = None,
@@ -69,7 +70,7 @@ def build_pipeline(
     Args:
         source: called once a batch for the inputs: encoded images, shorter sides, crop positions, flips
             (`fastflower.data.sampler.Request` says which); raises StopIteration at the end.
-        view: geometry.
+        view: geometry; None = pictures as they are decoded, of different shapes.
         engine: device and resources.
         batch: most pictures in a batch.
         normalization: None gives uint8, right for a CPU, where DALI's conversion to floating point costs 0.5 ms a
@@ -97,7 +98,7 @@ def build_pipeline(
 @pipeline_def
 def _definition(
     source: Source,
-    view: View,
+    view: View | None,
     engine: Engine,
     normalization: Normalization | None,
     decoded: Literal["cpu", "gpu"] | None = None,
@@ -106,6 +107,8 @@ def _definition(
     pictures = images if decoded else decode(images, engine)
     if decoded == "cpu" and engine.device == "gpu":
         pictures = pictures.gpu()
+    if view is None:
+        return pictures
     size, position = _geometry(pictures.shape()[0:2], shorter, crop_yx, view)
     resampling = {"size": size, "interp_type": types.INTERP_LINEAR, "antialias": True}
     if view.place == "whole":
