@@ -28,7 +28,7 @@ lint: $(TEST_READY)
 gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check:
 	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no GPU here')"
-	$(PYTHON) -m pytest -m "not slow" tests/gpu tests/kernels --ignore tests/kernels/test_ahead_of_time.py
+	$(PYTHON) -m pytest -m "not slow" tests/gpu tests/kernels tests/test_doctor.py --ignore tests/kernels/test_ahead_of_time.py
 	$(PYTHON) bench/kernels.py --out bench/results/kernels.jsonl --plot docs/kernels.png
 
 $(BIN)/python:
