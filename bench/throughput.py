@@ -14,7 +14,6 @@ backward pass as twice the forward pass. Under torchrun images/s are those of al
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +49,7 @@ from fastflower.config import Config, load_yaml
 from fastflower.data.cache import open_cache
 from fastflower.data.dataset import choose_engine
 from fastflower.data.sources import load_pictures
-from fastflower.engine.distributed import processes
+from fastflower.engine.distributed import local_rank, processes
 from fastflower.engine.precision import choose_device, choose_precision
 from fastflower.engine.progress import Display
 from fastflower.engine.run import RunFolder
@@ -184,7 +183,7 @@ def run_mode(command: Command, console: Console) -> int:
     Raises UserError for settings that measure nothing or do not fit each other or the data.
     """
     check(command)
-    device = choose_device("auto", int(os.environ.get("LOCAL_RANK", 0)))
+    device = choose_device("auto", local_rank())
     torch.backends.cudnn.benchmark = True  # as in training
     with processes(device) as ranks:
         configs = configure(command, ranks.world_size)

@@ -7,7 +7,6 @@ the whole: of train and val, where each picture is predicted by the network that
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from fastflower.data.records import SPLITS
 from fastflower.data.sources import class_list, join, load_pool, load_records
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.commands import train_into
-from fastflower.engine.distributed import Signals, processes
+from fastflower.engine.distributed import Signals, local_rank, processes
 from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
@@ -104,7 +103,7 @@ def cross_validate(
     """
     config, testing = resolve(config), Testing(views=views)
     folds = range(config.data.folds or 0)
-    device = choose_device(config.device, int(os.environ.get("LOCAL_RANK", 0)))
+    device = choose_device(config.device, local_rank())
     with processes(device) as ranks:
         path = ranks.gather(run or new_run(name).path)[0]
         display = Display(console, shown=ranks.is_main)

@@ -8,18 +8,17 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import DataNode
 
-from fastflower.data.loader import first_undecodable, read_picture
-from fastflower.data.pipeline import Engine, decode
+from fastflower.data.pictures import decoded_pictures
+from fastflower.data.pipeline import Engine
 from fastflower.data.records import Records
 from fastflower.data.selection import shapes_of
 from fastflower.engine.distributed import Ranks
@@ -28,7 +27,6 @@ from fastflower.errors import UserError
 Choice = Literal["off", "ram", "gpu", "auto"]
 Place = Literal["ram", "gpu"]
 
-BATCH = 32  # pictures that are decoded at once
 GROUP = Path("/sys/fs/cgroup")  # a container's limits (version 2)
 SHARED = Path("/dev/shm")  # where Linux keeps memory that processes share
 MOST, MOST_AUTO = 0.8, 0.5  # share of the free memory that a cache takes at most
@@ -166,7 +164,8 @@ def _decode(
     decoded = Decoded(shapes, ends - sizes, pixels)
     progress = follow("decode once")
     with ranks.together():
-        for done, (index, picture) in enumerate(_pictures(records, mine, engine, on_gpu=place == "gpu"), start=1):
+        to_place = (lambda pictures: pictures) if place == "gpu" else DataNode.cpu
+        for done, (index, picture) in enumerate(decoded_pictures(records, mine, engine, to_place), start=1):
             if 3 * picture.shape[0] * picture.shape[1] != sizes[index]:
                 raise UserError(f"{records.describe(index)} has not the size that its header says: leave it out.")
             shapes[index] = picture.shape[:2]
@@ -198,37 +197,3 @@ def _memory(size: int, ranks: Ranks) -> np.ndarray:
     if failure:
         raise UserError(f"{path} cannot take {_gb(size)} ({failure.strerror}): give data.cache off.")
     return memory
-
-
-def _pictures(
-    records: Records, indices: np.ndarray, engine: Engine, *, on_gpu: bool
-) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
-    """Each record's number and its pixels, uint8 [H, W, 3], valid until the next batch."""
-    batches = [indices[start : start + BATCH] for start in range(0, len(indices), BATCH)]
-    encoded = ([read_picture(records, index) for index in batch] for batch in batches)
-    failures: list[UserError] = []
-
-    def source() -> list[np.ndarray]:
-        try:
-            return next(encoded)
-        except UserError as error:
-            failures.append(error)  # it would cross DALI's native code: end the data and raise it after
-            raise StopIteration from error
-
-    @pipeline_def(batch_size=BATCH, num_threads=engine.threads, device_id=engine.device_id, prefetch_queue_depth=1)
-    def pictures() -> DataNode:
-        decoded = decode(fn.external_source(source=source, batch=True), engine)
-        return decoded if on_gpu else decoded.cpu()
-
-    pipeline = pictures()
-    for batch in batches:
-        try:
-            (found,) = pipeline.run()
-        except StopIteration:
-            raise failures[0] from None
-        except RuntimeError as error:
-            raise first_undecodable(records, batch) or error from error
-        for index, picture in zip(batch.tolist(), found, strict=True):
-            yield index, torch.from_dlpack(picture) if on_gpu else np.asarray(picture)
-    if on_gpu:
-        torch.cuda.synchronize(engine.device_id)

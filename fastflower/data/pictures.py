@@ -1,18 +1,68 @@
-"""A few pictures of a split, small, to look at."""
+"""Records decoded one after another: to measure them, to keep them, or to look at a few."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import torch
 from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.backend import TensorListGPU
 from nvidia.dali.pipeline import DataNode
 
 from fastflower.data.loader import first_undecodable, read_picture
 from fastflower.data.pipeline import Engine, decode
 from fastflower.data.records import Records
+from fastflower.errors import UserError
 
-BATCH = 8  # decoded pictures may be large, and are held until they are resized
+BATCH = 32  # pictures that are decoded at once, and held until the next batch
+
+
+def decoded_pictures(
+    records: Records, indices: np.ndarray, engine: Engine, finish: Callable[[DataNode], DataNode]
+) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
+    """The records at `indices` ([n] int64), in that order.
+
+    Args:
+        records: of a split.
+        indices: which.
+        engine: where they are decoded.
+        finish: the rest of the DALI graph, from decoded pictures, uint8 RGB [H, W, 3] in the engine's memory, on.
+
+    Yields:
+        A record's number and what `finish` makes of it, in host memory or on the GPU; valid until the next batch.
+
+    Raises:
+        UserError: a record cannot be read or decoded; names file and record.
+    """
+    batches = [indices[start : start + BATCH] for start in range(0, len(indices), BATCH)]
+    encoded = ([read_picture(records, int(index)) for index in batch] for batch in batches)
+    failures: list[UserError] = []
+
+    def source() -> list[np.ndarray]:
+        try:
+            return next(encoded)
+        except UserError as error:
+            failures.append(error)  # it would cross DALI's native code: end the data and raise it after
+            raise StopIteration from error
+
+    @pipeline_def(batch_size=BATCH, num_threads=engine.threads, device_id=engine.device_id)
+    def definition() -> DataNode:
+        return finish(decode(fn.external_source(source=source, batch=True), engine))
+
+    pipeline = definition()
+    for batch in batches:
+        try:
+            (found,) = pipeline.run()
+        except StopIteration:
+            raise failures[0] from None
+        except RuntimeError as error:
+            raise first_undecodable(records, batch) or error from error
+        on_gpu = isinstance(found, TensorListGPU)
+        for i, index in enumerate(batch.tolist()):
+            yield index, torch.from_dlpack(found[i]) if on_gpu else np.asarray(found[i])
+        if on_gpu:  # DALI uses the memory of its pictures again when we drop them
+            torch.cuda.synchronize(engine.device_id)
 
 
 def thumbnails(records: Records, indices: Sequence[int] | np.ndarray, side: int, engine: Engine) -> list[np.ndarray]:
@@ -21,13 +71,9 @@ def thumbnails(records: Records, indices: Sequence[int] | np.ndarray, side: int,
     Raises:
         UserError: a record cannot be read or decoded; names file and record.
     """
-    encoded = [read_picture(records, int(index)) for index in indices]
-    batches = [encoded[start : start + BATCH] for start in range(0, len(encoded), BATCH)]
 
-    @pipeline_def(batch_size=BATCH, num_threads=engine.threads, device_id=engine.device_id, prefetch_queue_depth=1)
-    def small() -> DataNode:
-        pictures = decode(fn.external_source(source=batches, batch=True), engine)
-        return fn.resize(
+    def small(pictures: DataNode) -> DataNode:
+        resized: DataNode = fn.resize(
             pictures,
             size=(side, side),
             mode="not_larger",
@@ -35,11 +81,7 @@ def thumbnails(records: Records, indices: Sequence[int] | np.ndarray, side: int,
             interp_type=types.INTERP_LINEAR,
             antialias=True,
         )
+        return resized.cpu()
 
-    pipeline = small()
-    try:
-        return [np.array(picture) for _ in batches for picture in pipeline.run()[0].as_cpu()]
-    except RuntimeError as error:
-        if sentence := first_undecodable(records, np.asarray(indices)):
-            raise sentence from error
-        raise
+    chosen = np.asarray(indices, np.int64)
+    return [np.array(picture) for _, picture in decoded_pictures(records, chosen, engine, small)]

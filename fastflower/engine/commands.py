@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from fastflower.config import Config, resolve
 from fastflower.data.names import display_names
 from fastflower.data.records import Records
 from fastflower.engine.checkpoint import load_checkpoint
-from fastflower.engine.distributed import Ranks, processes
+from fastflower.engine.distributed import Ranks, local_rank, processes
 from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
@@ -38,7 +37,7 @@ def dry_run(config: Config, console: Console) -> None:
         UserError: see `prepare` and `fastflower.engine.rehearsal.rehearse`.
     """
     config = resolve(config)
-    device = choose_device(config.device, _local_rank())
+    device = choose_device(config.device, local_rank())
     with processes(device) as ranks, Display(console, shown=ranks.is_main) as display:
         rehearse(*prepare(config, device, ranks, display), display)
 
@@ -63,7 +62,7 @@ def train_run(
         UserError: see `train_into`; or `run` already holds a run.
     """
     config = resolve(config)
-    device = choose_device(config.device, _local_rank())
+    device = choose_device(config.device, local_rank())
     with processes(device) as ranks:
         with ranks.main_first():
             folder = _choose_folder(name, run, checkpoint, overwrite)
@@ -157,8 +156,3 @@ def evaluate_run(run: Path, split: str, testing: Testing, console: Console, name
             records.require_classes(len(trained.classes))
         scores = score(trained, data, records, testing, within)
     return Evaluated(trained, split, shown, records, scores, figures(scores, records.labels))
-
-
-def _local_rank() -> int:
-    """Which of this machine's processes this is, as torchrun says."""
-    return int(os.environ.get("LOCAL_RANK", 0))

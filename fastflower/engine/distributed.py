@@ -139,6 +139,11 @@ class Ranks:
             raise UserError(sentences[0])
 
 
+def local_rank() -> int:
+    """Which of this machine's processes this is, as torchrun says."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun started, if it did, until the block ends."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from fastflower.config import Data
 from fastflower.data.records import Records
 from fastflower.data.selection import largest_of_each
 from fastflower.data.sources import leave_out, load_records
-from fastflower.engine.distributed import Ranks, Signals, processes
+from fastflower.engine.distributed import Ranks, Signals, local_rank, processes
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
 from fastflower.engine.trained import TestSizes, Trained
@@ -55,7 +54,7 @@ def session(trained: Trained, testing: Testing, console: Console) -> Iterator[Se
         UserError: a GPU is asked for and there is none.
     """
     choice = trained.config.device if testing.device == "run" else testing.device
-    device = choose_device(choice, int(os.environ.get("LOCAL_RANK", 0)))
+    device = choose_device(choice, local_rank())
     with (
         processes(device) as ranks,
         Signals() as signals,
