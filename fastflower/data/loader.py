@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +19,15 @@ from nvidia.dali import pipeline_def
 from fastflower.data import pipeline as graph
 from fastflower.data.pipeline import Engine, Normalization, View
 from fastflower.data.records import Records, read_image
-from fastflower.data.resample import resample_batch
+from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request
 from fastflower.errors import UserError
 
 if TYPE_CHECKING:
     from fastflower.data.cache import Decoded
 
-CACHED = 2**17  # float32 values that stay in a core's cache
+
+END = b"\xff\xd9"  # of a JPEG file
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Loader:
         Args:
             records: the split.
             view: geometry of the pictures.
-            normalization: of the pixels; None leaves them uint8, as DALI resized them, without color shifts.
+            normalization: of the pixels; None leaves them uint8, without color shifts.
             engine: where DALI works; "gpu" needs `device` to be that GPU.
             device: where batches are handed out.
             batch: most pictures in a batch.
@@ -76,7 +76,8 @@ class Loader:
             self._mean = torch.tensor(normalization.mean, device=device) * 255
             self._std = torch.tensor(normalization.std, device=device) * 255
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._memory = Memory()
+        # what goes to a GPU is a quarter in size as uint8, and normalized there
+        self._resampler = Resampler(view, normalization if device.type == "cpu" else None)
         self._pipeline: graph.Pipeline | None = None
         self._requests: Iterator[Request] = iter(())
         self._in_work: deque[Request] = deque()
@@ -126,14 +127,12 @@ class Loader:
     ) -> Batch:
         if made:
             torch.cuda.current_stream(self.device).wait_event(made)
-        if not self.normalization:
-            return Batch(images, labels, indices)
-        if images.dtype == torch.uint8:
-            mean = self._mean if shift is None else self._mean - 255 * shift
-            out = self._memory.take(images.numel()) if images.device.type == "cpu" else None
-            images = normalize(images, mean, self._std, out)
-        elif shift is not None:
-            images.add_((255 * shift / self._std)[:, :, None, None])
+        if self._stream and self.normalization:
+            if images.dtype == torch.uint8:
+                mean = self._mean if shift is None else self._mean - 255 * shift
+                images = normalize(images, mean, self._std)
+            elif shift is not None:
+                images.add_((255 * shift / self._std)[:, :, None, None])
         return Batch(images, labels, indices)
 
     def _produce(self, requests: Iterator[Request], ready: queue.Queue[_Ready], stop: threading.Event) -> None:
@@ -153,38 +152,46 @@ class Loader:
     def _on_cpu(self) -> Iterator[_Item]:
         """Decoded by DALI, or before, and resampled here."""
         with ThreadPoolExecutor(self.engine.threads, "resample") as threads:
-            for pictures, request in self._decoded_pictures():
-                for images, alike in resample_batch(pictures, request, self.view, threads):
+            for regions, request in self._regions():
+                for images, alike in self._resampler.batches(regions, request, threads):
                     yield self._item(torch.from_numpy(images), request.select(alike))
 
-    def _decoded_pictures(self) -> Iterator[tuple[list[np.ndarray], Request]]:
+    def _regions(self) -> Iterator[tuple[list[Region], Request]]:
         if self.decoded:
             for request in self._requests:
-                yield [np.asarray(self.decoded.picture(int(index))) for index in request.indices], request
-        else:
-            for pictures, request in self._runs(None):
-                yield [np.asarray(pictures[i]) for i in range(len(request))], request
+                pictures = [np.asarray(self.decoded.picture(int(index))) for index in request.indices]
+                yield [Region(picture, (0, 0), picture.shape[:2]) for picture in pictures], request
+            return
+        if self._pipeline is None:
+            self._pipeline = graph.build_decoder(self._next_inputs, self.view, self.engine, self.batch)
+        for (pixels, corners, shapes), request in self._runs(self._pipeline):
+            corner, shape = (np.asarray(each.as_tensor()).tolist() for each in (corners, shapes))
+            count = range(len(request))
+            yield [Region(np.asarray(pixels[i]), tuple(corner[i]), tuple(shape[i])) for i in count], request
 
     def _by_dali(self) -> Iterator[_Item]:
         """Decoded and resampled by DALI on a GPU."""
-        for pictures, request in self._runs(self.view):
+        if self._pipeline is None:
+            self._pipeline = graph.build_pipeline(
+                self._next_inputs,
+                self.view,
+                self.engine,
+                self.batch,
+                self.normalization,
+                decoded=self.decoded.place if self.decoded else None,
+            )
+        for (pictures,), request in self._runs(self._pipeline):
             yield from self._to_torch(pictures, request)
 
-    def _runs(self, view: View | None) -> Iterator[tuple[graph.Pictures, Request]]:
+    def _runs(self, pipeline: graph.Pipeline) -> Iterator[tuple[tuple[graph.Pictures, ...], Request]]:
         """What the pipeline makes of each request."""
-        if self._pipeline is None:
-            normalization = self.normalization if self.engine.device == "gpu" else None
-            place = self.decoded.place if self.decoded else None
-            self._pipeline = graph.build_pipeline(
-                self._next_inputs, view, self.engine, self.batch, normalization, decoded=place
-            )
         while True:
             try:
-                (pictures,) = self._pipeline.run(self._stream)
+                outputs = pipeline.run(self._stream)
             except StopIteration:
-                self._pipeline.reset()
+                pipeline.reset()
                 return
-            yield pictures, self._in_work.popleft()
+            yield outputs, self._in_work.popleft()
 
     def _next_inputs(self) -> graph.Inputs:
         """DALI's source: called on the loader thread, some batches ahead of the outputs."""
@@ -236,60 +243,22 @@ _Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, np.ndarray, _Even
 _Ready = _Item | Exception | None
 
 
-def normalize(
-    images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor, out: torch.Tensor | None = None
-) -> torch.Tensor:
-    """(images - mean) / std in float32 of channels-last uint8 [N, 3, H, W]; mean [3] or [N, 3] and std [3] are 0..255.
-
-    It works on rows of W * 3 values, since broadcasting along the three channels, which lie innermost, is half as fast;
-    and on as many pictures at once as stay in a processor's cache from one operation to the next.
-
-    Args:
-        images: to normalize.
-        mean: of each channel, of all pictures or of each.
-        std: of each channel.
-        out: [N * H * W * 3] float32, whose memory the result has; None takes new memory.
-    """
-    n, channels, height, width = images.shape
-    pixels = images.permute(0, 2, 3, 1).reshape(n, height, width * channels)
-    rows = torch.empty(pixels.shape, device=images.device) if out is None else out.view(pixels.shape)
-    means, stds = mean.view(-1, 1, channels).expand(n, 1, channels).repeat(1, 1, width), std.repeat(width)
-    at_once = max(1, CACHED // (height * width * channels)) if images.device.type == "cpu" else n
-    for start in range(0, n, at_once):
-        some = slice(start, start + at_once)
-        rows[some].copy_(pixels[some]).sub_(means[some]).div_(stds)
-    return rows.view(n, height, width, channels).permute(0, 3, 1, 2)
-
-
-class Memory:
-    """Float32 memory for batches, which is used again when nobody refers to it any more.
-
-    New memory costs more than the arithmetic: the system clears each page when it is first written to.
-    """
-
-    def __init__(self) -> None:
-        self._free: deque[np.ndarray] = deque()
-
-    def take(self, size: int) -> torch.Tensor:
-        """[size] float32; of any values."""
-        while self._free and len(self._free[0]) != size:
-            self._free.popleft()
-        array = self._free.popleft() if self._free else np.empty(size, np.float32)
-        view = array.view()  # lives as long as a tensor has its memory
-        weakref.finalize(view, self._free.append, array).atexit = False
-        return torch.from_numpy(view)
+def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """(images - mean) / std in float32 of uint8 [N, 3, H, W]; mean, [3] or [N, 3], and std, [3], are in 0..255."""
+    return images.float().sub_(mean.view(-1, 3, 1, 1)).div_(std.view(3, 1, 1))
 
 
 def read_picture(records: Records, index: int) -> np.ndarray:
-    """The encoded image of a record, [length] uint8, that has a picture's header.
+    """The encoded image of a record, [length] uint8, that has a picture's header and is not cut off.
 
-    One without a header among others makes DALI 2.4 crash now and then, where it should report an error.
+    One without a header among others makes DALI 2.4 crash now and then, where it should report an error. One that is
+    cut off would be found out only when a crop reaches what it lacks, epochs later.
 
     Raises:
-        UserError: the record cannot be read or has no such header; names file and record.
+        UserError: the record cannot be read or is no such picture; names file and record.
     """
     encoded = read_image(records, index)
-    if not has_header(encoded):
+    if not has_header(encoded) or is_cut_off(encoded):
         raise undecodable(records, index)
     return encoded
 
@@ -300,6 +269,11 @@ def has_header(encoded: np.ndarray) -> bool:
         return nvimgcodec.CodeStream(encoded).width > 0  # which parses it
     except RuntimeError:
         return False
+
+
+def is_cut_off(encoded: np.ndarray) -> bool:
+    """Whether a JPEG file ([length] uint8) has no end marker; other bytes may follow it (1 µs where they do not)."""
+    return bytes(encoded[:2]) == b"\xff\xd8" and bytes(encoded[-2:]) != END and END not in encoded.tobytes()
 
 
 def undecodable(records: Records, index: int) -> UserError:

@@ -1,7 +1,7 @@
 """The DALI graph: encoded bytes in, cropped (or whole) pictures out. One definition for GPU and CPU.
 
 Resizing, cropping and flipping are one operator that computes only the region that is kept. On a CPU the graph ends
-after decoding, since `fastflower.data.resample` is several times as fast there.
+after decoding that region, since `fastflower.data.resample` does the rest several times as fast there.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Engine:
 
 def build_pipeline(
     source: Source,
-    view: View | None,
+    view: View,
     engine: Engine,
     batch: int,
     normalization: Normalization | None = None,
@@ -70,7 +70,7 @@ def build_pipeline(
     Args:
         source: called once a batch for the inputs: encoded images, shorter sides, crop positions, flips
             (`fastflower.data.sampler.Request` says which); raises StopIteration at the end.
-        view: geometry; None = pictures as they are decoded, of different shapes.
+        view: geometry.
         engine: device and resources.
         batch: most pictures in a batch.
         normalization: None gives uint8, right for a CPU, where DALI's conversion to floating point costs 0.5 ms a
@@ -78,17 +78,28 @@ def build_pipeline(
         decoded: where the source's images are pixels already, uint8 [H, W, 3], whose memory stays as it is until the
             source has ended; None = they are encoded.
     """
-    pipeline = _definition(
-        source,
-        view,
-        engine,
-        normalization,
-        decoded,
-        batch_size=batch,
-        num_threads=engine.threads,
-        device_id=engine.device_id,
-        prefetch_queue_depth=engine.prefetch,
-    )
+    return _built(_definition(source, view, engine, normalization, decoded, **_resources(engine, batch)))
+
+
+def build_decoder(source: Source, view: View, engine: Engine, batch: int) -> Pipeline:
+    """A built pipeline whose outputs are what a view needs of RGB pictures, decoded on the CPU.
+
+    They are the regions [h, w, 3], their corners (row and column in the picture, [2] int32) and the pictures' shapes
+    (height and width, [2] int32); for the arguments see `build_pipeline`.
+    """
+    return _built(_decoder(source, view, engine, **_resources(engine, batch)))
+
+
+def _resources(engine: Engine, batch: int) -> dict[str, int | None]:
+    return {
+        "batch_size": batch,
+        "num_threads": engine.threads,
+        "device_id": engine.device_id,
+        "prefetch_queue_depth": engine.prefetch,
+    }
+
+
+def _built(pipeline: Pipeline) -> Pipeline:
     with warnings.catch_warnings():  # only a random crop has a use for positions and flips
         warnings.filterwarnings("ignore", message="The external source node .* produces")
         pipeline.build()
@@ -98,7 +109,7 @@ def build_pipeline(
 @pipeline_def
 def _definition(
     source: Source,
-    view: View | None,
+    view: View,
     engine: Engine,
     normalization: Normalization | None,
     decoded: Literal["cpu", "gpu"] | None = None,
@@ -107,13 +118,12 @@ def _definition(
     pictures = images if decoded else decode(images, engine)
     if decoded == "cpu" and engine.device == "gpu":
         pictures = pictures.gpu()
-    if view is None:
-        return pictures
-    size, position = _geometry(pictures.shape()[0:2], shorter, crop_yx, view)
-    resampling = {"size": size, "interp_type": types.INTERP_LINEAR, "antialias": True}
+    size, start = _geometry(fn.cast(pictures.shape()[0:2], dtype=types.INT32), shorter, crop_yx, view)
+    resampling = {"size": _float(size), "interp_type": types.INTERP_LINEAR, "antialias": True}
     if view.place == "whole":
         pictures = fn.resize(pictures, **resampling)
     else:
+        position = _float(start) / _float(math.max(size - view.crop, 1))  # DALI takes a share of the free pixels
         pictures = fn.resize_crop_mirror(
             pictures,
             crop=(view.crop, view.crop),
@@ -131,6 +141,12 @@ def _definition(
         mean=[255 * value for value in normalization.mean],
         std=[255 * value for value in normalization.std],
     )
+
+
+@pipeline_def
+def _decoder(source: Source, view: View, engine: Engine) -> tuple[DataNode, DataNode, DataNode]:
+    encoded, shorter, crop_yx, _ = fn.external_source(source=source, num_outputs=4, batch=True)
+    return decode_region(encoded, shorter, crop_yx, view, engine)
 
 
 def _inputs(source: Source, decoded: Literal["cpu", "gpu"] | None) -> Sequence[DataNode]:
@@ -152,6 +168,32 @@ def _inputs(source: Source, decoded: Literal["cpu", "gpu"] | None) -> Sequence[D
     return [images, *fn.external_source(source=numbers.popleft, num_outputs=3, batch=True)]
 
 
+def decode_region(
+    encoded: DataNode, shorter: DataNode, crop_yx: DataNode, view: View, engine: Engine
+) -> tuple[DataNode, DataNode, DataNode]:
+    """What a view needs of pictures, the same pixels as if all were decoded; see `build_decoder` for the outputs.
+
+    Of a JPEG picture, what lies beyond is neither transformed nor converted, and the rows below it are not read.
+    """
+    shape = fn.cast(fn.peek_image_shape(encoded)[0:2], dtype=types.INT32)
+    if view.place == "whole":
+        return decode(encoded, engine), shape * 0, shape
+    size, start = _geometry(shape, shorter, crop_yx, view)
+    scale = _float(shape) / _float(size)
+    reach = math.max(scale, 1.0) + 1  # of the filter, in pixels of the picture; one more, since this is rounded
+    corner = fn.cast(math.max(math.floor(_float(start) * scale - reach), 0.0), dtype=types.INT32)
+    end = fn.cast(math.ceil(_float(start + view.crop) * scale + reach), dtype=types.INT32)
+    pixels = fn.decoders.image_slice(
+        encoded,
+        device="cpu",
+        output_type=types.RGB,
+        start=corner,
+        shape=math.min(end, shape) - corner,
+        axis_names="HW",
+    )
+    return pixels, corner, shape
+
+
 def decode(encoded: DataNode, engine: Engine) -> DataNode:
     """Encoded bytes to RGB uint8 [H, W, C], turned upright by EXIF."""
     if engine.device == "cpu":
@@ -166,18 +208,20 @@ def decode(encoded: DataNode, engine: Engine) -> DataNode:
 
 
 def _geometry(shape: DataNode, shorter: DataNode, crop_yx: DataNode, view: View) -> tuple[DataNode, DataNode]:
-    """Height and width after resizing, and the crop's place as DALI takes it (share of the free pixels).
+    """Height and width of pictures of `shape` after resizing, and where the crop begins in them.
 
     The longer side and the center crop round as torchvision's Resize and CenterCrop do.
     """
-    hw = fn.cast(shape, dtype=types.INT32)
-    shortest = fn.reductions.min(hw)
+    shortest = fn.reductions.min(shape)
     target = shorter if view.resize else math.max(shortest, view.crop)
-    size = (hw * target) // shortest
+    size = (shape * target) // shortest
     free = size - view.crop
     if view.place != "random":
         start = (free + free // 2 % 2) // 2  # half of it, a half rounded to the even number
     else:
         start = math.min(fn.cast(math.floor(crop_yx * (free + 1)), dtype=types.INT32), free)
-    position = fn.cast(start, dtype=types.FLOAT) / fn.cast(math.max(free, 1), dtype=types.FLOAT)
-    return fn.cast(size, dtype=types.FLOAT), position
+    return size, start
+
+
+def _float(numbers: DataNode) -> DataNode:
+    return fn.cast(numbers, dtype=types.FLOAT)

@@ -1,7 +1,7 @@
-"""Resize, crop and flip on a CPU: only what is kept is computed, by code that is compiled when it is first used.
+"""Resize, crop, flip and normalize on a CPU: only what is kept is computed, by code that is compiled when first used.
 
 Geometry and filter are those of the DALI graph (`fastflower.data.pipeline`), which is several times slower on a CPU: a
-triangle that is widened where pictures shrink. The pixels are within one level of DALI's and PIL's.
+triangle that is widened where pictures shrink. Levels of pixels are within one of DALI's and PIL's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,19 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from fastflower.data.pipeline import View
+from fastflower.data.memory import Memory
+from fastflower.data.pipeline import Normalization, View
 from fastflower.data.sampler import Request
+
+AT_ONCE = 8  # pictures of a task for a thread: few enough to spread a batch, and so many that tasks cost nothing
+
+
+class Region(NamedTuple):
+    """What is there of a decoded picture."""
+
+    pixels: np.ndarray  # uint8 RGB [h, w, 3]
+    corner: tuple[int, int]  # row and column of the picture where they begin
+    shape: tuple[int, int]  # height and width of the picture
 
 
 class Frame(NamedTuple):
@@ -29,8 +40,8 @@ class Frame(NamedTuple):
 
 
 def frame(shape: Sequence[int], shorter: int, crop_yx: np.ndarray, view: View) -> Frame:
-    """What becomes of a picture of `shape` (height, width, ...); see `Request` for the other numbers."""
-    height, width = shape[0], shape[1]
+    """What becomes of a picture of `shape` (height, width); see `Request` for the other numbers."""
+    height, width = shape
     shortest = min(height, width)
     target = shorter if view.resize else max(shortest, view.crop)
     height, width = height * target // shortest, width * target // shortest
@@ -47,102 +58,150 @@ def _start(free: int, share: np.float32, view: View) -> int:
     return (free + free // 2 % 2) // 2  # half of it, a half rounded to the even number
 
 
-def resample_batch(
-    pictures: Sequence[np.ndarray], request: Request, view: View, threads: Executor
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Resize, crop and flip decoded pictures as a request says.
+class Resampler:
+    """Makes pictures of one view and normalization."""
 
-    Args:
-        pictures: uint8 RGB [H, W, 3].
-        request: the numbers for each.
-        view: geometry.
-        threads: for the work.
+    def __init__(self, view: View, normalization: Normalization | None) -> None:
+        """Pictures are float32 with a normalization, else uint8."""
+        self.view = view
+        self._memory = Memory()
+        self._dtype: type[np.generic] = np.float32 if normalization else np.uint8
+        self._mean, self._std = np.zeros(3, np.float32), np.ones(3, np.float32)
+        if normalization:
+            self._mean = np.float32(255) * np.array(normalization.mean, np.float32)
+            self._std = np.float32(255) * np.array(normalization.std, np.float32)
 
-    Yields:
-        uint8 [n, h, w, 3] and which of the pictures they are, [n] int64; one pair for each shape that comes out.
-    """
-    frames = [
-        frame(picture.shape, int(shorter), crop_yx, view)
-        for picture, shorter, crop_yx in zip(pictures, request.shorter, request.crop_yx, strict=True)
-    ]
-    shapes = np.array([(each.rows, each.columns) for each in frames])
-    for shape in np.unique(shapes, axis=0):
-        alike = np.flatnonzero((shapes == shape).all(axis=1))
-        images = np.empty((len(alike), *shape.tolist(), 3), np.uint8)
+    def batches(
+        self, regions: Sequence[Region], request: Request, threads: Executor
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Resize, crop, flip and normalize pictures as a request says.
 
-        def work(place: int, alike: np.ndarray = alike, images: np.ndarray = images) -> None:
-            index = alike[place]
-            kept = frames[index]
-            flip = view.place != "whole" and bool(request.mirror[index])
-            resample(pictures[index], kept.height, kept.width, kept.top, kept.left, flip, images[place])
+        Args:
+            regions: of each picture, at least what the view keeps of it.
+            request: the numbers for each; its color shifts are for normalized pictures.
+            threads: for the work.
 
-        for _ in threads.map(work, range(len(alike))):
-            pass
-        yield images, alike
+        Yields:
+            [n, h, w, 3] and which of the pictures they are, [n] int64; one pair for each shape that comes out.
+        """
+        frames = [
+            frame(region.shape, shorter, crop_yx, self.view)
+            for region, shorter, crop_yx in zip(regions, request.shorter.tolist(), request.crop_yx, strict=True)
+        ]
+        flips = request.mirror.astype(bool) & (self.view.place != "whole")
+        means: np.ndarray = np.broadcast_to(self._mean, (len(frames), 3))
+        if request.shift is not None:
+            means = means - np.float32(255) * request.shift
+        shapes = np.array([(each.rows, each.columns) for each in frames])
+        for shape in np.unique(shapes, axis=0):
+            alike = np.flatnonzero((shapes == shape).all(axis=1))
+            images = self._memory.take((len(alike), *shape.tolist(), 3), self._dtype)
+
+            def work(start: int, alike: np.ndarray = alike, images: np.ndarray = images) -> None:
+                for i, out in zip(alike[start : start + AT_ONCE].tolist(), images[start:], strict=False):
+                    pixels, corner, shape = regions[i]
+                    resample(pixels, corner, shape, frames[i], flips[i], means[i], self._std, out)
+
+            for _ in threads.map(work, range(0, len(alike), AT_ONCE)):
+                pass
+            yield images, alike
 
 
 @njit(nogil=True, cache=True)
-def resample(picture, height, width, top, left, flip, out):  # type: ignore[no-untyped-def]
+def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignore[no-untyped-def]
     """Write a part of a resized picture.
 
+    The axis along which there is less to do comes first: rows, where they become fewer.
+
     Args:
-        picture: uint8 [H, W, 3].
-        height: that it is resized to.
-        width: that it is resized to.
-        top: first row that is kept.
-        left: first column that is kept.
+        pixels: uint8 [h, w, 3], a region of the picture.
+        corner: row and column where it begins.
+        shape: height and width of the picture.
+        frame: a `Frame`.
         flip: left to right.
-        out: uint8 [rows, columns, 3].
+        mean: float32 [3], subtracted from the rounded levels.
+        std: float32 [3], that they are divided by then.
+        out: [rows, columns, 3], uint8 or float32.
     """
-    rows, columns = out.shape[0], out.shape[1]
-    first_row, row_weights = _taps(picture.shape[0], height, top, rows)
-    first_column, column_weights = _taps(picture.shape[1], width, left, columns)
-    start = first_column[0]
-    stop = min(first_column[columns - 1] + column_weights.shape[1], picture.shape[1])
-    source = picture.reshape(picture.shape[0], picture.shape[1] * 3)[:, 3 * start : 3 * stop]
-    line = np.zeros(
-        source.shape[1] + 3 * column_weights.shape[1], np.float32
-    )  # the taps of the last pixels may overhang
-    for row in range(rows):
-        _mix_rows(source, first_row[row], row_weights[row], line)
-        for column in range(columns):
-            weights, place = column_weights[column], 3 * (first_column[column] - start)
-            red = green = blue = np.float32(0.5)
-            for weight in weights:
-                red += weight * line[place]
-                green += weight * line[place + 1]
-                blue += weight * line[place + 2]
-                place += 3
-            target = columns - 1 - column if flip else column
-            out[row, target, 0], out[row, target, 1], out[row, target, 2] = (
-                np.uint8(red),
-                np.uint8(green),
-                np.uint8(blue),
-            )
+    top, bottom, first_row, row_weights = _taps(shape[0], frame.height, frame.top, frame.rows)
+    left, right, first_column, column_weights = _taps(shape[1], frame.width, frame.left, frame.columns)
+    if flip:
+        first_column, column_weights = first_column[::-1].copy(), column_weights[:, ::-1].copy()
+    source = pixels.reshape(pixels.shape[0], pixels.shape[1] * 3)
+    source = source[top - corner[0] : bottom - corner[0], 3 * (left - corner[1]) : 3 * (right - corner[1])]
+    line = np.zeros(source.shape[1] + 3 * len(column_weights), np.float32)  # taps of no weight may overhang
+    resized = np.empty(frame.columns * 3, np.float32)
+    means, stds = np.empty_like(resized), np.empty_like(resized)
+    for channel in range(3):
+        means[channel::3], stds[channel::3] = mean[channel], std[channel]
+    if frame.height > shape[0]:
+        lines = np.empty((len(source), len(resized)), np.float32)
+        for row in range(len(source)):
+            for i in range(source.shape[1]):
+                line[i] = source[row, i]
+            _resize_row(line, first_column, column_weights, lines[row])
+        for row in range(frame.rows):
+            _mix_rows(lines, first_row[row], row_weights[:, row], resized)
+            _normalize(resized, means, stds, out[row])
+    else:
+        for row in range(frame.rows):
+            _mix_rows(source, first_row[row], row_weights[:, row], line)
+            _resize_row(line, first_column, column_weights, resized)
+            _normalize(resized, means, stds, out[row])
 
 
 @njit(nogil=True, cache=True)
-def _mix_rows(source, first, weights, line):  # type: ignore[no-untyped-def]
-    """Weighted sum of the rows of `source` from `first` on, into `line`."""
-    length = source.shape[1]
-    row = source[first]
-    for i in range(length):
+def _mix_rows(rows, first, weights, line):  # type: ignore[no-untyped-def]
+    """Weighted sum of rows from the first on, into `line`."""
+    row = rows[first]
+    for i in range(len(row)):
         line[i] = weights[0] * row[i]
     for tap in range(1, len(weights)):
         weight = weights[tap]
         if weight != 0:
-            row = source[first + tap]
-            for i in range(length):
+            row = rows[first + tap]
+            for i in range(len(row)):
                 line[i] += weight * row[i]
 
 
 @njit(nogil=True, cache=True)
+def _resize_row(line, first, weights, resized):  # type: ignore[no-untyped-def]
+    """Weighted sums of neighboring pixels of `line`; two taps at once, which halves the passes over `resized`."""
+    for tap in range(0, len(weights), 2):
+        one, other = weights[tap], weights[tap + 1]
+        for column in range(len(first)):
+            a, b, i, to = one[column], other[column], 3 * (first[column] + tap), 3 * column
+            red = a * line[i] + b * line[i + 3]
+            green = a * line[i + 1] + b * line[i + 4]
+            blue = a * line[i + 2] + b * line[i + 5]
+            if tap == 0:
+                resized[to], resized[to + 1], resized[to + 2] = red, green, blue
+            else:
+                resized[to] += red
+                resized[to + 1] += green
+                resized[to + 2] += blue
+
+
+@njit(nogil=True, cache=True, error_model="numpy")  # Python's looks for zeros, one by one
+def _normalize(levels, means, stds, out):  # type: ignore[no-untyped-def]
+    """Rounded levels, less their means, by their deviations: all [columns * 3], but `out` is [columns, 3]."""
+    values = out.reshape(out.size)
+    for i in range(len(levels)):
+        values[i] = (np.float32(np.int32(levels[i] + np.float32(0.5))) - means[i]) / stds[i]
+
+
+@njit(nogil=True, cache=True)
 def _taps(size, resized, start, count):  # type: ignore[no-untyped-def]
-    """Of `count` pixels from `start` on: the first source pixel, [count], and the weights from there, [count, taps]."""
+    """What `count` pixels from `start` on, of an axis that is resized from `size` pixels, are made of.
+
+    Returns:
+        first pixel that is used at all, end of those that are, first for each counted from there ([count]), and weights
+        from each first on ([taps, count]; taps are even in number, the last may have no weight).
+    """
     scale = size / resized
     support = max(scale, 1.0)
     first, used = np.empty(count, np.int64), 0
-    weights = np.zeros((count, int(2 * support) + 2), np.float32)
+    weights = np.zeros((int(2 * support) + 3, count), np.float32)
     for i in range(count):
         center = (start + i + 0.5) * scale
         low, high = int(np.floor(center - support + 0.5)), int(np.floor(center + support + 0.5))
@@ -151,8 +210,9 @@ def _taps(size, resized, start, count):  # type: ignore[no-untyped-def]
         for k in range(low, high):
             weight = max(1 - abs(k + 0.5 - center) / support, 0.0)
             tap = min(max(k, 0), size - 1) - first[i]  # beyond the border is what is at the border, as DALI has it
-            weights[i, tap] += weight
+            weights[tap, i] += weight
             total += weight
             used = max(used, tap + 1)
-        weights[i] /= total
-    return first, weights[:, :used].copy()
+        weights[:, i] /= total
+    begin, end = first[0], min(first[-1] + used, size)
+    return begin, end, first - begin, weights[: used + used % 2].copy()

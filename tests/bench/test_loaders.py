@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -75,7 +76,7 @@ def test_order_is_that_of_training_and_of_each_process(work: Work) -> None:
         assert np.array_equal(request.indices, np.concatenate([first.indices, second.indices]))
 
 
-def test_decoders_alone_give_whole_pictures(work: Work) -> None:
+def test_decoders_alone_give_the_pictures_or_what_is_kept_of_them(work: Work) -> None:
     makers = loaders.contenders(work, peers=False)
     assert list(makers) == [OURS, DECODE, LIMIT]
     by_dali: Any = next(makers[DECODE](20).start(1))
@@ -83,6 +84,9 @@ def test_decoders_alone_give_whole_pictures(work: Work) -> None:
     assert len(by_dali) == len(by_turbo) == 20
     for one, two in zip(by_dali, by_turbo, strict=True):
         assert np.array_equal(np.asarray(one), two.permute(1, 2, 0).numpy())
+    large = Work(**vars(work) | {"data": replace(work.data, scale=(90, 90))})
+    parts: Any = next(loaders.decode_only(large, 20).start(1))
+    assert sum(np.asarray(part).size for part in parts) < 0.5 * sum(two.numel() for two in by_turbo)
 
 
 def test_a_cpu_is_no_limit_to_a_gpu(work: Work) -> None:

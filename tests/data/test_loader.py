@@ -18,10 +18,10 @@ import torch
 
 from fastflower.config import Data
 from fastflower.data.dataset import evaluation_batches, training_batches
-from fastflower.data.loader import Batch, Loader, Memory, decodable, has_header, normalize
+from fastflower.data.loader import Batch, Loader, decodable, has_header, normalize
 from fastflower.data.pipeline import IMAGENET, Engine, Normalization, View
 from fastflower.data.records import Records, load_split
-from fastflower.data.resample import resample_batch
+from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import evaluation_requests, training_requests
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.engine.distributed import Ranks
@@ -62,13 +62,13 @@ def test_pictures_belong_to_their_labels(small: Path) -> None:
 
 def test_pictures_are_not_copied_between_decoder_and_resampler(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owners: list[bool] = []
-    original = resample_batch
+    original = Resampler.batches
 
-    def spy(pictures: Sequence[np.ndarray], *others: Any) -> Any:
-        owners.extend(picture.flags.owndata for picture in pictures)
-        return original(pictures, *others)
+    def spy(self: Resampler, regions: Sequence[Region], *others: Any) -> Any:
+        owners.extend(region.pixels.flags.owndata for region in regions)
+        return original(self, regions, *others)
 
-    monkeypatch.setattr("fastflower.data.loader.resample_batch", spy)
+    monkeypatch.setattr(Resampler, "batches", spy)
     epoch(loader(load_split(small, "train"), View(32, "random"), 8))
     assert owners == [False] * 48
 
@@ -167,6 +167,21 @@ def test_files_that_no_decoder_reads(odd_images: Path, name: str) -> None:
     assert not decodable(np.fromfile(odd_images / name, np.uint8))
 
 
+@pytest.mark.parametrize("missing", [2, 300])
+def test_a_picture_that_is_cut_off_is_named_though_no_crop_reaches_its_end(tmp_path: Path, missing: int) -> None:
+    write_tfrecord(tmp_path / "val" / "a.tfrec", [example(0, 0), example(1, 0, jpeg(200, 200)[:-missing])])
+    made = loader(load_split(tmp_path, "val"), View(32), 2)
+    with pytest.raises(UserError, match="record 1 .* cannot be decoded"):
+        list(made.batches(evaluation_requests(2, shorter=100, batch=2)))
+
+
+def test_bytes_after_the_end_of_a_picture_do_no_harm(tmp_path: Path) -> None:
+    write_tfrecord(tmp_path / "val" / "a.tfrec", [example(0, 0, jpeg(40, 40)), example(1, 0, jpeg(40, 40) + b"more")])
+    made = loader(load_split(tmp_path, "val"), View(32), 2)
+    (batch,) = made.batches(evaluation_requests(2, shorter=36, batch=2))
+    assert torch.equal(batch.images[0], batch.images[1])
+
+
 def test_a_file_that_shrinks_is_a_sentence(tmp_path: Path) -> None:
     root = write_dataset(tmp_path, {"val": 8}, files=1)
     records = load_split(root, "val")
@@ -221,38 +236,6 @@ def test_without_color_shift_normalizing_is_the_plain_formula_to_the_bit() -> No
     images = levels.view(2, 3, 1, 128).contiguous(memory_format=torch.channels_last)
     mean, std = (255 * torch.tensor(values) for values in (IMAGENET.mean, IMAGENET.std))
     assert torch.equal(normalize(images, mean, std), (images.float() - mean.view(3, 1, 1)) / std.view(3, 1, 1))
-
-
-@pytest.mark.parametrize("shape", [(1, 3, 1, 1), (5, 3, 7, 9), (3, 3, 224, 200), (70, 3, 32, 32)])
-def test_normalizing_in_pieces_is_the_plain_formula(shape: tuple[int, ...]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-    images = images.contiguous(memory_format=torch.channels_last)
-    std = torch.tensor([50.0, 60.0, 70.0])
-    for mean in (torch.tensor([100.0, 110.0, 90.0]), torch.rand(shape[0], 3, generator=generator) * 100):
-        wanted = (images.float() - mean.view(-1, 3, 1, 1)) / std.view(3, 1, 1)
-        out = torch.full((images.numel(),), torch.nan)
-        for found in (normalize(images, mean, std), normalize(images, mean, std, out)):
-            assert torch.equal(found, wanted)
-            assert found.is_contiguous(memory_format=torch.channels_last)
-        assert found.data_ptr() == out.data_ptr()
-
-
-def test_memory_is_used_again_when_nobody_holds_it() -> None:
-    memory = Memory()
-    first, second = memory.take(1000), memory.take(1000)
-    assert first.data_ptr() != second.data_ptr()
-    address = first.data_ptr()
-    part = (first.view(10, 100)[3:] * torch.ones(1, requires_grad=True)).sum()  # autograd holds it
-    del first
-    assert memory.take(1000).data_ptr() != address
-    del part
-    held = memory.take(1000), memory.take(1000)
-    assert address in {each.data_ptr() for each in held}
-    assert len({each.data_ptr() for each in (*held, second)}) == 3
-    del held
-    other = memory.take(500)
-    assert len(other) == 500
 
 
 @pytest.mark.slow

@@ -7,14 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastflower.data.pipeline import Engine, View, build_pipeline
-from fastflower.data.resample import frame, resample, resample_batch
+from fastflower.data.pipeline import IMAGENET, Engine, Inputs, Normalization, View, build_decoder, build_pipeline
+from fastflower.data.records import load_split, read_image
+from fastflower.data.resample import Frame, Region, Resampler, frame, resample
 from fastflower.data.sampler import Request
 from tests.conftest import READABLE, ROOT, jpeg
 
@@ -31,26 +33,40 @@ def random_request(n: int, low: int, high: int, seed: int) -> Request:
     return Request(np.arange(n), shorter, rng.random((n, 2)).astype(np.float32), rng.integers(0, 2, n).astype(np.int32))
 
 
+def inputs(encoded: list[bytes], request: Request) -> Inputs:
+    return [np.frombuffer(data, np.uint8) for data in encoded], request.shorter, request.crop_yx, request.mirror
+
+
 def by_dali(encoded: list[bytes], request: Request, view: View) -> list[np.ndarray]:
-    inputs = (
-        [np.frombuffer(data, np.uint8) for data in encoded], request.shorter, request.crop_yx, request.mirror
-    )  # fmt: skip
-    (found,) = build_pipeline(lambda: inputs, view, Engine(prefetch=1), len(encoded)).run()
+    (found,) = build_pipeline(lambda: inputs(encoded, request), view, Engine(prefetch=1), len(encoded)).run()
     return [np.array(found[i]) for i in range(len(encoded))]
 
 
-def ours(encoded: list[bytes], request: Request, view: View, threads: Executor) -> list[np.ndarray]:
-    (decoded,) = build_pipeline(
-        lambda: ([np.frombuffer(data, np.uint8) for data in encoded], request.shorter, request.crop_yx, request.mirror),
-        None,
-        Engine(prefetch=1),
-        len(encoded),
-    ).run()
-    pictures = [np.asarray(decoded[i]) for i in range(len(encoded))]
+def decode(encoded: list[bytes], request: Request, view: View) -> list[Region]:
+    outputs = build_decoder(lambda: inputs(encoded, request), view, Engine(prefetch=1), len(encoded)).run()
+    pixels, corners, shapes = ([np.array(each[i]) for i in range(len(encoded))] for each in outputs)
+    places = zip(corners, shapes, strict=True)
+    return [Region(pixels[i], tuple(corner), tuple(shape)) for i, (corner, shape) in enumerate(places)]
+
+
+def whole(encoded: list[bytes]) -> list[Region]:
+    pictures = [region.pixels for region in decode(encoded, random_request(len(encoded), 9, 9, 0), View(9, "whole"))]
+    return [Region(picture, (0, 0), picture.shape[:2]) for picture in pictures]
+
+
+def resampled(
+    regions: list[Region], request: Request, view: View, threads: Executor, normalization: Normalization | None = None
+) -> list[np.ndarray]:
     found: dict[int, np.ndarray] = {}
-    for images, alike in resample_batch(pictures, request, view, threads):
+    for images, alike in Resampler(view, normalization).batches(regions, request, threads):
         found |= dict(zip(alike.tolist(), images, strict=True))
-    return [found[i] for i in range(len(encoded))]
+    return [found[i] for i in range(len(regions))]
+
+
+def resize(picture: np.ndarray, kept: Frame, *, flip: bool = False) -> np.ndarray:
+    out = np.empty((kept.rows, kept.columns, 3), np.uint8)
+    resample(picture, (0, 0), picture.shape[:2], kept, flip, np.zeros(3, np.float32), np.ones(3, np.float32), out)
+    return out
 
 
 def assert_same(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
@@ -69,14 +85,75 @@ def test_pixels_are_dalis_to_a_level(place: str, resize: bool, threads: Executor
     view = View(32, place, resize)  # type: ignore[arg-type]
     for seed in range(6):
         request = random_request(len(encoded), 32, 130, seed)
-        assert_same(ours(encoded, request, view, threads), by_dali(encoded, request, view))
+        assert_same(resampled(decode(encoded, request, view), request, view, threads), by_dali(encoded, request, view))
+
+
+@pytest.mark.parametrize("place", ["random", "center", "whole"])
+def test_a_region_is_decoded_and_resampled_as_in_the_whole_picture(
+    place: str, threads: Executor, flowers5: Path, odd_images: Path
+) -> None:
+    """To the bit, whatever the file's format and its rows and columns of blocks are."""
+    records = load_split(flowers5, "val", sizes="all")
+    encoded = [read_image(records, i).tobytes() for i in range(0, len(records), 3)]
+    encoded += [(odd_images / name).read_bytes() for name in READABLE]
+    pictures = whole(encoded)
+    for seed, (low, high) in enumerate([(64, 70), (120, 300), (400, 900)]):
+        view = View(64, place)  # type: ignore[arg-type]
+        request = random_request(len(encoded), low, high, seed)
+        regions = decode(encoded, request, view)
+        for region, picture in zip(regions, pictures, strict=True):
+            (top, left), (height, width, _) = region.corner, region.pixels.shape
+            assert region.shape == picture.shape
+            np.testing.assert_array_equal(region.pixels, picture.pixels[top : top + height, left : left + width])
+        found, wanted = (resampled(each, request, view, threads) for each in (regions, pictures))
+        for one, other in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(one, other)
+        if place != "whole" and low > 70:
+            assert sum(r.pixels.size for r in regions) < 0.5 * sum(p.pixels.size for p in pictures)
+
+
+def test_a_region_holds_what_the_filter_reaches_at_every_place() -> None:
+    """Of odd sizes too; a region that is too small would be read beyond its end."""
+    encoded = [jpeg(41, 97), jpeg(64, 30), jpeg(33, 33)]
+    view = View(20, "random")
+    n = len(encoded)
+    for shorter in range(20, 90, 7):
+        for share in (0.0, 0.3, 0.5, 0.9999, 1.0):
+            crop_yx = np.full((n, 2), share, np.float32)
+            request = Request(np.arange(n), np.full(n, shorter, np.int32), crop_yx, np.zeros(n, np.int32))
+            for region in decode(encoded, request, view):
+                kept = frame(region.shape, shorter, crop_yx[0], view)
+                for axis, (start, count) in enumerate(((kept.top, kept.rows), (kept.left, kept.columns))):
+                    scale = region.shape[axis] / kept[axis]
+                    reach = max(scale, 1.0)
+                    low = np.floor((start + 0.5) * scale - reach + 0.5)
+                    high = np.floor((start + count - 0.5) * scale + reach + 0.5)
+                    begin = region.corner[axis]
+                    assert begin <= max(low, 0)
+                    assert begin + region.pixels.shape[axis] >= min(high, region.shape[axis])
 
 
 def test_all_kinds_of_pictures(odd_images: Path, threads: Executor) -> None:
     encoded = [(odd_images / name).read_bytes() for name in READABLE]
     for view in (View(48, "random"), View(48, "center"), View(48, "whole")):
         request = random_request(len(encoded), 48, 100, 0)
-        assert_same(ours(encoded, request, view, threads), by_dali(encoded, request, view))
+        assert_same(resampled(decode(encoded, request, view), request, view, threads), by_dali(encoded, request, view))
+
+
+def test_normalizing_is_the_plain_formula_to_the_bit(threads: Executor) -> None:
+    encoded = [jpeg(60, 50, seed) for seed in range(20)]
+    request = random_request(len(encoded), 36, 80, 0)
+    shift = np.random.default_rng(0).normal(0, 0.1, (len(encoded), 3)).astype(np.float32)
+    mean, std = (np.float32(255) * np.array(values, np.float32) for values in (IMAGENET.mean, IMAGENET.std))
+    view = View(32, "random")
+    regions = decode(encoded, request, view)
+    levels = resampled(regions, request, view, threads)
+    for shifts in (None, shift):
+        found = resampled(regions, replace(request, shift=shifts), view, threads, IMAGENET)
+        for i, (one, pixels) in enumerate(zip(found, levels, strict=True)):
+            assert one.dtype == np.float32
+            middle = mean if shifts is None else mean - np.float32(255) * shifts[i]
+            np.testing.assert_array_equal(one, (pixels.astype(np.float32) - middle) / std)
 
 
 @pytest.mark.parametrize("size", [20, 50, 64, 173, 400])
@@ -85,11 +162,9 @@ def test_noise_is_resized_as_pil_does(size: int) -> None:
     picture = np.random.default_rng(size).integers(0, 256, (90, 130, 3), np.uint8)
     height, width = size, size * 130 // 90
     wanted = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)).astype(int)
-    found = np.empty((height, width, 3), np.uint8)
-    resample(picture, height, width, 0, 0, False, found)
+    found = resize(picture, Frame(height, width, 0, 0, height, width))
     assert np.abs(found - wanted)[1:-1, 1:-1].max() <= 1
-    part = np.empty((height // 2, width // 3, 3), np.uint8)
-    resample(picture, height, width, height // 4, width // 5, True, part)
+    part = resize(picture, Frame(height, width, height // 4, width // 5, height // 2, width // 3), flip=True)
     kept = found[height // 4 :, width // 5 :][: height // 2, : width // 3]
     np.testing.assert_array_equal(part, kept[:, ::-1])
 
@@ -97,8 +172,7 @@ def test_noise_is_resized_as_pil_does(size: int) -> None:
 def test_a_checkerboard_that_shrinks_turns_gray() -> None:
     board = np.indices((512, 512)).sum(0) % 2 * 255
     picture = np.repeat(board[..., None], 3, 2).astype(np.uint8)
-    small = np.empty((256, 256, 3), np.uint8)
-    resample(picture, 256, 256, 0, 0, False, small)
+    small = resize(picture, Frame(256, 256, 0, 0, 256, 256))
     assert np.abs(small.astype(int) - 127.5)[1:-1, 1:-1].max() <= 1
 
 
@@ -106,37 +180,32 @@ def test_constant_pictures_stay_constant() -> None:
     for value in (0, 1, 127, 254, 255):
         picture = np.full((37, 53, 3), value, np.uint8)
         for height, width in ((37, 53), (10, 14), (200, 286), (1, 1)):
-            out = np.empty((height, width, 3), np.uint8)
-            resample(picture, height, width, 0, 0, False, out)
-            assert (out == value).all()
+            assert (resize(picture, Frame(height, width, 0, 0, height, width)) == value).all()
 
 
 def test_a_picture_of_its_own_size_is_left_as_it_is() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (41, 57, 3), np.uint8)
-    out = np.empty_like(picture)
-    resample(picture, 41, 57, 0, 0, False, out)
-    np.testing.assert_array_equal(out, picture)
+    np.testing.assert_array_equal(resize(picture, Frame(41, 57, 0, 0, 41, 57)), picture)
 
 
 def test_the_center_is_torchvisions_and_random_crops_reach_every_place() -> None:
-    assert frame((60, 91, 3), 45, np.array([0.5, 0.5], np.float32), View(32)) == (45, 68, 6, 18, 32, 32)
+    assert frame((60, 91), 45, np.array([0.5, 0.5], np.float32), View(32)) == (45, 68, 6, 18, 32, 32)
     shares = np.linspace(0, 1, 2000, dtype=np.float32)
-    tops = {frame((40, 40, 3), 40, np.array([share, share]), View(32, "random")).top for share in shares}
+    tops = {frame((40, 40), 40, np.array([share, share]), View(32, "random")).top for share in shares}
     assert tops == set(range(9))
 
 
 def test_read_only_pictures_are_taken(threads: Executor) -> None:
     picture = np.asarray(ImageOps.exif_transpose(Image.new("RGB", (40, 40), (1, 2, 3))))
     picture.setflags(write=False)
-    ((images, alike),) = resample_batch([picture], random_request(1, 40, 40, 0), View(32), threads)
-    assert alike.tolist() == [0]
-    assert images[0, 5, 5].tolist() == [1, 2, 3]
+    (image,) = resampled([Region(picture, (0, 0), (40, 40))], random_request(1, 40, 40, 0), View(32), threads)
+    assert image[5, 5].tolist() == [1, 2, 3]
 
 
 def test_it_works_where_its_code_cannot_be_kept(tmp_path: Path) -> None:
     """Compiled anew in each process, where neither the package nor the home folder can be written."""
-    code = "import numpy as np; from fastflower.data.resample import resample; a = np.zeros((4, 4, 3), np.uint8)"
-    code += "; resample(a, 4, 4, 0, 0, False, a.copy())"
+    code = "import numpy as np; from tests.data.test_resample import Frame, resize"
+    code += "; resize(np.zeros((4, 4, 3), np.uint8), Frame(4, 4, 0, 0, 4, 4))"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": "/proc", "XDG_CACHE_HOME": "/proc"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,30 @@
+"""Memory for batches, which is used again.
+
+New memory costs more than the arithmetic: the system clears each page when it is first written to.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+
+class Memory:
+    """Arrays of one kind at a time; an array's memory is free when nobody refers to it any more."""
+
+    def __init__(self) -> None:
+        self._free: deque[np.ndarray] = deque()
+
+    def take(self, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
+        """An array of any values, whose memory is its own until it and all views and tensors of it are gone."""
+        size = math.prod(shape) * np.dtype(dtype).itemsize
+        while self._free and len(self._free[0]) != size:
+            self._free.popleft()
+        memory = self._free.popleft() if self._free else np.empty(size, np.uint8)
+        view = memory.view(dtype).reshape(shape)
+        weakref.finalize(view, self._free.append, memory).atexit = False
+        return view

@@ -1,0 +1,35 @@
+"""Memory that batches use again."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastflower.data.memory import Memory
+
+
+def take(memory: Memory, *shape: int) -> torch.Tensor:
+    return torch.from_numpy(memory.take(shape, np.float32))
+
+
+def test_it_is_used_again_when_nobody_holds_it() -> None:
+    memory = Memory()
+    first, second = take(memory, 10, 100), take(memory, 10, 100)
+    assert first.shape == (10, 100)
+    assert first.dtype == torch.float32
+    assert first.data_ptr() != second.data_ptr()
+    address = first.data_ptr()
+    part = (first[3:] * torch.ones(1, requires_grad=True)).sum()  # autograd holds it
+    del first
+    assert take(memory, 10, 100).data_ptr() != address
+    del part
+    held = take(memory, 1000), take(memory, 1000)
+    assert address in {each.data_ptr() for each in held}
+    assert len({each.data_ptr() for each in (*held, second)}) == 3
+
+
+def test_another_size_takes_new_memory_and_drops_the_old() -> None:
+    memory = Memory()
+    take(memory, 1000)
+    assert take(memory, 2000).shape == (2000,)
+    assert not [each for each in memory._free if len(each) == 4000]
