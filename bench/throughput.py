@@ -5,6 +5,7 @@
     python bench/throughput.py train --run runs/NAME --dtype bf16
     python bench/throughput.py eval --run runs/NAME
     python bench/throughput.py --compare BEFORE.jsonl AFTER.jsonl --max_loss 5
+    python bench/throughput.py --plot RESULTS.jsonl docs/rates
 
 Compiling, the first steps and work begun ahead do not count; all contenders of a network take turns (see timing.py).
 Files come from the page cache once the first epoch has read them. A forward pass counts as 2 FLOPs a multiply-add, a
@@ -46,6 +47,7 @@ from bench.throughput_options import (
 from bench.throughput_report import show, write_csv
 from bench.timing import Make, measure
 from fastflower.config import Config, load_yaml
+from fastflower.curves import plot_throughput, write_picture
 from fastflower.data.cache import open_cache
 from fastflower.data.dataset import choose_engine
 from fastflower.data.sources import load_pictures
@@ -56,6 +58,7 @@ from fastflower.engine.run import RunFolder
 from fastflower.engine.setup import with_data
 from fastflower.environment import package_versions
 from fastflower.errors import UserError
+from fastflower.report import read_throughput
 
 Row = dict[str, Any]
 MODES = {LoaderCommand: "loader", ModelCommand: "model", TrainCommand: "train", EvalCommand: "eval"}
@@ -64,7 +67,7 @@ LABELS = {"off": {"eager": False}, "on": {"compiled": True}, "both": {"eager": F
 
 @dataclass(frozen=True)
 class Options:
-    """A mode to measure, or two results files to compare."""
+    """A mode to measure, two results files to compare, or one to draw."""
 
     mode: (
         Annotated[LoaderCommand, subcommand("loader")]
@@ -77,6 +80,8 @@ class Options:
     """Results files of --out: print the ratios of images/s of what both have."""
     max_loss: float = 5.0
     """Percent that --compare lets anything lose before the exit code is 1."""
+    plot: Annotated[tuple[Path, Path] | None, arg(metavar="RESULTS PICTURE")] = None
+    """A results file of --out: draw it as PICTURE.png and PICTURE.svg."""
 
 
 def measure_loader(command: LoaderCommand, config: Config, place: Place) -> list[Row]:
@@ -215,14 +220,18 @@ def report(mode: str, rows: list[Row], around: dict[str, Any], command: Command,
 
 
 def run(options: Options, console: Console) -> int:
-    """Compare two files or measure a mode; the exit code: 1 where --compare finds too much lost."""
-    if options.compare:
-        if options.mode:
-            raise UserError("--compare reads results and measures nothing: leave the mode out.")
-        return compare(*options.compare, options.max_loss, console)
-    if options.mode is None:
-        raise UserError("there is nothing to do: give loader, model, train or eval, or --compare with two files.")
-    return run_mode(options.mode, console)
+    """Measure a mode, compare two files or draw one; the exit code: 1 where --compare finds too much lost."""
+    for option, given in (("--compare", options.compare), ("--plot", options.plot)):
+        if given and options.mode:
+            raise UserError(f"{option} reads results and measures nothing: leave the mode out.")
+    if options.mode:
+        return run_mode(options.mode, console)
+    if not (options.compare or options.plot):
+        raise UserError("there is nothing to do: give loader, model, train or eval, --compare or --plot.")
+    if options.plot:
+        results, picture = options.plot
+        write_picture(picture, plot_throughput(read_throughput(results)))
+    return compare(*options.compare, options.max_loss, console) if options.compare else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

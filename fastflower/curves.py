@@ -11,6 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from fastflower.history import History, median
@@ -25,10 +26,12 @@ DROP: dict[str, Any] = {"marker": "v", "markersize": 10, "markerfacecolor": "whi
 RING: dict[str, Any] = {"marker": "o", "markersize": 13, "markerfacecolor": "none", **MARK}
 LARGEST = 1500  # points², of the bubble with most parameters
 BARS: tuple[dict[str, Any], ...] = (
-    {"color": "0.5", "edgecolor": "black"},
-    {"color": "0.8", "edgecolor": "black", "hatch": "///"},
-    {"color": "white", "edgecolor": "black", "hatch": "xxx"},
+    {"facecolor": "0.5", "edgecolor": "black"},
+    {"facecolor": "0.8", "edgecolor": "black", "hatch": "///"},
+    {"facecolor": "white", "edgecolor": "black", "hatch": "xxx"},
 )
+
+CONTENDERS = dict(zip(("fastflower", "others", "decoder alone"), BARS, strict=True))
 
 
 def plot_curves(runs: Sequence[History]) -> Figure:
@@ -135,34 +138,53 @@ def plot_epoch_time(runs: Sequence[History]) -> Figure:
 def plot_throughput(results: Sequence[Mapping[str, Any]]) -> Figure:
     """Pictures a second of each contender of `bench/throughput.py`, with the range of its repeats.
 
-    Each mode on each machine has a panel. Of results for the same contender and settings the last one is shown; the
-    settings in which a panel's results differ stand beside the name.
+    Each mode, and of a mode each machine, kind of pass and settings, has a panel. Of results for the same the last one
+    is shown.
     """
-    panels: dict[tuple[str, str], dict[str, Mapping[str, Any]]] = {}
+    panels: dict[str, dict[str, Mapping[str, Any]]] = {}
     for result in results:
+        name, what = result["name"], ""
+        if result["mode"] == "model":
+            name, _, what = name.rpartition(", ")
         machine = f"{result['machine']['gpu'] or result['machine']['cpu']}, {result['machine']['cores']} cores"
-        same = f"{result['name']} {result['settings']}"
-        panels.setdefault((result["mode"], machine), {})[same] = result
-    heights = [0.4 * len(panel) + 0.9 for panel in panels.values()]  # inches
-    figure = Figure(figsize=(9, sum(heights)), layout="constrained")
-    all_axes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, ((mode, machine), panel) in zip(all_axes, panels.items(), strict=True):
-        _plot_rates(axes, list(panel.values()))
-        axes.set_title(f"{mode}: {machine}", fontsize=10, parse_math=False)
+        settings = _settings(result, [other for other in results if other["mode"] == result["mode"]])
+        title = ", ".join(filter(None, (f"{result['mode']}: {machine}", what, settings)))
+        panels.setdefault(title, {})[name] = result
+    columns = min(2, len(panels))
+    pairs = [list(panels.items())[start : start + columns] for start in range(0, len(panels), columns)]
+    heights = [0.27 * max(len(panel) for _, panel in pair) + 0.8 for pair in pairs]  # inches
+    figure = Figure(figsize=(7.5 * columns, sum(heights) + 0.4), layout="constrained")
+    grid = figure.subplots(len(pairs), columns, squeeze=False, height_ratios=heights)
+    for all_axes, pair in zip(grid, pairs, strict=True):
+        for axes, (title, panel) in zip(all_axes, pair, strict=False):
+            _plot_rates(axes, panel)
+            axes.set_title(title, fontsize=9, parse_math=False)
+        for axes in all_axes[len(pair) :]:
+            axes.set_axis_off()
+    kinds = {_kind(result) for result in results}
+    looks = [Patch(label=kind, **look) for kind, look in CONTENDERS.items() if kind in kinds]
+    figure.legend(handles=looks, loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
-def _plot_rates(axes: Axes, rows: Sequence[Mapping[str, Any]]) -> None:
-    rates = np.array([row["images_per_s"] for row in rows])
-    spread = np.abs(np.array([row["spread"] for row in rows]).T - rates)  # below and above
-    kinds = [row["name"].split(", ")[-1] for row in rows]  # resnet18, eager and resnet50, eager look alike
-    looks = list(dict.fromkeys(kinds))
-    for place, (rate, kind) in enumerate(zip(rates, kinds, strict=True)):
-        axes.barh(place, rate, 0.7, **BARS[looks.index(kind) % len(BARS)])
+def _plot_rates(axes: Axes, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    rates = np.array([row["images_per_s"] for row in rows.values()])
+    spread = np.abs(np.array([row["spread"] for row in rows.values()]).T - rates)  # below and above
+    for place, (rate, row) in enumerate(zip(rates, rows.values(), strict=True)):
+        axes.barh(place, rate, 0.7, **CONTENDERS[_kind(row)])
     axes.errorbar(rates, range(len(rows)), xerr=spread, fmt="none", ecolor="black", capsize=3)
     _write_at_ends(axes, rates + spread[1], [f"{rate:,.0f}" for rate in rates])
-    _label_rows(axes, [f"{row['name']}{_settings(row, rows)}" for row in rows])
+    _label_rows(axes, list(rows))
     axes.set_xlabel("images/s")
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """Whose result it is: one of CONTENDERS."""
+    name = row["name"]
+    if "decode only" in name:
+        return "decoder alone"
+    ours = name.startswith("fastflower") if row["mode"] == "loader" else " of " not in name
+    return "fastflower" if ours else "others"
 
 
 def write_picture(path: Path, figure: Figure) -> None:
@@ -221,11 +243,10 @@ def _write_at_ends(axes: Axes, ends: np.ndarray, texts: Sequence[str]) -> None:
 
 
 def _settings(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The settings in which the rows differ, of one of them: " (sizes 192)"."""
+    """The settings in which the rows differ, of one of them: "sizes 192"; the files that were written are none."""
     differing = {key for other in rows for key, value in other["settings"].items() if row["settings"].get(key) != value}
     texts = []
-    for key in row["settings"]:
-        if key in differing:
-            value = row["settings"][key]
+    for key, value in row["settings"].items():
+        if key in differing - {"out", "csv"}:
             texts.append(f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}")
-    return f" ({', '.join(texts)})" if texts else ""
+    return ", ".join(texts)

@@ -161,7 +161,7 @@ def _shown(heading: str, value: float | None) -> str:
 
 
 def read_throughput(path: Path) -> list[dict[str, Any]]:
-    """Results of bench/throughput.py, in the file's order.
+    """Results of bench/throughput.py, in the file's order, without what was missing.
 
     Raises:
         UserError: the file cannot be read, or a line is no such result.
@@ -169,19 +169,23 @@ def read_throughput(path: Path) -> list[dict[str, Any]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--throughput {path} cannot be read ({error}): give a file that --out wrote.") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): give a file that bench/throughput.py --out wrote."
+        ) from error
     results = []
     for number, line in enumerate(lines, 1):
         try:
             result = json.loads(line)
+            if "missing" in result:
+                continue
             complete = result.keys() >= {"mode", "name", "images_per_s", "spread", "settings", "machine"}
         except (ValueError, AttributeError):
             complete = False
         if not complete:
-            raise UserError(
-                f"--throughput {path}: line {number} is no result of bench/throughput.py: give the file of its --out."
-            )
+            raise UserError(f"{path}: line {number} is no result of bench/throughput.py: give the file of its --out.")
         results.append(result)
+    if not results:
+        raise UserError(f"{path} holds no results: give a file that bench/throughput.py --out wrote.")
     return results
 
 

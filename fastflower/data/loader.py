@@ -76,7 +76,7 @@ class Loader:
             self._mean = torch.tensor(normalization.mean, device=device) * 255
             self._std = torch.tensor(normalization.std, device=device) * 255
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        # what goes to a GPU is a quarter in size as uint8, and normalized there
+        # for a GPU pictures are left uint8, a quarter in size, and normalized there
         self._resampler = Resampler(view, normalization if device.type == "cpu" else None)
         self._pipeline: graph.Pipeline | None = None
         self._requests: Iterator[Request] = iter(())

@@ -62,8 +62,8 @@ class Resampler:
     """Makes pictures of one view and normalization."""
 
     def __init__(self, view: View, normalization: Normalization | None) -> None:
-        """Pictures are float32 with a normalization, else uint8."""
-        self.view = view
+        """Pictures are float32 with a normalization, else uint8 and without color shifts."""
+        self.view, self.normalization = view, normalization
         self._memory = Memory()
         self._dtype: type[np.generic] = np.float32 if normalization else np.uint8
         self._mean, self._std = np.zeros(3, np.float32), np.ones(3, np.float32)
@@ -78,7 +78,7 @@ class Resampler:
 
         Args:
             regions: of each picture, at least what the view keeps of it.
-            request: the numbers for each; its color shifts are for normalized pictures.
+            request: the numbers for each.
             threads: for the work.
 
         Yields:
@@ -89,8 +89,8 @@ class Resampler:
             for region, shorter, crop_yx in zip(regions, request.shorter.tolist(), request.crop_yx, strict=True)
         ]
         flips = request.mirror.astype(bool) & (self.view.place != "whole")
-        means: np.ndarray = np.broadcast_to(self._mean, (len(frames), 3))
-        if request.shift is not None:
+        means: np.ndarray = np.repeat(self._mean[None], len(frames), axis=0)
+        if self.normalization and request.shift is not None:
             means = means - np.float32(255) * request.shift
         shapes = np.array([(each.rows, each.columns) for each in frames])
         for shape in np.unique(shapes, axis=0):

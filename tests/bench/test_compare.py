@@ -1,4 +1,4 @@
-"""The gate against regressions."""
+"""The gate against regressions, and the picture of results."""
 
 from __future__ import annotations
 
@@ -89,4 +89,17 @@ def test_mistakes_end_with_a_sentence(
 
 def test_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
-    assert "give loader, model, train or eval, or --compare" in capsys.readouterr().err
+    assert "give loader, model, train or eval, --compare or --plot" in capsys.readouterr().err
+
+
+def test_results_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    around = {"machine": {"cpu": "a CPU", "gpu": None, "cores": 2}, "spread": [9.0, 11.0]}
+    results = write(tmp_path / "results.jsonl", result("fastflower", 10.0) | around)
+    picture = tmp_path / "pictures" / "rates"
+    assert main(["--plot", results, str(picture)]) == 0
+    assert (tmp_path / "pictures" / "rates.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "pictures" / "rates.svg").is_file()
+    assert main(["--plot", str(tmp_path / "none"), str(picture)]) == 2
+    assert "none cannot be read" in capsys.readouterr().err
+    assert main(["--plot", results, str(picture), "loader"]) == 2
+    assert "--plot reads results and measures nothing" in capsys.readouterr().err

@@ -154,6 +154,8 @@ def test_normalizing_is_the_plain_formula_to_the_bit(threads: Executor) -> None:
             assert one.dtype == np.float32
             middle = mean if shifts is None else mean - np.float32(255) * shifts[i]
             np.testing.assert_array_equal(one, (pixels.astype(np.float32) - middle) / std)
+    for one, pixels in zip(resampled(regions, replace(request, shift=shift), view, threads), levels, strict=True):
+        np.testing.assert_array_equal(one, pixels)
 
 
 @pytest.mark.parametrize("size", [20, 50, 64, 173, 400])
