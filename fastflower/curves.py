@@ -243,10 +243,10 @@ def _write_at_ends(axes: Axes, ends: np.ndarray, texts: Sequence[str]) -> None:
 
 
 def _settings(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The settings in which the rows differ, of one of them: "sizes 192"; the files that were written are none."""
+    """The settings in which the rows differ, of one of them: "sizes 192", without those that change no speed."""
     differing = {key for other in rows for key, value in other["settings"].items() if row["settings"].get(key) != value}
     texts = []
     for key, value in row["settings"].items():
-        if key in differing - {"out", "csv"}:
+        if key in differing - {"out", "csv", "peers", "models", "compile"}:
             texts.append(f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}")
     return ", ".join(texts)
