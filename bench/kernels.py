@@ -61,7 +61,7 @@ class Command:
     repeats: int = 30
     """How often each contender is timed."""
     layers: int | None = None
-    """Measure only so many layers, those that move most bytes; none = all."""
+    """Measure only so many layers, those that move most bytes; None = all."""
     tiles: tuple[str, ...] = ()
     """Measure ours also with these tiles, rows x channels x warps, r = in reverse order: 32x64x4 64x64x8r."""
     out: Path | None = None

@@ -215,6 +215,7 @@ def report(mode: str, rows: list[Row], around: dict[str, Any], command: Command,
     lines = [{"mode": mode} | row | around for row in rows]
     if command.out:
         append(command.out, lines)
+        console.print(f"Added to {command.out}.", markup=False, highlight=False, soft_wrap=True)
     if command.csv:
         write_csv(command.csv, lines)
 

@@ -16,6 +16,7 @@ from fastflower.errors import UserError
 from fastflower.models import NormChoice
 
 Output = Literal["float32", "uint8"]
+LOCAL = Path(__file__).parent / "results" / "local.jsonl"  # not under version control, unlike the files beside it
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Common:
     """Steps before them that do not count; more where a contender works further ahead."""
     repeats: int = 3
     """How often each contender is measured; reported are the median and the range."""
-    out: Path | None = None
-    """File to append one JSON line a row to."""
+    out: Path | None = LOCAL
+    """File to append one JSON line a row to; None = no file."""
     csv: Path | None = None
     """File to write the rows to as a table."""
 
@@ -41,16 +42,16 @@ class Pictures(Common):
     """Options of the modes that read pictures."""
 
     root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
-    """Data folder, or several, as data.root; none = the run's, or the built-in synthetic flowers."""
+    """Data folder, or several, as data.root; None = the run's, or the built-in synthetic flowers."""
     sizes: Literal["auto", "all"] | tuple[int, ...] | None = None
-    """Stored sizes to read (pixels), as data.sizes; none = the run's, or auto."""
+    """Stored sizes to read (pixels), as data.sizes; None = the run's, or auto."""
     crop: Annotated[int | None, arg(aliases=["--size"])] = None
-    """Side of the pictures in a batch (pixels); none = the run's, or 224, or 56 of the built-in ones."""
+    """Side of the pictures in a batch (pixels); None = the run's, or 224, or 56 of the built-in ones."""
     scale: tuple[int, int] | None = None
-    """Range of the shorter side before the crop in training (pixels); none = the run's, or 256 480, or 64 96 of the
+    """Range of the shorter side before the crop in training (pixels); None = the run's, or 256 480, or 64 96 of the
     built-in ones."""
     threads: int | None = None
-    """DALI's CPU threads of each process; none = the machine's cores shared by its processes."""
+    """CPU threads of each process that decode and augment; None = the machine's cores shared by its processes."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,11 @@ class Networks(Common):
     """Run folder whose settings are taken where no option says otherwise, and whose best validation accuracy is shown
     beside the speed."""
     models: tuple[str, ...] = ()
-    """Networks to measure; none = the run's, or resnet18."""
+    """Networks to measure; where none is named, the run's, or resnet18."""
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """Type of the matrix products; none = the run's, or fp32."""
+    """Type of the matrix products; None = the run's, or fp32."""
     norm: NormChoice | None = None
-    """How BatchNorm + ReLU is computed, as model.norm; none = the run's, or auto."""
+    """How BatchNorm + ReLU is computed, as model.norm; None = the run's, or auto."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class ModelCommand(Networks):
     """
 
     size: int | None = None
-    """Side of the pictures (pixels); none = the run's data.crop, or 56."""
+    """Side of the pictures (pixels); None = the run's data.crop, or 56."""
     compile: Literal["on", "off", "both"] = "both"
     """Measure networks compiled by torch.compile, as they are, or both."""
     peers: bool = False
@@ -104,7 +105,7 @@ class TrainCommand(Pictures, Networks):
     """Training from end to end: the loader, the network, the optimizer and, over processes, their exchange."""
 
     cache: Literal["off", "ram", "gpu", "auto"] | None = None
-    """Where decoded pictures are kept, as data.cache; none = the run's, or off."""
+    """Where decoded pictures are kept, as data.cache; None = the run's, or off."""
     compile: Literal["auto", "on", "off", "both"] = "auto"
     """Measure networks compiled by torch.compile, as they are, or both; auto = as the run, or on a GPU only."""
 
@@ -114,7 +115,7 @@ class EvalCommand(TrainCommand):
     """Evaluation from end to end: the loader of the validation split and the network."""
 
     val_resize: int | None = None
-    """Shorter side before the center crop (pixels), as data.val_resize; none = the run's, or 256, or 64 of the built-in
+    """Shorter side before the center crop (pixels), as data.val_resize; None = the run's, or 256, or 64 of the built-in
     ones."""
 
 

@@ -48,14 +48,14 @@ class Data:
     """Pictures: where they are and how they become batches."""
 
     root: Folders | None = None
-    """Folder of the pictures, or several that are taken together; none = the built-in synthetic flowers. A folder holds
+    """Folder of the pictures, or several that are taken together; None = the built-in synthetic flowers. A folder holds
     tfrecords-jpeg-SxS/{train,val,test}/*.tfrec, or pictures in {train,val}/CLASS/ and test/, or in CLASS/ alone."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of each class's training pictures that validates, chosen by the seed, where a folder of classes has no val
     and data.folds is none."""
     folds: Annotated[int, Field(ge=2)] | None = None
     """Number of parts that train and val together are divided into by the seed, each with its share of every class and
-    no picture in two of them; none = the data's own split."""
+    no picture in two of them; None = the data's own split."""
     fold: Annotated[int, Field(ge=0)] = 0
     """The part that validates, of data.folds (from 0); the others train."""
     train_on: Literal["train", "train+val"] = "train"
@@ -72,19 +72,19 @@ class Data:
     scale: tuple[PositiveInt, PositiveInt] = (256, 480)
     """Training resizes each picture's shorter side to a size drawn uniformly from this range (pixels)."""
     val_resize: PositiveInt | None = 256
-    """Validation resizes the shorter side to this before the center crop (pixels); none = crop the stored picture."""
+    """Validation resizes the shorter side to this before the center crop (pixels); None = crop the stored picture."""
     lighting: NonNegativeFloat = 0.0
     """Standard deviation of the random color shift along each principal component of the training pixels, as a share
     of theirs (0.1 in the paper). Off, because color tells flowers apart."""
     mean: RGB | None = None
-    """Mean of R, G, B in [0, 1] for normalization; none = measured on the training split, or what model.pretrained was
+    """Mean of R, G, B in [0, 1] for normalization; None = measured on the training split, or what model.pretrained was
     trained with."""
     std: RGB | None = None
-    """Standard deviation of R, G, B in [0, 1]; none = as for mean."""
+    """Standard deviation of R, G, B in [0, 1]; None = as for mean."""
     decoder: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes and augments; auto = on the GPU where there is one."""
     threads: PositiveInt | None = None
-    """DALI's CPU threads per process; none = the machine's cores shared by its processes."""
+    """CPU threads per process that decode and augment; None = the machine's cores shared by its processes."""
     cache: Literal["off", "ram", "gpu", "auto"] = "off"
     """Decode each picture once, before the first epoch, and keep its pixels: ram = in host memory, which a machine's
     processes share; gpu = in each GPU's; auto = the GPU's if half of what is free there takes them, else the host's.
@@ -128,10 +128,10 @@ class Train:
     optimizer: Literal["sgd", "adamw", "apex_sgd"] = "sgd"
     """sgd and adamw = torch's, fused; apex_sgd = FusedSGD of NVIDIA's apex, on a GPU."""
     lr: PositiveFloat | None = None
-    """Learning rate: the first (plateau, step) or the highest (cosine, onecycle); none = 0.1, or 0.01 with
+    """Learning rate: the first (plateau, step) or the highest (cosine, onecycle); None = 0.1, or 0.01 with
     model.pretrained, vgg and alexnet."""
     head_lr: PositiveFloat | None = None
-    """Learning rate of the last layer; none = lr. It follows the same schedule."""
+    """Learning rate of the last layer; None = lr. It follows the same schedule."""
     freeze_epochs: Annotated[int, Field(ge=0)] = 0
     """First epochs in which only the last layer learns, and BatchNorm's running statistics rest."""
     momentum: Share = 0.9
@@ -166,15 +166,15 @@ class Train:
     """Decay of an exponential moving average of the weights (0.999, say), which then validates, decides what is best
     and is what eval uses; 0 = off. It is lower in the first steps: at most (1 + steps) / (10 + steps)."""
     clip_grad: PositiveFloat | None = None
-    """Largest norm of the gradient of all parameters together; none = unlimited."""
+    """Largest norm of the gradient of all parameters together; None = unlimited."""
     accumulate: PositiveInt = 1
     """Pieces that a step's batch is computed in, one after another, to save memory; BatchNorm sees each by itself."""
     best: Literal["loss", "accuracy", "macro_f1"] = "loss"
     """The validation figure that decides which checkpoint is best."""
     early_stop: PositiveInt | None = None
-    """End when the best figure has not improved for so many epochs; none = never."""
+    """End when the best figure has not improved for so many epochs; None = never."""
     max_steps: PositiveInt | None = None
-    """End, and save, after so many optimizer steps; none = after the epochs."""
+    """End, and save, after so many optimizer steps; None = after the epochs."""
     profile: bool = False
     """Record some steps of the first epoch with torch's profiler: trace.json in the run folder, and a list of the ten
     heaviest operations."""

@@ -37,7 +37,7 @@ class TrainCommand:
     """YAML file of settings, or the name of one that comes with fastflower (demo, flowers102_64, paper, plain34,
     resnet34, resnet50, resnet50_pretrained)."""
     run: Path | None = None
-    """Folder for the configuration, logs and checkpoints; none = runs/CONFIG-DATE-TIME."""
+    """Folder for the configuration, logs and checkpoints; None = runs/CONFIG-DATE-TIME."""
     resume: Path | None = None
     """Go on from a run folder (its last checkpoint), a checkpoint file of it, or auto = the run in --run (else the
     newest of this configuration) if there is one, or a new run."""
@@ -57,9 +57,9 @@ class TestOptions:
     """What to test on, and how."""
 
     root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
-    """Data folder, or several that are taken together; none = the run's."""
+    """Data folder, or several that are taken together; None = the run's."""
     sizes: Literal["all"] | tuple[int, ...] | None = None
-    """Stored sizes to take (pixels); none = training's to evaluate by one or ten crops, and where data.val_resize is
+    """Stored sizes to take (pixels); None = training's to evaluate by one or ten crops, and where data.val_resize is
     none; else all. Predictions and scales take each picture once, from the largest of them."""
     crops: Literal[1, 10] = 1
     """1 = the center of each picture; 10 = corners and center and their mirror images, averaged."""
@@ -67,7 +67,7 @@ class TestOptions:
     """Shorter sides (pixels) at which all positions of each picture and of its mirror image are averaged, such as
     224,256,384,480,640."""
     batch_size: int | None = None
-    """Crops at once, over all processes together; none = as in training."""
+    """Crops at once, over all processes together; None = as in training."""
     device: Literal["run", "auto", "cpu", "cuda"] = "run"
     """Where the network runs; run = as in training."""
     compile: bool = False
@@ -87,9 +87,9 @@ class EvalCommand(TestOptions):
     split: Split = "val"
     """Which split; it must have classes."""
     names: str | None = None
-    """Names of the classes: a JSON list, a text file with one a line, or kaggle104; none = the data's."""
+    """Names of the classes: a JSON list, a text file with one a line, or kaggle104; None = the data's."""
     out: Path | None = None
-    """Folder for what is written; none = eval-SPLIT in the run folder."""
+    """Folder for what is written; None = eval-SPLIT in the run folder."""
     json: bool = False
     """Print one JSON object: split, n, loss, accuracy, top5, macro_f1."""
     debug: bool = False
@@ -111,13 +111,13 @@ class PredictCommand(TestOptions):
     images: tuple[Path, ...] | None = None
     """Picture files, in place of a split."""
     out: Path | None = None
-    """Predictions file; none = predictions-SPLIT.parquet in the run folder, and no file for --images."""
+    """Predictions file; None = predictions-SPLIT.parquet in the run folder, and no file for --images."""
     submission: Path | None = None
     """Write the competition's CSV, id,label."""
     sample: Path | None = None
     """Sample submission, whose ids must be those of the records."""
     names: str | None = None
-    """Names of the classes for --images: a JSON list, a text file with one a line, or kaggle104; none = the data's."""
+    """Names of the classes for --images: a JSON list, a text file with one a line, or kaggle104; None = the data's."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -138,9 +138,9 @@ class EnsembleCommand:
     split: Split = "test"
     """Which split of the runs."""
     root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
-    """Data folder, or several, for what is predicted now; none = each run's."""
+    """Data folder, or several, for what is predicted now; None = each run's."""
     fit_on: tuple[Path, ...] = ()
-    """Predictions to fit the weights on, one for each member in the same order; none = the runs' val."""
+    """Predictions to fit the weights on, one for each member in the same order; without any, the runs' val."""
     out: Path | None = None
     """Write the ensemble's predictions, as a file like that of predict."""
     submission: Path | None = None
@@ -165,7 +165,7 @@ class CvCommand:
     config: Path | None = None
     """YAML file of settings, or the name of one that comes with fastflower."""
     folds: int | None = None
-    """How many; none = data.folds, else 5."""
+    """How many; None = data.folds, else 5."""
     run: Path | None = None
     """Folder for the folds, as runs fold-0, fold-1, ..., and for what they give together; none =
     runs/cv-CONFIG-DATE-TIME."""
@@ -192,7 +192,7 @@ class FlopsCommand:
     """
 
     models: Positional[tuple[str, ...]] = ()
-    """Networks, as model.name; resnet50, 101 and 152 are v1.5, and resnet50-v1, ... the paper's; none = all."""
+    """Networks, as model.name; resnet50, 101 and 152 are v1.5, and resnet50-v1, ... the paper's; without any, all."""
     size: int = 224
     """Side of the image (pixels)."""
     layers: bool = False

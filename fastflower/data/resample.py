@@ -122,13 +122,18 @@ def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignor
         mean: float32 [3], subtracted from the rounded levels.
         std: float32 [3], that they are divided by then.
         out: [rows, columns, 3], uint8 or float32.
+
+    Raises:
+        ValueError: the region is too small.
     """
     top, bottom, first_row, row_weights = _taps(shape[0], frame.height, frame.top, frame.rows)
     left, right, first_column, column_weights = _taps(shape[1], frame.width, frame.left, frame.columns)
+    top, bottom, left, right = top - corner[0], bottom - corner[0], left - corner[1], right - corner[1]
+    if min(top, left) < 0 or bottom > pixels.shape[0] or right > pixels.shape[1]:
+        raise ValueError("the region lacks pixels of the frame")  # compiled code would read whatever lies there
     if flip:
         first_column, column_weights = first_column[::-1].copy(), column_weights[:, ::-1].copy()
-    source = pixels.reshape(pixels.shape[0], pixels.shape[1] * 3)
-    source = source[top - corner[0] : bottom - corner[0], 3 * (left - corner[1]) : 3 * (right - corner[1])]
+    source = pixels.reshape(pixels.shape[0], pixels.shape[1] * 3)[top:bottom, 3 * left : 3 * right]
     line = np.zeros(source.shape[1] + 3 * len(column_weights), np.float32)  # taps of no weight may overhang
     resized = np.empty(frame.columns * 3, np.float32)
     means, stds = np.empty_like(resized), np.empty_like(resized)

@@ -16,6 +16,7 @@ from torch import nn
 from bench import loaders, networks, throughput
 from bench.loaders import CACHED, DECODE, LIMIT
 from bench.throughput import main
+from bench.throughput_options import LOCAL
 from bench.timing import Contender
 from tests.conftest import ROOT, TinyNet, fastflower, torchrun, train_arguments
 
@@ -283,3 +284,9 @@ def test_damaged_log_of_a_run(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{")
     with pytest.raises(throughput.UserError, match=r"metrics\.jsonl cannot be read as the log of a run"):
         throughput.best_accuracy(tmp_path, "resnet50")
+
+
+def test_results_go_where_git_does_not_look() -> None:
+    name = LOCAL.relative_to(ROOT).as_posix()
+    assert name.startswith("bench/results/")
+    assert name in (ROOT / ".gitignore").read_text().splitlines()

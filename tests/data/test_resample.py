@@ -63,9 +63,11 @@ def resampled(
     return [found[i] for i in range(len(regions))]
 
 
-def resize(picture: np.ndarray, kept: Frame, *, flip: bool = False) -> np.ndarray:
+def resize(picture: np.ndarray, kept: Frame, *, flip: bool = False, corner: tuple[int, int] = (0, 0)) -> np.ndarray:
+    """Of a picture whose parts above and left of `corner` are not there."""
     out = np.empty((kept.rows, kept.columns, 3), np.uint8)
-    resample(picture, (0, 0), picture.shape[:2], kept, flip, np.zeros(3, np.float32), np.ones(3, np.float32), out)
+    region = np.ascontiguousarray(picture[corner[0] :, corner[1] :])
+    resample(region, corner, picture.shape[:2], kept, flip, np.zeros(3, np.float32), np.ones(3, np.float32), out)
     return out
 
 
@@ -131,6 +133,21 @@ def test_a_region_holds_what_the_filter_reaches_at_every_place() -> None:
                     begin = region.corner[axis]
                     assert begin <= max(low, 0)
                     assert begin + region.pixels.shape[axis] >= min(high, region.shape[axis])
+
+
+def test_a_region_that_is_too_small_is_refused() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (90, 90, 3), np.uint8)
+    kept = Frame(60, 60, 20, 20, 30, 30)
+    wanted = resize(picture, kept)
+    np.testing.assert_array_equal(resize(picture, kept, corner=(29, 28)), wanted)
+    for corner in ((31, 28), (28, 31)):
+        with pytest.raises(ValueError, match="lacks pixels"):
+            resize(picture, kept, corner=corner)
+    with pytest.raises(ValueError, match="lacks pixels"):
+        resample(
+            np.zeros((40, 90, 3), np.uint8), (0, 0), (90, 90), kept, False, np.zeros(3, np.float32),
+            np.ones(3, np.float32), np.empty((30, 30, 3), np.uint8),
+        )  # fmt: skip
 
 
 def test_all_kinds_of_pictures(odd_images: Path, threads: Executor) -> None:
