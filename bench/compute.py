@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import torch
+import torch.nn.functional as F
 
 from fastflower.engine.precision import cpu_has_bf16
 
@@ -14,29 +17,44 @@ PRODUCTS = 5  # that are timed
 
 
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a product of large square matrices, on all threads: the median of a few; 2 FLOPs a multiply-add.
+    """FLOP/s of products of large matrices, on all threads: the median of a few; 2 FLOPs a multiply-add.
 
     float32 is multiplied as convolutions do it: on a GPU in TF32 where torch allows it to them. A CPU without bf16
-    instructions is measured in float32, which it is faster in.
+    instructions is measured in float32, which it is faster in. On a CPU convolutions come from another library than
+    torch.matmul, which may be the faster one: the higher rate counts.
     """
     if device.type == "cpu" and not (dtype == torch.bfloat16 and cpu_has_bf16()):
         dtype = torch.float32
     n = SIDE[device.type]
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    rates = [_rate(2 * n**3, torch.matmul, *_random((n, n), (n, n), dtype=dtype, device=device))]
+    if device.type == "cpu":
+        channels = n // 4  # a product of matrices [64 * 7 * 7, 9 * channels] and [9 * channels, channels]
+        operands = _random((64, channels, 7, 7), (channels, channels, 3, 3), dtype=dtype, device=device)
+        rates.append(_rate(2 * 64 * 7 * 7 * 9 * channels**2, partial(F.conv2d, padding=1), *operands))
+    return max(rates)
+
+
+def _random(*shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    made = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    return [each.to(memory_format=torch.channels_last) if each.ndim == 4 else each for each in made]
+
+
+def _rate(flops: int, product: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> float:
+    """Median FLOP/s of a product; the first one does not count."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     try:
-        seconds = [_seconds(a, b) for _ in range(1 + PRODUCTS)][1:]
+        seconds = [_seconds(product, a, b) for _ in range(1 + PRODUCTS)][1:]
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    return 2 * n**3 / median(seconds)
+    return flops / median(seconds)
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+def _seconds(product: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> float:
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
     began = time.perf_counter()
-    torch.matmul(a, b)
+    product(a, b)
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
     return time.perf_counter() - began

@@ -1,0 +1,40 @@
+"""The ceiling that MFU is a share of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import compute
+from bench.compute import matmul_flops_per_s
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("faster", [0, 1])
+def test_the_faster_library_counts_and_flops_are_those_of_its_product(
+    faster: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def rate(flops: int, product: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> float:
+        with FlopCounterMode(display=False) as counter:
+            product(a, b)
+        # at the borders a convolution skips products with zeros, which count all the same
+        assert counter.get_total_flops() == flops
+        asked.append(flops)
+        return 2.0 if len(asked) - 1 == faster else 1.0
+
+    monkeypatch.setattr(compute, "SIDE", {"cpu": 64})
+    monkeypatch.setattr(compute, "_rate", rate)
+    assert matmul_flops_per_s(torch.float32, CPU) == 2.0
+    assert asked == [2 * 64**3, 2 * 64 * 49 * 9 * 16**2]
+
+
+def test_a_rate_is_the_median_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([9.0, 1.0, 4.0, 2.0, 3.0, 5.0])
+    monkeypatch.setattr(compute, "_seconds", lambda *_: next(seconds))
+    assert compute._rate(30, torch.matmul, torch.ones(1), torch.ones(1)) == 10.0
