@@ -10,10 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from fastflower import curves
 from fastflower.errors import UserError
 
-# settings that do not change what is measured, or that a row's name tells
-UNIMPORTANT = frozenset({"out", "csv", "steps", "warmup", "repeats", "peers", "models", "compile", "run"})
+UNIMPORTANT = curves.UNIMPORTANT | {"steps", "warmup", "repeats", "run"}  # how long it was measured does not count
 
 Key = tuple[str, str, str]  # mode, name, settings that matter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ BARS: tuple[dict[str, Any], ...] = (
     {"facecolor": "0.8", "edgecolor": "black", "hatch": "///"},
     {"facecolor": "white", "edgecolor": "black", "hatch": "xxx"},
 )
-
 CONTENDERS = dict(zip(("fastflower", "others", "decoder alone"), BARS, strict=True))
+# settings of a result that do not change what is measured, or that its name tells
+UNIMPORTANT = frozenset({"out", "csv", "peers", "models", "compile"})
 
 
 def plot_curves(runs: Sequence[History]) -> Figure:
@@ -141,14 +142,15 @@ def plot_throughput(results: Sequence[Mapping[str, Any]]) -> Figure:
     Each mode, and of a mode each machine, kind of pass and settings, has a panel. Of results for the same the last one
     is shown.
     """
+    differing = _differing(results)
     panels: dict[str, dict[str, Mapping[str, Any]]] = {}
     for result in results:
         name, what = result["name"], ""
         if result["mode"] == "model":
             name, _, what = name.rpartition(", ")
         machine = f"{result['machine']['gpu'] or result['machine']['cpu']}, {result['machine']['cores']} cores"
-        settings = _settings(result, [other for other in results if other["mode"] == result["mode"]])
-        title = ", ".join(filter(None, (f"{result['mode']}: {machine}", what, settings)))
+        settings = _settings(result["settings"], differing[result["mode"]])
+        title = ", ".join(filter(None, (f"{result['mode']}: {machine}", what, *settings)))
         panels.setdefault(title, {})[name] = result
     columns = min(2, len(panels))
     pairs = [list(panels.items())[start : start + columns] for start in range(0, len(panels), columns)]
@@ -242,11 +244,21 @@ def _write_at_ends(axes: Axes, ends: np.ndarray, texts: Sequence[str]) -> None:
         axes.annotate(texts[row], (ends[row], row), (4, 0), textcoords="offset points", va="center", fontsize=9)
 
 
-def _settings(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The settings in which the rows differ, of one of them: "sizes 192", without those that change no speed."""
-    differing = {key for other in rows for key, value in other["settings"].items() if row["settings"].get(key) != value}
-    texts = []
-    for key, value in row["settings"].items():
-        if key in differing - {"out", "csv", "peers", "models", "compile"}:
-            texts.append(f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}")
-    return ", ".join(texts)
+def _differing(results: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
+    """Of each mode the settings that are not the same in all of its results."""
+    first: dict[tuple[str, str], Any] = {}
+    found: dict[str, set[str]] = {result["mode"]: set() for result in results}
+    for result in results:
+        for key, value in result["settings"].items():
+            if key not in UNIMPORTANT and first.setdefault((result["mode"], key), value) != value:
+                found[result["mode"]].add(key)
+    return found
+
+
+def _settings(settings: Mapping[str, Any], chosen: Collection[str]) -> list[str]:
+    """The chosen ones in words: "sizes 192"."""
+    return [
+        f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in settings.items()
+        if key in chosen
+    ]

@@ -167,7 +167,7 @@ class CvCommand:
     folds: int | None = None
     """How many; None = data.folds, else 5."""
     run: Path | None = None
-    """Folder for the folds, as runs fold-0, fold-1, ..., and for what they give together; none =
+    """Folder for the folds, as runs fold-0, fold-1, ..., and for what they give together; None =
     runs/cv-CONFIG-DATE-TIME."""
     overwrite: bool = False
     """Begin anew, and replace the folds that --run already holds."""

@@ -72,10 +72,10 @@ class Loader:
         """
         self.records, self.view, self.engine, self.device = records, view, engine, device
         self.normalization, self.batch, self.read_ahead, self.decoded = normalization, batch, read_ahead, decoded
-        if normalization:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if normalization and self._stream:
             self._mean = torch.tensor(normalization.mean, device=device) * 255
             self._std = torch.tensor(normalization.std, device=device) * 255
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # for a GPU pictures are left uint8, a quarter in size, and normalized there
         self._resampler = Resampler(view, normalization if device.type == "cpu" else None)
         self._pipeline: graph.Pipeline | None = None
@@ -166,8 +166,10 @@ class Loader:
             self._pipeline = graph.build_decoder(self._next_inputs, self.view, self.engine, self.batch)
         for (pixels, corners, shapes), request in self._runs(self._pipeline):
             corner, shape = (np.asarray(each.as_tensor()).tolist() for each in (corners, shapes))
-            count = range(len(request))
-            yield [Region(np.asarray(pixels[i]), tuple(corner[i]), tuple(shape[i])) for i in count], request
+            yield (
+                [Region(np.asarray(pixels[i]), tuple(corner[i]), tuple(shape[i])) for i in range(len(request))],
+                request,
+            )
 
     def _by_dali(self) -> Iterator[_Item]:
         """Decoded and resampled by DALI on a GPU."""

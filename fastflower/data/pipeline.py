@@ -73,8 +73,7 @@ def build_pipeline(
         view: geometry.
         engine: device and resources.
         batch: most pictures in a batch.
-        normalization: None gives uint8, right for a CPU, where DALI's conversion to floating point costs 0.5 ms a
-            picture; else float16, normalized, right for a GPU.
+        normalization: None gives uint8; else float16, normalized.
         decoded: where the source's images are pixels already, uint8 [H, W, 3], whose memory stays as it is until the
             source has ended; None = they are encoded.
     """
