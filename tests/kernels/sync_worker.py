@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastflower.engine.distributed import processes
 from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models import create_model
 
@@ -99,14 +101,20 @@ def check_evaluation_is_local() -> None:
         bn_relu(leaf(torch.randn(2, CHANNELS, 3, 3)), norm, sync=True).sum().backward()
 
 
+def check_no_thread_is_left() -> None:
+    """A thread of gloo that runs while Python exits may abort the process."""
+    threads = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    assert not [name for name in threads if "gloo" in name], threads
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    check_evaluation_is_local()
-    for form in ("plain", "residual", "dual"):
-        check_operation(form, sizes=[3, 1], height=3)
-    check_operation("dual", sizes=[1, 1], height=1)  # two values a rank
-    if sys.argv[1:] == ["networks"]:
-        check_network(compiled=False)
-        check_network(compiled=True)
-    dist.destroy_process_group()
+    with processes(torch.device("cpu")):
+        check_evaluation_is_local()
+        for form in ("plain", "residual", "dual"):
+            check_operation(form, sizes=[3, 1], height=3)
+        check_operation("dual", sizes=[1, 1], height=1)  # two values a rank
+        if sys.argv[1:] == ["networks"]:
+            check_network(compiled=False)
+            check_network(compiled=True)
+    check_no_thread_is_left()
