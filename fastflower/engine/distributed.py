@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-# The defaults of its functions hold the group that there is when it is imported, which torch does itself on first use of
-# some parts: gloo's threads then went on past the group's end, and one could abort the process as Python ended.
+# The defaults of its functions hold the group that exists when it is imported, which torch does itself on first use of
+# some parts. Imported after the group, it kept gloo's threads past the group's end, and one could abort the process
+# as Python ended.
 import torch.distributed.nn
 
 from fastflower.errors import UserError
