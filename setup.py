@@ -33,6 +33,7 @@ setup(
         "triton; platform_system == 'Linux'",  # the version that torch pins
         "nvidia-dali-cuda120>=2.0",
         "matplotlib>=3.8",
+        "llvmlite",  # the version that numba pins
         "numba>=0.60",
         "numpy>=1.26",
         "rich>=13",

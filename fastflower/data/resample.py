@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
 from fastflower.data.memory import Memory
 from fastflower.data.pipeline import Normalization, View
@@ -132,81 +135,117 @@ def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignor
     if min(top, left) < 0 or bottom > pixels.shape[0] or right > pixels.shape[1]:
         raise ValueError("the region lacks pixels of the frame")  # compiled code would read whatever lies there
     if flip:
-        first_column, column_weights = first_column[::-1].copy(), column_weights[:, ::-1].copy()
+        first_column, column_weights = first_column[::-1].copy(), column_weights[::-1].copy()
     source = pixels.reshape(pixels.shape[0], pixels.shape[1] * 3)[top:bottom, 3 * left : 3 * right]
-    line = np.zeros(source.shape[1] + 3 * len(column_weights), np.float32)  # taps of no weight may overhang
-    resized = np.empty(frame.columns * 3, np.float32)
-    means, stds = np.empty_like(resized), np.empty_like(resized)
+    # Taps of no weight may overhang, and pixels are read and written four values at a time.
+    line = np.zeros((1, source.shape[1] + 3 * column_weights.shape[1] + 1), np.float32)
+    means, stds = np.empty(frame.columns * 3, np.float32), np.empty(frame.columns * 3, np.float32)
     for channel in range(3):
         means[channel::3], stds[channel::3] = mean[channel], std[channel]
+    resized = np.empty((1, len(means) + 1), np.float32)
+    levels = out.reshape(frame.rows, len(means))
     if frame.height > shape[0]:
-        lines = np.empty((len(source), len(resized)), np.float32)
+        lines = np.empty((len(source), len(means) + 1), np.float32)
         for row in range(len(source)):
             for i in range(source.shape[1]):
-                line[i] = source[row, i]
-            _resize_row(line, first_column, column_weights, lines[row])
+                line[0, i] = source[row, i]
+            _resize_row(line, first_column, column_weights, lines, row)
         for row in range(frame.rows):
-            _mix_rows(lines, first_row[row], row_weights[:, row], resized)
-            _normalize(resized, means, stds, out[row])
+            _mix_rows(lines, first_row[row], row_weights, row, resized)
+            _normalize(resized, means, stds, levels, row)
     else:
         for row in range(frame.rows):
-            _mix_rows(source, first_row[row], row_weights[:, row], line)
-            _resize_row(line, first_column, column_weights, resized)
-            _normalize(resized, means, stds, out[row])
+            _mix_rows(source, first_row[row], row_weights, row, line)
+            _resize_row(line, first_column, column_weights, resized, 0)
+            _normalize(resized, means, stds, levels, row)
+
+
+# Rows are passed as arrays and numbers: a view for each would be counted, at a tenth of the time.
 
 
 @njit(nogil=True, cache=True)
-def _mix_rows(rows, first, weights, line):  # type: ignore[no-untyped-def]
-    """Weighted sum of rows from the first on, into `line`."""
-    row = rows[first]
-    for i in range(len(row)):
-        line[i] = weights[0] * row[i]
-    for tap in range(1, len(weights)):
-        weight = weights[tap]
-        if weight != 0:
-            row = rows[first + tap]
-            for i in range(len(row)):
-                line[i] += weight * row[i]
+def _mix_rows(rows, first, weights, row, line):  # type: ignore[no-untyped-def]
+    """Sum of rows from the first on by a row of weights, into `line`; two at once, which halves the passes over it."""
+    last = len(rows) - 1
+    for tap in range(0, weights.shape[1], 2):
+        a, b = weights[row, tap], weights[row, tap + 1]
+        one, other = min(first + tap, last), min(first + tap + 1, last)  # of no weight where there is none
+        if tap == 0:
+            for i in range(rows.shape[1]):
+                line[0, i] = a * rows[one, i] + b * rows[other, i]
+        elif a != 0 or b != 0:
+            for i in range(rows.shape[1]):
+                line[0, i] = line[0, i] + a * rows[one, i] + b * rows[other, i]
 
 
 @njit(nogil=True, cache=True)
-def _resize_row(line, first, weights, resized):  # type: ignore[no-untyped-def]
-    """Weighted sums of neighboring pixels of `line`; two taps at once, which halves the passes over `resized`."""
-    for tap in range(0, len(weights), 2):
-        one, other = weights[tap], weights[tap + 1]
-        for column in range(len(first)):
-            a, b, i, to = one[column], other[column], 3 * (first[column] + tap), 3 * column
-            red = a * line[i] + b * line[i + 3]
-            green = a * line[i + 1] + b * line[i + 4]
-            blue = a * line[i + 2] + b * line[i + 5]
-            if tap == 0:
-                resized[to], resized[to + 1], resized[to + 2] = red, green, blue
-            else:
-                resized[to] += red
-                resized[to + 1] += green
-                resized[to + 2] += blue
+def _resize_row(line, first, weights, resized, row):  # type: ignore[no-untyped-def]
+    """Row `row` of `resized`: of each column the weighted sum of pixels of `line` from its first on."""
+    for column in range(len(first)):
+        _sum_pixels(line, first[column], weights, resized, row, column)  # type: ignore[call-arg]
+
+
+@intrinsic
+def _sum_pixels(typing, line, first, weights, resized, row, column):  # type: ignore[no-untyped-def]
+    """A pixel of `resized` is the sum of the pixels of `line` from the first on, by the weights of the column.
+
+    Written for LLVM, which does not vectorize loops over three channels: a pixel is four values, of which the last
+    belongs to the next pixel. So rows have a value more than their pixels, and are written from left to right.
+    """
+
+    def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        index, lanes = ir.IntType(64), ir.VectorType(ir.FloatType(), 4)
+        line, weights, resized = (
+            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 2, 3)
+        )
+        _, first, _, _, row, column = arguments
+
+        def address(array: Any, row: Any, column: Any) -> Any:
+            width = builder.extract_value(array.shape, 1)
+            return builder.gep(array.data, [builder.add(builder.mul(row, width), column)])
+
+        def pixel(array: Any, row: Any, column: Any) -> Any:
+            value = address(array, row, builder.mul(column, ir.Constant(index, 3)))
+            return builder.bitcast(value, lanes.as_pointer())
+
+        def weighted(tap: Any) -> Any:
+            weight = builder.load(address(weights, column, tap))
+            everywhere = ir.Constant(lanes, ir.Undefined)
+            for lane in range(4):
+                everywhere = builder.insert_element(everywhere, weight, ir.Constant(ir.IntType(32), lane))
+            values = builder.load(pixel(line, ir.Constant(index, 0), builder.add(first, tap)), align=4)
+            return builder.fmul(values, everywhere)
+
+        total = cgutils.alloca_once_value(builder, ir.Constant(lanes, [0.0] * 4))
+        taps = builder.extract_value(weights.shape, 1)
+        with cgutils.for_range_slice(builder, ir.Constant(index, 0), taps, ir.Constant(index, 2), index) as (tap, _):
+            two = builder.fadd(weighted(tap), weighted(builder.add(tap, ir.Constant(index, 1))))
+            builder.store(builder.fadd(builder.load(total), two), total)
+        builder.store(builder.load(total), pixel(resized, row, column), align=4)
+        return context.get_dummy_value()
+
+    return types.void(line, first, weights, resized, row, column), code
 
 
 @njit(nogil=True, cache=True, error_model="numpy")  # Python's looks for zeros, one by one
-def _normalize(levels, means, stds, out):  # type: ignore[no-untyped-def]
-    """Rounded levels, less their means, by their deviations: all [columns * 3], but `out` is [columns, 3]."""
-    values = out.reshape(out.size)
-    for i in range(len(levels)):
-        values[i] = (np.float32(np.int32(levels[i] + np.float32(0.5))) - means[i]) / stds[i]
+def _normalize(resized, means, stds, levels, row):  # type: ignore[no-untyped-def]
+    """Row `row` of `levels`: those of `resized`, rounded, less their means, by their deviations."""
+    for i in range(len(means)):
+        levels[row, i] = (np.float32(np.int32(resized[0, i] + np.float32(0.5))) - means[i]) / stds[i]
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def _taps(size, resized, start, count):  # type: ignore[no-untyped-def]
     """What `count` pixels from `start` on, of an axis that is resized from `size` pixels, are made of.
 
     Returns:
         first pixel that is used at all, end of those that are, first for each counted from there ([count]), and weights
-        from each first on ([taps, count]; taps are even in number, the last may have no weight).
+        from each first on ([count, taps]; taps are even in number, the last may have no weight).
     """
     scale = size / resized
     support = max(scale, 1.0)
     first, used = np.empty(count, np.int64), 0
-    weights = np.zeros((int(2 * support) + 3, count), np.float32)
+    weights = np.zeros((count, int(2 * support) + 3), np.float32)
     for i in range(count):
         center = (start + i + 0.5) * scale
         low, high = int(np.floor(center - support + 0.5)), int(np.floor(center + support + 0.5))
@@ -215,9 +254,9 @@ def _taps(size, resized, start, count):  # type: ignore[no-untyped-def]
         for k in range(low, high):
             weight = max(1 - abs(k + 0.5 - center) / support, 0.0)
             tap = min(max(k, 0), size - 1) - first[i]  # beyond the border is what is at the border, as DALI has it
-            weights[tap, i] += weight
+            weights[i, tap] += weight
             total += weight
             used = max(used, tap + 1)
-        weights[:, i] /= total
+        weights[i] /= total
     begin, end = first[0], min(first[-1] + used, size)
-    return begin, end, first - begin, weights[: used + used % 2].copy()
+    return begin, end, first - begin, weights[:, : used + used % 2].copy()
