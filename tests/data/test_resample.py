@@ -175,6 +175,36 @@ def test_normalizing_is_the_plain_formula_to_the_bit(threads: Executor) -> None:
         np.testing.assert_array_equal(one, pixels)
 
 
+def filter_matrix(size: int, resized: int) -> np.ndarray:
+    """[resized, size] float64: the triangle filter, widened where it shrinks; beyond the border is what is there."""
+    scale = size / resized
+    support = max(scale, 1)
+    centers = (np.arange(resized)[:, None] + 0.5) * scale
+    places = np.arange(-int(support) - 2, size + int(support) + 2)
+    weights = np.maximum(1 - np.abs(places + 0.5 - centers) / support, 0)
+    matrix = np.zeros((resized, size))
+    for place, column in zip(places.tolist(), weights.T, strict=True):
+        matrix[:, min(max(place, 0), size - 1)] += column
+    return matrix / matrix.sum(1, keepdims=True)
+
+
+SIZES = [(1, 1), (1, 2), (2, 1), (2, 7), (3, 3), (5, 1), (7, 64), (9, 8), (16, 5), (31, 90), (64, 3), (90, 31)]
+
+
+@pytest.mark.parametrize("rows", SIZES)
+@pytest.mark.parametrize("columns", SIZES)
+def test_levels_are_those_of_the_filter_rounded(rows: tuple[int, int], columns: tuple[int, int]) -> None:
+    """Shapes of which vectors of several values leave a rest, and that become larger, smaller, or both."""
+    (height, new_height), (width, new_width) = rows, columns
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    exact = np.einsum("yh,xw,hwc->yxc", filter_matrix(height, new_height), filter_matrix(width, new_width), picture)
+    found = resize(picture, Frame(new_height, new_width, 0, 0, new_height, new_width))
+    assert np.abs(found - exact).max() <= 0.5001
+    top, left = new_height // 3, new_width // 4
+    kept = Frame(new_height, new_width, top, left, new_height - top, new_width - left)
+    np.testing.assert_array_equal(resize(picture, kept, flip=True), found[top:, left:][:, ::-1])
+
+
 @pytest.mark.parametrize("size", [20, 50, 64, 173, 400])
 def test_noise_is_resized_as_pil_does(size: int) -> None:
     """But for the outermost pixels, which are shrunk from what lies beyond the border too: there PIL has no pixels."""
