@@ -14,7 +14,7 @@ from nvidia.dali.pipeline import DataNode, Pipeline
 from rich.table import Table
 
 from fastflower.data.folder import load_folder, split_folder, without_pictures
-from fastflower.data.folds import digest
+from fastflower.data.identity import digest
 from fastflower.data.loader import has_header
 from fastflower.data.pipeline import Engine, decode
 from fastflower.data.records import (

@@ -6,17 +6,15 @@ so along a chain of such records.
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastflower.data.folder import seeded_rank
-from fastflower.data.records import Records, fingerprint, read_image
+from fastflower.data.identity import content_digests
+from fastflower.data.records import Records
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, cache_dir, code_digest
 
 
 @dataclass(frozen=True)
@@ -71,14 +69,9 @@ def duplicates(records: Records) -> list[Duplicate]:
     return sorted(found, key=lambda duplicate: duplicate.ids)
 
 
-def digest(encoded: np.ndarray) -> int:
-    """Of the bytes of an encoded picture, below 2**64: equal for the same bytes, and for others in no data set."""
-    return int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest())
-
-
 def _same_pictures(records: Records) -> tuple[np.ndarray, list[set[tuple[str, int]]]]:
     """Of each record the number of its group ([n]), and of each group the different ids and labels in it."""
-    digests = _digests(records)
+    digests = content_digests(records)
     names = np.where(records.ids == "", [f"{each:016x}" for each in digests.tolist()], records.ids)
     numbers = (np.unique(column, return_inverse=True)[1] for column in (names, digests))
     roots, group = np.unique(_connect(*numbers), return_inverse=True)
@@ -108,14 +101,3 @@ def _main_class(pictures: set[tuple[str, int]]) -> int:
     """What most of these ids are labelled; of several the lowest."""
     votes = Counter(label for _, label in pictures)
     return min(votes, key=lambda label: (-votes[label], label))
-
-
-def _digests(records: Records) -> np.ndarray:
-    """The digest of each record's bytes, [n] uint64; kept in the user's cache folder for the same files."""
-    cached = cache_dir() / "digests" / f"{fingerprint(records, code_digest(__file__))}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.load(cached, allow_pickle=False)
-    found = np.array([digest(read_image(records, index)) for index in range(len(records))], np.uint64)
-    with contextlib.suppress(OSError), atomic_write(cached) as file:
-        np.save(file, found)
-    return found

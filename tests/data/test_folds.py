@@ -135,7 +135,7 @@ def test_bytes_are_read_once_until_a_file_changes(tmp_path: Path, monkeypatch: p
     rows = [*singles(4), ("twin", 0, "bytes 0 1")]
     first = by_id(stored(path, rows), 2)
     with monkeypatch.context() as patch:
-        patch.setattr("fastflower.data.folds.read_image", lambda *_: pytest.fail("read again"))
+        patch.setattr("fastflower.data.identity.read_image", lambda *_: pytest.fail("read again"))
         assert by_id(load_files([path]), 2) == first
         assert len(duplicates(load_files([path]))) == 1
     stored(path, [*singles(4), ("twin", 0, "bytes 0 2")])
