@@ -42,7 +42,6 @@ setup(
         "pyyaml>=6",
         "pillow>=10",
         "pyarrow>=15",
-        "torchmetrics>=1.4",
         "tensorboard>=2.16",
         "safetensors>=0.4.3",
         "google-crc32c>=1.5",

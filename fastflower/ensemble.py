@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fastflower.data.records import NO_LABEL
-from fastflower.engine.distributed import Ranks
-from fastflower.engine.meters import Evaluation, EvaluationSums
+from fastflower.engine.meters import Evaluation
 from fastflower.engine.run import RunFolder
+from fastflower.engine.scores import figures as figures_of_scores
+from fastflower.engine.scores import to_single
 from fastflower.engine.testing import Testing, session
 from fastflower.engine.trained import open_trained
 from fastflower.errors import UserError
@@ -188,7 +188,7 @@ def combine(members: Sequence[Member], method: Method, weights: np.ndarray | Non
         split=max(each.split for each in joined),  # where some do not say, what the others do
         classes=joined[0].classes,
         ids=joined[0].ids,
-        probabilities=_to_single(probabilities, best),
+        probabilities=to_single(probabilities, best),
         labels=_labels(joined),
         source=source,
     )
@@ -232,9 +232,7 @@ def figures(predictions: Predictions) -> Evaluation:
     classes = len(predictions.classes)
     _require_labels(predictions.ids, predictions.labels, classes)
     logs = np.log(np.maximum(predictions.probabilities.astype(np.float64), FLOOR))
-    sums = EvaluationSums(classes, torch.device("cpu"))
-    sums.add(torch.from_numpy(_to_single(logs, predictions.likeliest)), torch.from_numpy(predictions.labels))
-    return sums.result(Ranks())
+    return figures_of_scores(logs, predictions.labels)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -324,11 +322,3 @@ def _require_labels(ids: np.ndarray, labels: np.ndarray, classes: int) -> None:
 def _sum(values: np.ndarray) -> np.ndarray:
     """Sum along the first axis, the same for any order along it."""
     return np.sort(values, axis=0).sum(axis=0)
-
-
-def _to_single(values: np.ndarray, best: np.ndarray) -> np.ndarray:
-    """Float64 [n, C] as float32, with `best` [n], each row's greatest, still the first of the greatest ones."""
-    single = values.astype(np.float32)
-    lost = np.flatnonzero(single.argmax(axis=1) != best)  # rounding has made an earlier one equal
-    single[lost, best[lost]] = np.nextafter(single[lost].max(axis=1), np.float32(np.inf))
-    return single

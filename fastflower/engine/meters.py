@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from fastflower.engine.distributed import Ranks
+
+TOP = 5  # the likeliest classes, of which one is to be the true one in "top-5"
 
 
 class TrainingSums:
@@ -67,28 +67,38 @@ class Evaluation:
 
 
 class EvaluationSums:
-    """Exact figures over records that are spread over batches and ranks."""
+    """Exact figures over records that are spread over batches and ranks: sums of losses, and counts."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
-        # without validate_args an update does not wait for the device; the labels were checked when they were indexed
-        self._metrics = MetricCollection(
-            {
-                "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
-                "top5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", validate_args=False),
-                "macro_f1": MulticlassF1Score(classes, average="macro", validate_args=False),
-            }
-        ).to(device)
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss sum, records
+        # counts are exact in float64 too, and so all travel between the ranks as one tensor
+        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, top-5 hits
+        # records of each class, those that are taken for it, those of both
+        self._by_class = torch.zeros(3, classes, dtype=torch.float64, device=device)
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Count a batch: logits [N, C], labels [N]."""
-        loss = F.cross_entropy(logits.float(), labels, reduction="none").double().sum()
-        self._sums[0] += loss
-        self._sums[1] += len(labels)
-        self._metrics.update(logits.float(), labels)
+        """Count a batch: logits [N, C], labels [N]. Does not wait for the device.
+
+        Of equally likely classes the first counts as the likelier. A logit that is not finite makes the loss NaN.
+        """
+        scores = logits.double()
+        losses = F.cross_entropy(scores, labels, reduction="none")
+        losses = torch.where(scores.isfinite().all(1), losses, torch.nan)
+        own, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1], device=scores.device)
+        likelier = (scores > own) | ((scores == own) & (classes < labels[:, None]))
+        place = likelier.sum(1)  # of the true class among all, from 0
+        self._sums[0] += losses.sum()
+        self._sums[1] += (place < TOP).sum()
+        true, predicted, hits = self._by_class
+        counted = torch.ones_like(losses)
+        true.scatter_add_(0, labels, counted)  # bincount would wait for the device
+        predicted.scatter_add_(0, scores.argmax(1), counted)
+        hits.scatter_add_(0, labels, (place == 0).double())
 
     def result(self, ranks: Ranks) -> Evaluation:
-        """The figures over all ranks; every rank must ask."""
-        loss, n = ranks.sum(self._sums.clone()).tolist()
-        figures = {name: float(value) for name, value in self._metrics.compute().items()}
-        return Evaluation(n=int(n), loss=loss / n, **figures)
+        """The figures over the given ranks, each of which must ask."""
+        total = ranks.sum(torch.cat([self._sums, self._by_class.flatten()])).cpu()
+        (loss, top5), (true, predicted, hits) = total[:2], total[2:].view_as(self._by_class)
+        n, either = true.sum(), true + predicted
+        f1 = (2 * hits / either)[either > 0]
+        shares = (float(each) for each in (loss / n, hits.sum() / n, top5 / n, f1.mean()))
+        return Evaluation(int(n), *shares)

@@ -111,15 +111,20 @@ def _log_mean(tables: list[np.ndarray]) -> np.ndarray:
 
 
 def probabilities(scores: np.ndarray) -> np.ndarray:
-    """Softmax of scores: [n, num_classes] float32."""
-    return torch.from_numpy(scores).double().softmax(1).float().numpy()
+    """Softmax of scores: [n, num_classes] float32, whose first greatest is that of the scores."""
+    return to_single(torch.from_numpy(scores).double().softmax(1).numpy(), scores.argmax(axis=1))
+
+
+def to_single(values: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """Float64 [n, C] as float32, with `best` [n], each row's greatest, still the first of the greatest ones."""
+    single = values.astype(np.float32)
+    lost = np.flatnonzero(single.argmax(axis=1) != best)  # rounding has made an earlier one equal
+    single[lost, best[lost]] = np.nextafter(single[lost].max(axis=1), np.float32(np.inf))
+    return single
 
 
 def figures(scores: np.ndarray, labels: np.ndarray) -> Evaluation:
-    """Loss, top-1, top-5 and macro F1 of scores [n, num_classes] against labels [n].
-
-    Where processes run together, each must ask, with the same scores.
-    """
+    """Loss, top-1, top-5 and macro F1 of scores [n, num_classes] against labels [n]."""
     sums = EvaluationSums(scores.shape[1], torch.device("cpu"))
     sums.add(torch.from_numpy(scores), torch.from_numpy(labels))
     return sums.result(Ranks())

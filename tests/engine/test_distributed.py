@@ -29,8 +29,8 @@ def train_in_ranks(*arguments: object, **environment: str) -> subprocess.Complet
 
 @pytest.fixture
 def uneven(tmp_path: Path) -> Path:
-    """21 validation records, which two ranks cannot share evenly."""
-    return write_dataset(tmp_path / "data", {"train": 48, "val": 21})
+    """21 validation records, which two ranks cannot share evenly, of so many classes that top-5 does not find all."""
+    return write_dataset(tmp_path / "data", {"train": 48, "val": 21}, classes=8)
 
 
 def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_path: Path) -> None:
