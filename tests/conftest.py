@@ -6,7 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -132,6 +132,16 @@ def write_folders(root: Path, counts: Mapping[str, int], *, first: int = 0) -> P
             (root / folder / f"{i:06}.jpg").write_bytes(image)
         first += count
     return root
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Memory that is handed out uninitialized holds NaN and 255."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    assert (torch.empty(3, dtype=torch.uint8) == 255).all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ def new_optimizer(network: torch.nn.Module, train: Train, device: torch.device) 
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=train.peak_lr, fused=True)
     if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=train.peak_lr, momentum=train.momentum, nesterov=train.nesterov, fused=True)
+        return with_momentum(
+            torch.optim.SGD(groups, lr=train.peak_lr, momentum=train.momentum, nesterov=train.nesterov, fused=True)
+        )
     if device.type != "cuda":
         raise UserError("train.optimizer apex_sgd runs on a GPU only: take sgd, which torch fuses too.")
     if (found := find_apex()) != "nvidia":
@@ -56,6 +58,21 @@ def parameter_groups(network: torch.nn.Module, train: Train) -> list[dict[str, A
     return groups
 
 
+def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
+    """The same, with zeros for each momentum that it does not have yet, and none where momentum is off.
+
+    Its first step would make them of memory as it finds it, and leave them so where gradients overflow in fp16. From
+    zeros that step is the same, bit for bit: momentum * 0 + gradient.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not group["momentum"]:
+                optimizer.state.pop(parameter, None)
+            elif optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, keep_lr: bool) -> None:
     """Restore what the optimizer remembers of each parameter; its options stay those of the configuration.
 
@@ -67,6 +84,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, k
         if keep_lr:
             del options["lr"]
         group.update(options)
+    if isinstance(optimizer, torch.optim.SGD):
+        with_momentum(optimizer)
 
 
 def freeze(network: torch.nn.Module, *, frozen: bool) -> None:

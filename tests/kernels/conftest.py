@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -15,13 +13,3 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         monkeypatch.delenv("TRITON_INTERPRET", raising=False)
         return torch.device("cpu")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Memory that is handed out uninitialized holds NaN and 255."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    assert (torch.empty(3, dtype=torch.uint8) == 255).all()
-    yield
-    torch.use_deterministic_algorithms(False)
