@@ -22,10 +22,10 @@ class Targets:
     others: torch.Tensor | None = None  # [N] int64, the second class
     share: float = 1.0  # of `labels`
 
-    def chunk(self, pieces: int) -> Iterator[Targets]:
-        """At most `pieces` parts, as torch.chunk makes them."""
-        labels = self.labels.chunk(pieces)
-        others = self.others.chunk(pieces) if self.others is not None else [None] * len(labels)
+    def split(self, pieces: int) -> Iterator[Targets]:
+        """So many parts, as torch.tensor_split makes them."""
+        labels = self.labels.tensor_split(pieces)
+        others = self.others.tensor_split(pieces) if self.others is not None else [None] * pieces
         for mine, other in zip(labels, others, strict=True):
             yield Targets(mine, other, self.share)
 

@@ -40,6 +40,8 @@ from fastflower.models import CLASSICS, create_model
 from fastflower.models.layers import choose_norm
 from fastflower.models.pretrained import load_pretrained, open_pretrained
 
+STRIDE = 32  # pixels of the image for one position of the residual and plain networks' last map
+
 
 @dataclass(frozen=True)
 class Loaders:
@@ -159,15 +161,38 @@ def build_loaders(
         lighting=lighting,
         decoded=decoded[0],
     )
-    if train.loader.batch == 1 and config.data.crop <= 32 and config.model.name not in CLASSICS:
-        raise UserError(
-            "one picture a process and data.crop of at most 32 pixels leave BatchNorm a single value: "
-            "raise train.batch_size or data.crop."
-        )
+    _require_two_values(config, train)
     val = None
     if dataset.val:
         val = evaluation_batches(config.data, dataset.val, *common, batch_size=batch_size, decoded=decoded[1])
     return Loaders(dataset, normalization, train, val)
+
+
+def _require_two_values(config: Config, train: TrainingBatches) -> None:
+    """Raise UserError where BatchNorm would see, at the end of the network, a single value of a channel."""
+    pieces, processes = config.train.accumulate, train.ranks.world_size
+    smallest = max(1, train.loader.batch // pieces) * (processes if config.model.sync_norm else 1)
+    if smallest > 1 or config.data.crop > STRIDE or config.model.name in CLASSICS:
+        return
+    short = train.global_batch < config.train.batch_size
+    causes = {
+        f"a training split of {len(train.loader.records)}": short,
+        f"train.batch_size {config.train.batch_size}": not short,
+        f"{processes} processes": processes > 1,
+        f"train.accumulate {pieces}": pieces > 1,
+    }
+    mends = {
+        "lower train.accumulate": min(pieces, train.loader.batch) > 1,
+        "start fewer processes": processes > 1,
+        "raise train.batch_size": not short,
+        f"raise data.crop above {STRIDE}": True,
+    }
+    cause = ", ".join(text for text, holds in causes.items() if holds)
+    mend = " or ".join(text for text, holds in mends.items() if holds)
+    raise UserError(
+        f"{cause}: the network would see one picture at a time, of which its last BatchNorm has a single value at "
+        f"data.crop {config.data.crop}; {mend}."
+    )
 
 
 def _build_criterion(config: Config, dataset: Dataset, device: torch.device) -> Criterion:

@@ -48,7 +48,8 @@ def is_frozen(setup: Setup, state: State) -> bool:
 
 
 def training_step(setup: Setup, state: State, network: torch.nn.Module, batch: Batch) -> None:
-    """Forward and backward pass of a batch, in pieces where asked for, and the optimizer's step.
+    """Forward and backward pass of a batch, in pieces of equal size (to one picture) where asked for, and the
+    optimizer's step.
 
     Nothing here waits for the device.
     """
@@ -56,7 +57,8 @@ def training_step(setup: Setup, state: State, network: torch.nn.Module, batch: B
     images, targets = mix(
         batch.images, batch.labels, train, seed=setup.config.seed, epoch=state.epoch, position=state.position
     )
-    pieces = list(zip(images.chunk(train.accumulate), targets.chunk(train.accumulate), strict=True))
+    parts = min(train.accumulate, len(images))  # a rank's share may be smaller
+    pieces = list(zip(images.tensor_split(parts), targets.split(parts), strict=True))
     state.optimizer.zero_grad(set_to_none=True)
     for number, (piece, wanted) in enumerate(pieces, start=1):
         # gradients travel between ranks with the last piece

@@ -87,8 +87,8 @@ def test_nothing_is_mixed_where_nothing_is_asked_for_or_there_is_no_neighbor() -
     assert mix(pictures(1), LABELS[:1], Train(mixup=1.0), **PLACE)[1].others is None
 
 
-def test_chunks_keep_labels_beside_their_partners() -> None:
-    parts = list(Targets(LABELS, LABELS.roll(1), 0.8).chunk(2))
+def test_parts_keep_labels_beside_their_partners() -> None:
+    parts = list(Targets(LABELS, LABELS.roll(1), 0.8).split(2))
     assert [part.labels.tolist() for part in parts] == [[0, 2, 2], [1, 2]]
     assert [part.others.tolist() for part in parts if part.others is not None] == [[2, 0, 2], [2, 1]]
     assert [part.share for part in parts] == [0.8, 0.8]

@@ -170,7 +170,7 @@ def step_once(train: Train, pictures: int = 10) -> State:
     return state
 
 
-@pytest.mark.parametrize("pieces", [2, 5, 3])  # 3: pieces of 4, 4 and 2
+@pytest.mark.parametrize("pieces", [2, 5, 3])  # 3: pieces of 4, 3 and 3
 def test_pieces_give_the_gradient_and_figures_of_the_whole(pieces: int) -> None:
     whole, parts = step_once(Train(lr=0.3)), step_once(Train(lr=0.3, accumulate=pieces))
     for a, b in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
