@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import shlex
 import subprocess
@@ -20,6 +19,7 @@ from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes
 
 from fastflower.environment import environment
 from fastflower.errors import UserError
+from fastflower.files import to_json
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -70,7 +70,7 @@ def append(out: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Add one JSON line a row to the file; UserError where it cannot be written."""
     try:
         with out.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.writelines(to_json(row) + "\n" for row in rows)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error.strerror}): name another file.") from error
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fastflower import curves
 from fastflower.errors import UserError
+from fastflower.files import to_json
 
 UNIMPORTANT = curves.UNIMPORTANT | {"steps", "warmup", "repeats", "run"}  # how long it was measured does not count
 
@@ -64,7 +65,7 @@ def read(path: Path) -> dict[Key, float]:
 def _key(row: dict[str, Any]) -> Key:
     settings = {key: value for key, value in row["settings"].items() if key not in UNIMPORTANT}
     settings["world_size"] = row.get("world_size", 1)
-    return row["mode"], row["name"], json.dumps(settings, sort_keys=True)
+    return row["mode"], row["name"], to_json(settings, sort_keys=True)
 
 
 def _title(key: Key, keys: list[Key]) -> str:

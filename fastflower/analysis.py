@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from fastflower.data.pipeline import Engine
 from fastflower.engine.commands import Evaluated
 from fastflower.engine.run import RunFolder
 from fastflower.engine.scores import probabilities
-from fastflower.files import atomic_write
+from fastflower.files import atomic_write, to_json
 from fastflower.plots import contact_sheet, plot_confusion
 
 BINS = 15  # of confidence, as in Guo et al. 2017
@@ -160,7 +159,7 @@ def write_analysis(folder: Path, analysis: Analysis, figures: dict[str, Any], pi
         ([names[pair.true], names[pair.predicted], pair.count, pair.share] for pair in found.confused),
     )
     with atomic_write(folder / "figures.json") as file:
-        file.write(json.dumps(figures | {"ece": found.ece}, indent=2).encode() + b"\n")
+        file.write(to_json(figures | {"ece": found.ece}, indent=2).encode() + b"\n")
     plot_confusion(folder / "confusion.png", found.confusion, names)
     sheet = folder / "mistakes.jpg"
     captions = [_caption(mistake, names) for mistake in found.mistakes[:PICTURES]]

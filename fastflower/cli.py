@@ -6,7 +6,6 @@ Nothing heavy (torch, DALI) is imported before a command runs, so that help answ
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
@@ -24,6 +23,7 @@ from tyro.conf import OmitSubcommandPrefixes, subcommand
 from fastflower import config as configuration
 from fastflower.config import Config, Data
 from fastflower.errors import UserError
+from fastflower.files import to_json
 from fastflower.options import (
     CheckCommand,
     CvCommand,
@@ -211,7 +211,7 @@ def _eval(command: EvalCommand) -> int:
     analysis = analyse_run(evaluated)
     figures = {"split": command.split, **asdict(evaluated.figures)}
     if command.json:
-        print(json.dumps(figures))
+        print(to_json(figures))
         write_run(evaluated, analysis, command.out)
         return 0
     shown = figures | {"ece": analysis.ece}
@@ -258,7 +258,7 @@ def _ensemble(command: EnsembleCommand) -> int:
     )
     if command.json:
         rows = ensembled.rows
-        print(json.dumps([{"name": row.name, "weight": row.weight, **asdict(row.evaluation)} for row in rows]))
+        print(to_json([{"name": row.name, "weight": row.weight, **asdict(row.evaluation)} for row in rows]))
         return 0
     if ensembled.rows:
         Console().print(table(ensembled.rows))
@@ -294,7 +294,7 @@ def _flops(command: FlopsCommand) -> int:
     costs = [count(name, command.size) for name in command.models or NAMES]
     if command.json:
         rows = [asdict(cost) for cost in costs]
-        print(json.dumps([{k: v for k, v in row.items() if k != "layers" or command.layers} for row in rows]))
+        print(to_json([{k: v for k, v in row.items() if k != "layers" or command.layers} for row in rows]))
         return 0
     console = Console()
     if command.layers:
@@ -320,7 +320,7 @@ def _doctor(command: DoctorCommand) -> int:
 
     findings = examine()
     if command.json:
-        print(json.dumps([asdict(finding) for finding in findings]))
+        print(to_json([asdict(finding) for finding in findings]))
     else:
         Console().print(table(findings))
     return 0 if is_ready(findings) else 1
@@ -367,7 +367,7 @@ def _check(command: CheckCommand) -> int:
     with Display(Console(stderr=command.json), shown=True) as display:
         report = check(command.root, threads=len(os.sched_getaffinity(0)), follow=display.follow)
     if command.json:
-        print(json.dumps(report.to_plain()))
+        print(to_json(report.to_plain()))
     else:
         Console().print(table(report))
         for sentence in sentences(report):

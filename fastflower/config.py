@@ -23,7 +23,8 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
-RGB = tuple[float, float, float]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+RGB = tuple[Finite, Finite, Finite]
 # YAML may name one folder without a list around it.
 Folders = Annotated[
     tuple[Path, ...], BeforeValidator(lambda value: [value] if isinstance(value, str | Path) else value)

@@ -6,7 +6,6 @@ the whole: of train and val, where each picture is predicted by the network that
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,7 +33,7 @@ from fastflower.engine.trained import Trained, open_trained
 from fastflower.engine.views import Views
 from fastflower.ensemble import Member, combine, figures
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, require_writable
+from fastflower.files import atomic_write, require_writable, to_json
 from fastflower.predict import hand_in, predictions_of
 from fastflower.predictions import Predictions, sort_by_id, write_predictions
 
@@ -218,7 +217,7 @@ def _validate(path: Path, trained: Sequence[Trained], testing: Testing, within: 
     found = CrossValidation([figures(part) for part in parts], figures(together))
     if within.ranks.is_main:
         with atomic_write(path / "cv.json") as file:
-            file.write(json.dumps(found.to_plain(), indent=1).encode())
+            file.write(to_json(found.to_plain(), indent=1).encode())
         write_predictions(RunFolder(path).predictions("val"), together)
     return found
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from fastflower.data.records import NO_LABEL
 from fastflower.errors import UserError
-from fastflower.files import atomic_write
+from fastflower.files import atomic_write, to_json
 
 HEADER = ("id", "label")  # of a submission
 NAMED = 5  # ids that a message names
@@ -68,7 +68,7 @@ def write_predictions(path: Path, predictions: Predictions) -> None:
     }
     columns |= {f"p{k}": pa.array(found.probabilities[:, k], pa.float32()) for k in range(len(found.classes))}
     metadata = {"split": found.split, "classes": found.classes, "source": found.source}
-    table = pa.table(columns).replace_schema_metadata({_METADATA: json.dumps(metadata)})
+    table = pa.table(columns).replace_schema_metadata({_METADATA: to_json(metadata)})
     with atomic_write(path) as file:
         pq.write_table(table, file, compression="zstd")
 

@@ -1,18 +1,24 @@
-"""atomic_write: whole or absent, whatever happens meanwhile."""
+"""atomic_write: whole or absent, whatever happens meanwhile; and JSON that every reader takes."""
 
 from __future__ import annotations
 
+import ast
 import errno
+import json
+import math
 import os
 import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fastflower.files import atomic_write, cache_dir, code_digest
+from fastflower.files import atomic_write, cache_dir, code_digest, to_json
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -206,3 +212,36 @@ def test_the_digest_of_code_changes_with_each_of_its_files(tmp_path: Path) -> No
         digests.append(code_digest(*map(str, sources)))
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
+
+
+plain_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.tuples(inner, inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+def without_undefined(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: without_undefined(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_undefined(item) for item in value]
+    return None if isinstance(value, float) and (math.isnan(value) or math.isinf(value)) else value
+
+
+@given(plain_values)
+def test_json_has_null_where_a_number_is_not_finite_and_all_else_as_it_was(value: Any) -> None:
+    def refuse(constant: str) -> NoReturn:
+        raise AssertionError(f"{constant} is no JSON")
+
+    assert json.loads(to_json(value), parse_constant=refuse) == without_undefined(value)
+
+
+def test_all_json_is_written_by_one_function() -> None:
+    found = []
+    for folder in ("fastflower", "kernels", "bench"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.dumps", "json.dump"):
+                    found.append(str(path.relative_to(ROOT)))
+    assert found == ["fastflower/files.py"]

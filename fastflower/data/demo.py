@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import json
 import math
 import shutil
 import uuid
@@ -24,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from fastflower.data.records import write_tfrecord
 from fastflower.errors import UserError
-from fastflower.files import atomic_write
+from fastflower.files import atomic_write, to_json
 
 SPLITS = ("train", "val", "test")
 PICTURES_PER_FILE = 240
@@ -179,7 +178,7 @@ def write_demo(
         _check(root, sizes, counts, seed)
         building.mkdir(parents=True)
         with atomic_write(building / "class_names.json") as file:
-            file.write(json.dumps([kind.name for kind in KINDS], indent=2).encode() + b"\n")
+            file.write(to_json([kind.name for kind in KINDS], indent=2).encode() + b"\n")
         for size, (split, count) in itertools.product(sizes, counts.items()):
             folder = building / f"tfrecords-jpeg-{size}x{size}" / split
             folder.mkdir(parents=True)

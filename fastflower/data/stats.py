@@ -15,7 +15,7 @@ from fastflower.data.pictures import decoded_pictures
 from fastflower.data.pipeline import Engine, Normalization
 from fastflower.data.records import Records, fingerprint
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, cache_dir, code_digest
+from fastflower.files import atomic_write, cache_dir, code_digest, to_json
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def pixel_statistics(records: Records, engine: Engine) -> PixelStatistics:
     found = _measure(records, engine)
     mean, std = found.normalization.mean, found.normalization.std
     with contextlib.suppress(OSError), atomic_write(cached) as file:
-        file.write(json.dumps({"mean": mean, "std": std, "covariance": found.covariance.tolist()}).encode())
+        file.write(to_json({"mean": mean, "std": std, "covariance": found.covariance.tolist()}).encode())
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors.torch import save as to_safetensors
 
 from fastflower.data.pipeline import Normalization
 from fastflower.errors import UserError
-from fastflower.files import atomic_write
+from fastflower.files import atomic_write, to_json
 
 FORMAT = 2  # goes up when an older checkpoint cannot be gone on from
 
@@ -70,7 +69,7 @@ def save_weights(path: Path, model: Mapping[str, torch.Tensor], metadata: Mappin
     """Write a model's state_dict as safetensors, with metadata as JSON strings, atomically."""
     data = to_safetensors(
         {name: tensor.detach().cpu().contiguous() for name, tensor in model.items()},
-        {name: json.dumps(value) for name, value in metadata.items()},
+        {name: to_json(value) for name, value in metadata.items()},
     )
     with atomic_write(path) as file:
         file.write(data)

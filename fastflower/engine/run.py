@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from fastflower.config import Config, to_plain, to_yaml
 from fastflower.data.records import SPLITS
 from fastflower.errors import UserError
-from fastflower.files import atomic_write
+from fastflower.files import atomic_write, to_json
 
 RUNS = Path("runs")
 
@@ -85,7 +85,7 @@ class RunFolder:
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Add what this start of the run runs on."""
         with self.environment.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(environment) + "\n")
+            file.write(to_json(environment) + "\n")
 
     def write_config(self, config: Config, note: str | None = None) -> None:
         """Write the configuration; the notes on earlier changes stay above it, and `note` joins them."""
@@ -151,7 +151,7 @@ class RunLog:
     def write(self, row: Mapping[str, float | None]) -> None:
         """One epoch: a line, and TensorBoard's tags at the epoch's number; what was not measured is None."""
         with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(to_json(row) + "\n")
         epoch = int(row["epoch"] or 0)
         for tag, key in _TAGS.items():
             if row[key] is not None:

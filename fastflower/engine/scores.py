@@ -15,6 +15,7 @@ from fastflower.data.dataset import (
 )
 from fastflower.data.records import Records
 from fastflower.data.selection import shapes_of
+from fastflower.engine.checkpoint import first_non_finite
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.evaluate import outputs
 from fastflower.engine.meters import Evaluation, EvaluationSums
@@ -24,6 +25,8 @@ from fastflower.engine.testing import Session, Testing
 from fastflower.engine.trained import Trained
 from fastflower.engine.views import Scorer, Views
 from fastflower.errors import UserError
+
+OTHER = "give another checkpoint, or train again with a lower train.lr"
 
 
 @torch.no_grad()
@@ -40,13 +43,16 @@ def score(trained: Trained, data: Data, records: Records, testing: Testing, with
         within: where; the processes share the records.
 
     Raises:
-        UserError: views that do not fit the pictures, or a record that cannot be read or decoded.
+        UserError: views that do not fit the pictures, a record that cannot be read or decoded, or weights or scores
+            that are not finite.
         Interrupted: a rank got a signal.
     """
     views, device, ranks = testing.views, within.device, within.ranks
     config = trained.config
     views.check(data, config.model.name)
     precision = choose_precision(config.amp, config.amp_dtype, device)
+    if name := first_non_finite(trained.weights):
+        raise UserError(f"{trained.checkpoint} holds weights that are not finite ({name}): {OTHER}.")
     network = build_network(config, len(trained.classes), device, ranks)
     network.load_state_dict(trained.weights)
     scorer = views.scorer(network.eval(), data.crop, compiled=testing.compiled)
@@ -65,7 +71,15 @@ def score(trained: Trained, data: Data, records: Records, testing: Testing, with
             batches = whole_pictures(geometry, records, shapes, *common, batch_size=size)
         at = f" at {geometry.val_resize} pixels" if views.scales else ""
         within.display.task(f"score{at}", len(range(ranks.rank, len(records), ranks.world_size)))
-        tables.append(_one_pass(scorer, batches, len(trained.classes), precision, within))
+        table = _one_pass(scorer, batches, len(trained.classes), precision, within)
+        sound = np.isfinite(table).all(axis=1)
+        if not sound.all():
+            first = records.describe(int(np.argmin(sound)))
+            raise UserError(
+                f"{trained.checkpoint} gives outputs that are not finite, in {precision}, and so no class, for "
+                f"{len(table) - sound.sum()} of {len(table)} records, the first being {first}: {OTHER}."
+            )
+        tables.append(table)
     return tables[0] if len(tables) == 1 else _log_mean(tables)
 
 

@@ -188,7 +188,8 @@ def _save(
     """Write the log's row, best (where improved) and last, in this order: a run goes on from last."""
     saved = state.to_dict(setup.ranks) | setup.saved_with | {"config": to_plain(setup.config)}
     with setup.ranks.together():
-        if name := first_non_finite({"model": saved["model"], "optimizer": saved["optimizer"]["state"]}):
+        weights = {"model": saved["model"], "ema": saved["ema"] or {}}
+        if name := first_non_finite(weights | {"optimizer": saved["optimizer"]["state"]}):
             raise UserError(
                 f"{name} is not finite at step {state.step} (epoch {state.epoch + 1}, lr {state.schedule.lr:g}); "
                 "it was not saved. Resume from the last checkpoint, or start again, with a lower train.lr."

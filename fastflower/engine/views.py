@@ -128,8 +128,11 @@ def window_of(network: nn.Module, crop: int) -> int:
 def log_mean_probabilities(logits: Iterable[torch.Tensor]) -> torch.Tensor:
     """Logarithm of the class probabilities' mean over views and positions, [N, num_classes] float32.
 
+    NaN where a logit of some view is not finite, as a mean would hide.
+
     Args:
         logits: of each view, [N, num_classes] or, with positions, [N, num_classes, h, w].
     """
     views = torch.cat([each.float().log_softmax(1).reshape(*each.shape[:2], -1) for each in logits], dim=2)
-    return views.logsumexp(2) - math.log(views.shape[2])
+    sound = views.isfinite().all(2).all(1, keepdim=True)
+    return torch.where(sound, views.logsumexp(2) - math.log(views.shape[2]), torch.nan)

@@ -23,6 +23,7 @@ from fastflower.data.tfrecord import write_tfrecord
 from fastflower.engine import step
 from fastflower.engine import train as training
 from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.engine.ema import Ema
 from fastflower.models import create_model
 from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset
 
@@ -189,6 +190,26 @@ def test_a_statistic_that_is_not_finite_is_never_saved(finished: Path, monkeypat
     assert "model.bn1.running_var is not finite at step 18" in result.err
     assert (finished / "checkpoints/last.pt").read_bytes() == last
     assert len(rows(finished)) == 2
+
+
+def test_an_average_that_is_not_finite_is_never_saved_as_the_best(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It validates well, since what is divided by an infinite deviation is 0."""
+    run, options = tmp_path / "run", ("--train.ema", "0.9", "--train.epochs", "1")
+    update = Ema.update
+
+    def poisoned(ema: Ema, steps: int) -> None:
+        update(ema, steps)
+        ema.network.bn1.running_var.fill_(math.inf)  # type: ignore[union-attr,operator]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ema, "update", poisoned)
+        result = fastflower(*train_arguments(small, run), *options)
+    assert result.code == 2
+    assert "ema.bn1.running_var is not finite at step 6" in result.err
+    assert not list((run / "checkpoints").glob("*"))
+    assert fastflower(*train_arguments(small, run), *options).code == 0
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

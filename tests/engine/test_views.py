@@ -23,7 +23,7 @@ from fastflower.data.folder import picture_files
 from fastflower.data.pipeline import Engine, Normalization
 from fastflower.data.selection import shapes_of
 from fastflower.engine.distributed import Ranks
-from fastflower.engine.views import Views, window_of
+from fastflower.engine.views import Views, log_mean_probabilities, window_of
 from fastflower.errors import UserError
 from fastflower.models import CLASSICS, create_model
 from tests.conftest import READABLE, ROOT, TinyNet, fastflower, jpeg, torchrun, train_arguments, write_folders
@@ -134,6 +134,18 @@ def test_whole_pictures_are_resized_as_torchvision_does(tmp_path: Path) -> None:
             found = image.permute(1, 2, 0).numpy()
             assert found.shape == wanted.shape
             assert np.abs(found - wanted).max() <= 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("shape", [(4, 5), (4, 5, 2, 3)])
+def test_a_view_that_is_not_finite_is_not_averaged_away(value: float, shape: tuple[int, ...]) -> None:
+    views = [torch.randn(shape) for _ in range(3)]
+    sound = log_mean_probabilities(views)
+    views[1][2, 4] = value
+    found = log_mean_probabilities(views)
+    assert found[2].isnan().all()
+    others = [0, 1, 3]
+    assert torch.equal(found[others], sound[others])
 
 
 @pytest.fixture
