@@ -125,6 +125,8 @@ def test_amp_is_a_flag_with_its_opposite(tmp_path: Path) -> None:
         ("train: {lr: fast}", "train.lr is 'fast': "),
         ("train: {lr: -1}", "train.lr is -1: "),
         ("train: {lr: .nan}", "train.lr is nan: "),
+        ("data: {mean: [0.5, .nan, 0.5], std: [1, 1, 1]}", "data.mean is nan: "),
+        ("data: {mean: [0.5, 0.5, 0.5], std: [1, 1, .inf]}", "data.std is inf: "),
         ("train: {epochs: 1.5}", "train.epochs is 1.5: "),
         ("train: {schedule: linear}", "train.schedule is 'linear': "),
         ("model: {name: resnet43}", "model.name is 'resnet43': "),
