@@ -34,7 +34,7 @@ from rich.console import Console
 from tyro.conf import arg, subcommand
 
 from bench import bottleneck, loaders, loops, networks
-from bench.accuracy import best_accuracy, latest_accuracy
+from bench.accuracy import accuracy_here, accuracy_of_a_run, best_accuracy
 from bench.common import append, circumstances, start
 from bench.compare import compare
 from bench.compute import matmul_flops_per_s
@@ -194,6 +194,9 @@ def measure_overview(command: OverviewCommand, configs: Sequence[Config], place:
     work = loops.loader_work(configs[0], place)
     makers = {loaders.OURS: partial(loaders.ours, work)} if work.decoded else loaders.contenders(work, peers=False)
     named = {name: each for config in configs for name, each in by_name(command, config, place).items()}
+    display = Display(Console(stderr=True), shown=place.ranks.is_main)
+    logged = {name: accuracy_of_a_run(command.run, each.model.name, display.say) for name, each in named.items()}
+    logged = place.ranks.gather(logged)[0]  # so that all processes validate, or none
     trained: dict[str, tuple[Setup, State]] = {}
 
     def end_to_end(name: str, batch: int) -> Contender:
@@ -210,8 +213,7 @@ def measure_overview(command: OverviewCommand, configs: Sequence[Config], place:
         share = found[loaders.OURS]["images_per_s"] / limit["images_per_s"]
         found[loaders.OURS] |= {"share_of_limit": share, "limit": limit["name"]}
         found[loaders.OURS] |= {"limit_images_per_s": limit["images_per_s"]}
-    (latest, *_) = place.ranks.gather(latest_accuracy() if place.ranks.is_main and not command.run else None)
-    for name, config in named.items():
+    for name in named:
         step, whole = found[f"{name}, step"], found[f"{name}, end to end"]
         for row in (step, whole):
             row["share_of_limit"] = row["mfu"]
@@ -220,25 +222,10 @@ def measure_overview(command: OverviewCommand, configs: Sequence[Config], place:
         else:
             alone_ms = step["ms_per_step"] if place.ranks.world_size > 1 else None
             whole["bottleneck"] = bottleneck.of_network(whole, place.device, str(place.precision), alone_ms)
-        whole |= accuracy(command, config, latest, *trained[name])
+        whole |= logged[name] or accuracy_here(*trained[name])
     for row in rows:
         row["stored_px"] = work.records.sizes
     return rows
-
-
-def accuracy(
-    command: OverviewCommand, config: Config, latest: tuple[float, str] | None, setup: Setup, state: State
-) -> Row:
-    """val_accuracy of --run or of the latest run, else of what was trained here, and which: in short and in full."""
-    if command.run and (best := best_accuracy(command.run, config.model.name)) is not None:
-        return {"val_accuracy": best, "accuracy_of": "the run", "accuracy_source": f"the highest of {command.run}."}
-    if latest:
-        return dict(zip(("val_accuracy", "accuracy_source"), latest, strict=True)) | {"accuracy_of": "latest run"}
-    if not (evaluation := loops.validated(setup, state)):
-        return {}
-    steps = f"{state.step} steps"
-    source = f"of validation after the {steps} that were trained here, since no run under runs/ has one."
-    return {"val_accuracy": evaluation.accuracy, "accuracy_of": steps, "accuracy_source": source}
 
 
 def run_mode(command: Command, console: Console) -> int:

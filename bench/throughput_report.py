@@ -71,7 +71,7 @@ def show_overview(mode: str, rows: Sequence[Row], around: Mapping[str, Any], con
         "MACs: multiply-adds of one picture's forward pass. FLOPs: 2 a MAC; a training step counts as three forward "
         "passes, one forward and twice that backward. GFLOP/s = images/s x GFLOPs of the step.",
         f"Limits, measured here: {'; '.join(limits)}.",
-        f"Accuracy: {of['accuracy_source']}" if of else "Accuracy: there is no validation split, and no run has one.",
+        f"Accuracy: {of['accuracy_source']}." if of else "Accuracy: no run has one, and no split is there to validate.",
         *_notes(rows),
         f"{describe(around['machine'])}.",
     ]
