@@ -62,15 +62,15 @@ def show_overview(mode: str, rows: Sequence[Row], around: Mapping[str, Any], con
         f"accuracy,\n{of['accuracy_of'] if of else 'not known'}": COLUMNS["val\naccuracy"],
     }
     stored = ", ".join(f"{size} x {size}" for size in loader["stored_px"]) or "various"
-    limits = [f"of step and end to end {networks[0]['ceiling_flops_per_s'] / 1e9:.1f} GFLOP/s, large matrices' product"]
+    limits = f"step and end to end {networks[0]['ceiling_flops_per_s'] / 1e9:.1f} GFLOP/s (products of large matrices)"
     if "limit" in loader:
-        limits.insert(0, f"of the loader {loader['limit_images_per_s']:.1f} images/s, {loader['limit']}")
+        limits = f"loader {loader['limit_images_per_s']:.1f} images/s ({loader['limit']}); {limits}"
     notes = [
         f"Pictures: {', '.join(settings['root'])}, stored at {stored} pixels; {settings['crop']} x {settings['crop']} "
         f"are cut out, which MACs and FLOPs are of. Batches of {settings['batch']}, {settings['dtype']}.",
         "MACs: multiply-adds of one picture's forward pass. FLOPs: 2 a MAC; a training step counts as three forward "
         "passes, one forward and twice that backward. GFLOP/s = images/s x GFLOPs of the step.",
-        f"Limits, measured here: {'; '.join(limits)}.",
+        f"Limits, measured here: {limits}.",
         f"Accuracy: {of['accuracy_source']}." if of else "Accuracy: no run has one, and no split is there to validate.",
         *_notes(rows),
         f"{describe(around['machine'])}.",
