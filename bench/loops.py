@@ -15,11 +15,12 @@ from fastflower.config import Config
 from fastflower.data.dataset import EvaluationBatches, TrainingBatches
 from fastflower.engine.distributed import Ranks, Signals
 from fastflower.engine.evaluate import outputs
+from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import Precision
 from fastflower.engine.progress import Display
 from fastflower.engine.setup import build_loaders, prepare
 from fastflower.engine.state import Setup, State
-from fastflower.engine.step import compiled, training_network, training_step
+from fastflower.engine.step import compiled, evaluate_in, training_network, training_step
 from fastflower.engine.train import Stopwatch
 from fastflower.errors import UserError
 from fastflower.flops import count
@@ -47,26 +48,42 @@ def silent() -> Display:
 
 def training(config: Config, place: Place, batch: int) -> Contender:
     """Training steps on batches of the loader; behind DDP where there are processes."""
-    setup, state = prepared(config, place, batch)
+    return training_of(*prepared(config, place, batch), batch)
+
+
+def training_of(setup: Setup, state: State, batch: int) -> Contender:
+    """The same, of what is prepared already, so that what was trained can be validated."""
     _require(setup.train, batch, "training")
     network = training_network(setup, state)
     watch = Stopwatch()
 
     def start(steps: int) -> Iterator[torch.Tensor]:
         batches = itertools.chain.from_iterable(setup.train.epoch(epoch) for epoch in itertools.count())
-        for images_and_labels in place.ranks.lockstep(watch.waiting_for(batches), Signals()):
+        for images_and_labels in setup.ranks.lockstep(watch.waiting_for(batches), Signals()):
             state.schedule.before_step(state.position / setup.train.global_batch / setup.train.steps)
             training_step(setup, state, network, images_and_labels)
             yield images_and_labels.images
 
-    return Contender(
-        start, reads_ahead(setup.train.loader), watch, count(state.network, config.data.crop).macs, passes=3
-    )
+    return Contender(start, reads_ahead(setup.train.loader), watch, macs(setup, state), passes=3)
+
+
+def macs(setup: Setup, state: State) -> int:
+    """Multiply-adds of a forward pass of one picture."""
+    return count(state.network, setup.config.data.crop).macs
+
+
+def validated(setup: Setup, state: State) -> Evaluation | None:
+    """The figures of the validation split, as after an epoch; None where there is none."""
+    if setup.val is None:
+        return None
+    setup.ranks.broadcast_buffers(state.validated)
+    return evaluate_in(setup, state.validated, setup.val.once(), Signals())
 
 
 def training_alone(config: Config, place: Place, batch: int) -> Contender:
     """The same steps on a batch that is there, without other processes: what remains is communication and loading."""
     setup, state = prepared(config, place, batch)
+    _require(setup.train, batch, "training")
     setup = replace(setup, ranks=Ranks())
     network = training_network(setup, state)
     held = next(setup.train.epoch(0))
@@ -76,7 +93,7 @@ def training_alone(config: Config, place: Place, batch: int) -> Contender:
             training_step(setup, state, network, held)
             yield held.images
 
-    return Contender(start)
+    return Contender(start, macs=macs(setup, state), passes=3)
 
 
 def evaluation(config: Config, place: Place, batch: int) -> Contender:
@@ -98,7 +115,7 @@ def evaluation(config: Config, place: Place, batch: int) -> Contender:
                 images_and_labels, _ = next(found)
             yield images_and_labels.images
 
-    return Contender(start, reads_ahead(val.loader), watch, count(state.network, config.data.crop).macs)
+    return Contender(start, reads_ahead(val.loader), watch, macs(setup, state))
 
 
 def _require(batches: TrainingBatches | EvaluationBatches, batch: int, split: str) -> None:

@@ -1,11 +1,16 @@
 """Pictures a second of the input pipeline, of networks, of training and of evaluation, and what limits them.
 
+    python bench/throughput.py
     python bench/throughput.py loader --data.root DIR --peers
     python bench/throughput.py model --models resnet18 resnet50 --peers
     python bench/throughput.py train --run runs/NAME --dtype bf16
     python bench/throughput.py eval --run runs/NAME
     python bench/throughput.py --compare BEFORE.jsonl AFTER.jsonl --max_loss 5
     python bench/throughput.py --plot RESULTS.jsonl docs/rates
+
+With nothing else it is the overview: the loader, resnet18's training step and both together on the built-in synthetic
+flowers (64 pixels), in one table with MACs, FLOPs, the share of what the machine can do at most, and accuracy; at most
+three minutes on two CPU cores.
 
 Compiling, the first steps and work begun ahead do not count; all contenders of a network take turns (see timing.py).
 Files come from the page cache once the first epoch has read them. A forward pass counts as 2 FLOPs a multiply-add, a
@@ -14,7 +19,6 @@ backward pass as twice the forward pass. Under torchrun images/s are those of al
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +34,7 @@ from rich.console import Console
 from tyro.conf import arg, subcommand
 
 from bench import bottleneck, loaders, loops, networks
+from bench.accuracy import accuracy_here, accuracy_of_a_run, best_accuracy
 from bench.common import append, circumstances, start
 from bench.compare import compare
 from bench.compute import matmul_flops_per_s
@@ -39,14 +44,15 @@ from bench.throughput_options import (
     EvalCommand,
     LoaderCommand,
     ModelCommand,
+    OverviewCommand,
     TrainCommand,
     check,
     configure,
     settled,
 )
-from bench.throughput_report import show, write_csv
-from bench.timing import Make, measure
-from fastflower.config import Config, load_yaml
+from bench.throughput_report import show, show_overview, write_csv
+from bench.timing import Contender, Make, measure
+from fastflower.config import Config
 from fastflower.curves import plot_throughput, write_picture
 from fastflower.data.cache import open_cache
 from fastflower.data.dataset import choose_engine
@@ -54,23 +60,30 @@ from fastflower.data.sources import load_pictures
 from fastflower.engine.distributed import local_rank, processes
 from fastflower.engine.precision import choose_device, choose_precision
 from fastflower.engine.progress import Display
-from fastflower.engine.run import RunFolder
 from fastflower.engine.setup import with_data
+from fastflower.engine.state import Setup, State
 from fastflower.environment import package_versions
 from fastflower.errors import UserError
 from fastflower.report import read_throughput
 
 Row = dict[str, Any]
-MODES = {LoaderCommand: "loader", ModelCommand: "model", TrainCommand: "train", EvalCommand: "eval"}
+MODES = {
+    OverviewCommand: "overview",
+    LoaderCommand: "loader",
+    ModelCommand: "model",
+    TrainCommand: "train",
+    EvalCommand: "eval",
+}
 LABELS = {"off": {"eager": False}, "on": {"compiled": True}, "both": {"eager": False, "compiled": True}}
 
 
 @dataclass(frozen=True)
 class Options:
-    """A mode to measure, two results files to compare, or one to draw."""
+    """A mode to measure, two results files to compare, or one to draw; with nothing else, the overview."""
 
     mode: (
-        Annotated[LoaderCommand, subcommand("loader")]
+        Annotated[OverviewCommand, subcommand("overview")]
+        | Annotated[LoaderCommand, subcommand("loader")]
         | Annotated[ModelCommand, subcommand("model")]
         | Annotated[TrainCommand, subcommand("train")]
         | Annotated[EvalCommand, subcommand("eval")]
@@ -103,8 +116,7 @@ def measure_loader(command: LoaderCommand, config: Config, place: Place) -> list
 
 def measure_networks(command: ModelCommand | TrainCommand, configs: Sequence[Config], place: Place) -> list[Row]:
     """Rows of all networks, one after another; with the run's accuracy where one is given."""
-    mine = matmul_flops_per_s(place.precision.dtype or torch.float32, place.device)
-    ceiling = sum(place.ranks.gather(mine))
+    ceiling = ceiling_flops_per_s(place)
     rows: list[Row] = []
     for config in configs:
         if isinstance(command, ModelCommand):
@@ -116,6 +128,11 @@ def measure_networks(command: ModelCommand | TrainCommand, configs: Sequence[Con
         rows += new
         torch.compiler.reset()  # the next network is none that this one's code should be adapted to
     return rows
+
+
+def ceiling_flops_per_s(place: Place) -> float:
+    """What all processes together multiply, FLOP/s."""
+    return sum(place.ranks.gather(matmul_flops_per_s(place.precision.dtype or torch.float32, place.device)))
 
 
 def measure_passes(command: ModelCommand, config: Config, place: Place, ceiling: float) -> list[Row]:
@@ -133,17 +150,22 @@ def measure_passes(command: ModelCommand, config: Config, place: Place, ceiling:
 def measure_loop(command: TrainCommand, config: Config, place: Place, ceiling: float) -> list[Row]:
     """Rows of training or, of an `EvalCommand`, evaluation."""
     loop = loops.evaluation if isinstance(command, EvalCommand) else loops.training
-    compiles = config.train.compile if config.train.compile is not None else place.device.type == "cuda"
-    labels = LABELS["on" if compiles else "off"] if command.compile == "auto" else LABELS[command.compile]
-    configs = {
-        f"{config.model.name}, {label}": replace(config, train=replace(config.train, compile=compiled))
-        for label, compiled in labels.items()
-    }
+    configs = by_name(command, config, place)
     makers = {name: partial(loop, settings, place) for name, settings in configs.items()}
     rows = measure(makers, command, place.device, place.ranks, ceiling)
     for row in rows:
         row["bottleneck"] = explain(row, command, configs[row["name"]], place)
     return rows
+
+
+def by_name(command: TrainCommand, config: Config, place: Place) -> dict[str, Config]:
+    """The network as it is, compiled, or both: the configuration of each, by the name that its row gets."""
+    compiles = config.train.compile if config.train.compile is not None else place.device.type == "cuda"
+    labels = LABELS["on" if compiles else "off"] if command.compile == "auto" else LABELS[command.compile]
+    return {
+        f"{config.model.name}, {label}": replace(config, train=replace(config.train, compile=compiled))
+        for label, compiled in labels.items()
+    }
 
 
 def explain(row: Row, command: TrainCommand, config: Config, place: Place) -> str:
@@ -164,22 +186,46 @@ def explain(row: Row, command: TrainCommand, config: Config, place: Place) -> st
     return bottleneck.of_network(row, place.device, str(place.precision), alone_ms)
 
 
-def best_accuracy(run: Path, model: str) -> float | None:
-    """The highest validation accuracy of a run; None where it has none yet, or is of another network than `model`.
+def measure_overview(command: OverviewCommand, configs: Sequence[Config], place: Place) -> list[Row]:
+    """Rows of the loader and the decoders alone and, of each network, the training step and training from end to end.
 
-    Raises:
-        UserError: its configuration cannot be read, or its log is damaged.
+    The accuracy is that of --run or of the latest run, else of what was trained here.
     """
-    if load_yaml(RunFolder(run).config).get("model", {}).get("name") != model:
-        return None
-    path = RunFolder(run).metrics
-    try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        return max((row["val_accuracy"] for row in rows if row["val_accuracy"] is not None), default=None)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as the log of a run: give another --run.") from error
+    work = loops.loader_work(configs[0], place)
+    makers = {loaders.OURS: partial(loaders.ours, work)} if work.decoded else loaders.contenders(work, peers=False)
+    named = {name: each for config in configs for name, each in by_name(command, config, place).items()}
+    display = Display(Console(stderr=True), shown=place.ranks.is_main)
+    logged = {name: accuracy_of_a_run(command.run, each.model.name, display.say) for name, each in named.items()}
+    logged = place.ranks.gather(logged)[0]  # so that all processes validate, or none
+    trained: dict[str, tuple[Setup, State]] = {}
+
+    def end_to_end(name: str, batch: int) -> Contender:
+        trained[name] = loops.prepared(named[name], place, batch)
+        return loops.training_of(*trained[name], batch)
+
+    for name, config in named.items():
+        makers |= {f"{name}, step": partial(loops.training_alone, config, place)}
+        makers |= {f"{name}, end to end": partial(end_to_end, name)}
+    rows = measure(makers, command, place.device, place.ranks, ceiling_flops_per_s(place))
+    found = {row["name"]: row for row in rows if "missing" not in row}
+    loader, *decoders = (found[name] for name in (loaders.OURS, loaders.DECODE, loaders.LIMIT) if name in found)
+    if decoders:  # of small pictures DALI, which decodes only what is kept, may be the faster one
+        limit = max(decoders, key=lambda row: row["images_per_s"])
+        loader |= {"limit": limit["name"], "limit_images_per_s": limit["images_per_s"]}
+        loader["share_of_limit"] = loader["images_per_s"] / limit["images_per_s"]
+    for name in named:
+        step, whole = found[f"{name}, step"], found[f"{name}, end to end"]
+        for row in (step, whole):
+            row["share_of_limit"] = row["mfu"]
+        if bottleneck.is_loader(whole):
+            whole["bottleneck"] = bottleneck.of_loader(found, loaders.transfer_s(work))
+        else:
+            alone_ms = step["ms_per_step"] if place.ranks.world_size > 1 else None
+            whole["bottleneck"] = bottleneck.of_network(whole, place.device, str(place.precision), alone_ms)
+        whole |= logged[name] or accuracy_here(*trained[name])
+    for row in rows:
+        row["stored_px"] = work.records.sizes
+    return rows
 
 
 def run_mode(command: Command, console: Console) -> int:
@@ -203,7 +249,11 @@ def run_mode(command: Command, console: Console) -> int:
         if isinstance(command, LoaderCommand):
             rows = measure_loader(command, config, place)
         else:
-            rows = measure_networks(command, [replace(each, data=config.data) for each in configs], place)
+            configs = [replace(each, data=config.data) for each in configs]
+            if isinstance(command, OverviewCommand):
+                rows = measure_overview(command, configs, place)
+            else:
+                rows = measure_networks(command, configs, place)
         if ranks.is_main:
             report(MODES[type(command)], rows, around, command, console)
     return 0
@@ -211,7 +261,7 @@ def run_mode(command: Command, console: Console) -> int:
 
 def report(mode: str, rows: list[Row], around: dict[str, Any], command: Command, console: Console) -> None:
     """Show the rows and write them where they are asked for."""
-    show(mode, rows, around, console)
+    (show_overview if mode == "overview" else show)(mode, rows, around, console)
     lines = [{"mode": mode} | row | around for row in rows]
     if command.out:
         append(command.out, lines)
@@ -221,14 +271,15 @@ def report(mode: str, rows: list[Row], around: dict[str, Any], command: Command,
 
 
 def run(options: Options, console: Console) -> int:
-    """Measure a mode, compare two files or draw one; the exit code: 1 where --compare finds too much lost."""
+    """Measure a mode, by default the overview, compare two files or draw one.
+
+    The exit code is 1 where --compare finds too much lost.
+    """
     for option, given in (("--compare", options.compare), ("--plot", options.plot)):
         if given and options.mode:
             raise UserError(f"{option} reads results and measures nothing: leave the mode out.")
-    if options.mode:
-        return run_mode(options.mode, console)
     if not (options.compare or options.plot):
-        raise UserError("there is nothing to do: give loader, model, train or eval, --compare or --plot.")
+        return run_mode(options.mode or OverviewCommand(), console)
     if options.plot:
         results, picture = options.plot
         write_picture(picture, plot_throughput(read_throughput(results)))

@@ -7,7 +7,6 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
@@ -272,18 +271,6 @@ def test_mistakes_of_the_other_modes(
 ) -> None:
     assert main(arguments.format(root=small.parent).split()) == 2
     assert message in capsys.readouterr().err
-
-
-def test_damaged_log_of_a_run(tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("model: {name: resnet50}")
-    assert throughput.best_accuracy(tmp_path, "resnet50") is None
-    log: list[dict[str, Any]] = [{"val_accuracy": None}, {"val_accuracy": 0.5}, {"val_accuracy": 0.25}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
-    assert throughput.best_accuracy(tmp_path, "resnet50") == 0.5
-    assert throughput.best_accuracy(tmp_path, "resnet34") is None
-    (tmp_path / "metrics.jsonl").write_text("{")
-    with pytest.raises(throughput.UserError, match=r"metrics\.jsonl cannot be read as the log of a run"):
-        throughput.best_accuracy(tmp_path, "resnet50")
 
 
 def test_results_go_where_git_does_not_look() -> None:
