@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import hashlib
 import json
 import math
@@ -56,6 +57,12 @@ def require_writable(path: Path) -> None:
         pass
 
 
+def remove_temporaries(path: Path) -> None:
+    """Remove what killed processes left of `atomic_write` to `path`, which nobody else may be writing now."""
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 12}.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Open a temporary file beside `path`, to write and read; when the block ends without an error it is synced and
@@ -64,21 +71,23 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     A crash, a full disk or a second writer leaves either the old file or the new one, never a part of one.
 
     Raises:
-        OSError: the folder cannot be written or the disk is full; `path` is as it was.
+        OSError: the folder cannot be written or the disk is full; it names `path`, which is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    # opened here, not by tempfile, so that the user's umask decides who may read it
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
     try:
+        # opened here, not by tempfile, so that the user's umask decides who may read it
+        descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:

@@ -2,18 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors.torch import save as to_safetensors
+from typing_extensions import TypedDict  # the standard library's, in the form that pydantic reads
 
+from fastflower.config import NonNegativeFloat, PositiveFloat, build, to_plain
 from fastflower.data.pipeline import Normalization
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, to_json
 
 FORMAT = 2  # goes up when an older checkpoint cannot be gone on from
+
+
+def _dense(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_complex() or tensor.is_quantized:
+        raise ValueError("a tensor without plain values")
+    return tensor
+
+
+class _Group(TypedDict):
+    params: list[int]
+    lr: NonNegativeFloat
+
+
+Tensor = Annotated[torch.Tensor, AfterValidator(_dense)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Three = Field(min_length=3, max_length=3)
+# The entries of a checkpoint by their dotted names: what a trained network needs, and what going on needs besides.
+TRAINED: dict[str, Any] = {
+    "model": dict[str, Tensor],
+    "ema": dict[str, Tensor] | None,
+    "classes": Annotated[list[str], Field(min_length=1)],
+    "normalization.mean": Annotated[list[Finite], Three],
+    "normalization.std": Annotated[list[PositiveFloat], Three],
+    "config": dict[str, Any],
+}
+RESUMED: dict[str, Any] = {
+    "optimizer.state": dict[int, dict[str, Tensor | None]],
+    "optimizer.param_groups": list[_Group],
+    "schedule": dict[str, float],
+    "scaler": dict[str, float],
+    "rng.cpu": Tensor,
+    "rng.cuda": list[Tensor],
+    "sums": Annotated[list[Annotated[list[Finite], Three]], Field(min_length=1)],
+    "epoch": NonNegativeInt,
+    "position": NonNegativeInt,
+    "step": NonNegativeInt,
+    "best": Finite | None,
+    "best_epoch": Annotated[int, Field(ge=-1)],
+    "train_records": dict[str, Any],
+}
+_CHECKS: dict[str, TypeAdapter[Any]] = {
+    name: TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+    for name, kind in (TRAINED | RESUMED).items()
+}
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -23,11 +70,23 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
         OSError: the disk is full or the folder cannot be written; an earlier checkpoint at `path` is intact.
     """
     with atomic_write(path) as file:
-        torch.save({"format": FORMAT, **state}, file)
+        try:
+            torch.save({"format": FORMAT, **state}, file)
+        except RuntimeError as error:
+            if isinstance(cause := error.__context__, OSError):  # while torch cleaned up, it ran into another error
+                raise OSError(cause.errno, cause.strerror) from error
+            raise
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, *, resumed: bool = False) -> dict[str, Any]:
     """Read what `save_checkpoint` wrote, onto the CPU.
+
+    Weights have plain names, whatever wrapped the network that they were saved from, and the configuration has all
+    settings, those that are newer than the checkpoint at their defaults.
+
+    Args:
+        path: the file.
+        resumed: it must hold what going on needs, beside the trained network.
 
     Raises:
         UserError: the file is missing, damaged or of another kind.
@@ -52,7 +111,80 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} was written by another version of fastflower (format {state['format']}, this one reads {FORMAT}): "
             "use that version, or train again."
         )
-    return state
+    return checked(state, path, resumed=resumed)
+
+
+def checked(state: Mapping[str, Any], path: Path, *, resumed: bool = False) -> dict[str, Any]:
+    """What a checkpoint of ours holds, as `load_checkpoint` gives it; raises UserError unless it is whole."""
+    require_entries(state, TRAINED | RESUMED if resumed else TRAINED, path)
+    named = {key: plain_names(state[key], path) for key in ("model", "ema") if state[key] is not None}
+    return {**state, **named, "config": to_plain(build(state["config"], str(path)))}
+
+
+def is_weights(value: Any) -> bool:
+    """Whether it is a state_dict: tensors of plain values by name."""
+    try:
+        _CHECKS["model"].validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def require_entries(state: Mapping[str, Any], entries: Iterable[str], path: Path) -> None:
+    """Raise UserError unless these entries are there, and of their kinds."""
+    for name in entries:
+        value: Any = state
+        for key in name.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                raise UserError(f"{path} lacks its entry {name}: give a checkpoint as training has written it.")
+            value = value[key]
+        try:
+            _CHECKS[name].validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, (name, *first["loc"])))
+            raise UserError(
+                f"{path} is damaged ({where}: {first['msg'].lower()}): give a checkpoint as training has written it."
+            ) from error
+
+
+def plain_names(weights: Mapping[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:
+    """Weights without what DistributedDataParallel and torch.compile put before or into their names.
+
+    Raises:
+        UserError: two would have one name.
+    """
+    plain: dict[str, torch.Tensor] = {}
+    for name, tensor in weights.items():
+        short = ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
+        if short in plain:
+            raise UserError(f"{source} holds two tensors {short}, one of them as {name}: keep the network's alone.")
+        plain[short] = tensor
+    return plain
+
+
+def misfit(own: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor]) -> str:
+    """How a state_dict's names and shapes differ from a network's `own`, in words; empty where they do not."""
+    shapes = {name: (list(weights[name].shape), list(own[name].shape)) for name in own if name in weights}
+    problems = {
+        "missing": [name for name in own if name not in weights],
+        "unexpected": [name for name in weights if name not in own],
+        "of another shape": [f"{name} {its}, not {ours}" for name, (its, ours) in shapes.items() if its != ours],
+    }
+    return ", ".join(f"{len(names)} {what} ({_first_ten(names)})" for what, names in problems.items() if names)
+
+
+def require_fit(network: torch.nn.Module, weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Raise UserError, with the first names, unless a checkpoint's weights are those of the network that it names."""
+    if problems := misfit(network.state_dict(), weights):
+        raise UserError(
+            f"{path} does not fit the network of its settings, keys: {problems}; give a checkpoint as training has "
+            "written it."
+        )
+
+
+def _first_ten(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
 def weights_of(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:

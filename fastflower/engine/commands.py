@@ -82,7 +82,7 @@ def train_into(
         UserError: see `prepare`, `restore` and `fastflower.engine.train.train`.
     """
     display = Display(console, shown=ranks.is_main)
-    saved = load_checkpoint(checkpoint) if checkpoint else None
+    saved = load_checkpoint(checkpoint, resumed=True) if checkpoint else None
     with display:
         setup, state = prepare(config, device, ranks, display, saved)
     note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None

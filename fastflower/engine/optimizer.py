@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,29 @@ def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
             elif optimizer.state[parameter].get("momentum_buffer") is None:
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def require_fitting_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: Path) -> None:
+    """Raise UserError unless what a checkpoint holds of the optimizer is about this network's parameters."""
+    numbered = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    shapes = dict(zip((number for group in numbered for number in group), (p.shape for p in parameters), strict=True))
+    needed = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ()
+    state: dict[int, dict[str, Any]] = saved["state"]
+    fits = [group["params"] for group in saved["param_groups"]] == numbered and all(
+        number in shapes
+        and all(remembered.get(name) is not None for name in needed)
+        and all(value is None or value.shape in ((), shapes[number]) for value in remembered.values())
+        for number, remembered in state.items()
+    )
+    for group in numbered:  # of which all are frozen, or none
+        kinds = {tuple((name, type(value)) for name, value in state.get(number, {}).items()) for number in group}
+        fits = fits and len(kinds) <= 1
+    if not fits:
+        raise UserError(
+            f"{source}: what it holds of the optimizer is not about this network's parameters; give a checkpoint as "
+            "training has written it."
+        )
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, keep_lr: bool) -> None:

@@ -15,7 +15,7 @@ from fastflower.data.dataset import (
 )
 from fastflower.data.records import Records
 from fastflower.data.selection import shapes_of
-from fastflower.engine.checkpoint import first_non_finite
+from fastflower.engine.checkpoint import first_non_finite, require_fit
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.evaluate import outputs
 from fastflower.engine.meters import Evaluation, EvaluationSums
@@ -54,6 +54,7 @@ def score(trained: Trained, data: Data, records: Records, testing: Testing, with
     if name := first_non_finite(trained.weights):
         raise UserError(f"{trained.checkpoint} holds weights that are not finite ({name}): {OTHER}.")
     network = build_network(config, len(trained.classes), device, ranks)
+    require_fit(network, trained.weights, trained.checkpoint)
     network.load_state_dict(trained.weights)
     scorer = views.scorer(network.eval(), data.crop, compiled=testing.compiled)
     common = (trained.normalization, choose_engine(data, device, ranks), device, ranks)

@@ -28,9 +28,10 @@ from fastflower.data.dataset import (
 )
 from fastflower.data.pipeline import Normalization
 from fastflower.data.records import Records
-from fastflower.engine.checkpoint import normalization_of
+from fastflower.engine.checkpoint import normalization_of, require_fit
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.loss import Criterion, balanced_weights
+from fastflower.engine.optimizer import require_fitting_state
 from fastflower.engine.precision import choose_precision
 from fastflower.engine.progress import Display
 from fastflower.engine.run import changes
@@ -272,6 +273,10 @@ def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any],
         raise UserError(
             f"{checkpoint} was trained by {before['train']['optimizer']}: a resumed run keeps its train.optimizer."
         )
+    for weights in (saved["model"], saved["ema"]):
+        if weights:
+            require_fit(state.network, weights, checkpoint)
+    require_fitting_state(state.optimizer, saved["optimizer"], checkpoint)
     state.load(saved, setup.ranks, config)
     changed = changes(before, config)
     where = f"epoch {state.epoch + 1}, step {state.step}"

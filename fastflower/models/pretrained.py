@@ -14,7 +14,17 @@ from safetensors import safe_open
 
 from fastflower.config import Model
 from fastflower.data.pipeline import IMAGENET, Normalization
-from fastflower.engine.checkpoint import FORMAT, first_non_finite, normalization_of, weights_of
+from fastflower.engine.checkpoint import (
+    FORMAT,
+    checked,
+    first_non_finite,
+    is_weights,
+    misfit,
+    normalization_of,
+    plain_names,
+    require_entries,
+    weights_of,
+)
 from fastflower.engine.run import RunFolder
 from fastflower.errors import UserError
 from fastflower.models.layers import head_prefix
@@ -77,8 +87,11 @@ def open_pretrained(model: Model, say: Callable[[str], None]) -> Pretrained | No
     weights, about = _read(path)
     if "architecture" in about:
         _refuse_other_architecture(path, about["architecture"], model)
-    normalization = normalization_of(about) if "normalization" in about else IMAGENET
-    return Pretrained(path, {_plain_name(name): tensor for name, tensor in weights.items()}, normalization)
+    normalization = IMAGENET
+    if "normalization" in about:
+        require_entries(about, ("normalization.mean", "normalization.std"), path)
+        normalization = normalization_of(about)
+    return Pretrained(path, plain_names(weights, path), normalization)
 
 
 def load_pretrained(network: torch.nn.Module, pretrained: Pretrained) -> None:
@@ -90,17 +103,14 @@ def load_pretrained(network: torch.nn.Module, pretrained: Pretrained) -> None:
     """
     head = head_prefix(network)
     weights = {name: tensor for name, tensor in pretrained.weights.items() if not name.startswith(head)}
-    own = {name: tensor for name, tensor in network.state_dict().items() if not name.startswith(head)}
-    shapes = {name: (list(weights[name].shape), list(own[name].shape)) for name in own if name in weights}
-    problems = {
-        "missing": [name for name in own if name not in weights and not name.endswith(".num_batches_tracked")],
-        "unexpected": [name for name in weights if name not in own],
-        "of another shape": [f"{name} {its}, not {ours}" for name, (its, ours) in shapes.items() if its != ours],
+    own = {
+        name: tensor
+        for name, tensor in network.state_dict().items()
+        if not name.startswith(head) and (name in weights or not name.endswith(".num_batches_tracked"))
     }
-    found = [f"{len(names)} {what} ({_first_ten(names)})" for what, names in problems.items() if names]
-    if found:
+    if problems := misfit(own, weights):
         raise UserError(
-            f"{pretrained.source} does not fit the network, keys: {', '.join(found)}; give the model.name and "
+            f"{pretrained.source} does not fit the network, keys: {problems}; give the model.name and "
             "model.shortcut that it was trained with, or other weights as model.pretrained."
         )
     if name := first_non_finite(weights):
@@ -144,12 +154,14 @@ def _read(path: Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
     """
     try:
         weights, about = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    except UserError:
+        raise
     except Exception as error:  # torch's unpickler raises whatever the instructions in a damaged file run into
         raise UserError(
             f"{path} cannot be read as weights: it is damaged, is not yours to read, or holds more than tensors and "
             "plain values; save the network's state_dict alone with torch.save or safetensors."
         ) from error
-    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+    if not is_weights(weights):
         raise UserError(f"{path} holds no state_dict, neither by itself nor under state_dict or model: save one there.")
     return weights, about
 
@@ -166,22 +178,14 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, Any]]:
     if not isinstance(saved, Mapping):
         return saved, {}
     if saved.get("format") == FORMAT:  # a checkpoint of ours
+        saved = checked(saved, path)
         about = {"architecture": saved["config"]["model"], "normalization": saved["normalization"]}
         return weights_of(saved), about
     return saved.get("state_dict", saved.get("model", saved)), {}
 
 
-def _refuse_other_architecture(path: Path, its: Mapping[str, Any], model: Model) -> None:
-    ours = asdict(model)
+def _refuse_other_architecture(path: Path, about: Any, model: Model) -> None:
+    ours, its = asdict(model), about if isinstance(about, Mapping) else {}
     for key in ("name", "shortcut", "bottleneck_stride"):  # the last does not show in the weights
-        if its[key] != ours[key]:
-            raise UserError(f"{path} holds a network of model.{key} {its[key]}, not {ours[key]}: give the same.")
-
-
-def _plain_name(name: str) -> str:
-    """Without what DistributedDataParallel and torch.compile put before or into a name."""
-    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
-
-
-def _first_ten(names: list[str]) -> str:
-    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+        if its.get(key) != ours[key]:
+            raise UserError(f"{path} holds a network of model.{key} {its.get(key)}, not {ours[key]}: give the same.")
