@@ -117,6 +117,8 @@ def parse(argv: Sequence[str]) -> Command:
         config=(OmitSubcommandPrefixes,),
     )
     if isinstance(command, TrainCommand):
+        if command.resume and command.overwrite:
+            raise UserError("--resume goes on with a run, --overwrite replaces it by a new one: give one of them.")
         return replace(command, settings=_checked(command.settings), resume=checkpoint)
     if isinstance(command, CvCommand):
         data = command.settings.data

@@ -22,11 +22,12 @@ from fastflower.data.records import SPLITS
 from fastflower.data.sources import class_list, join, load_pool, load_records
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.commands import train_into
-from fastflower.engine.distributed import Signals, local_rank, processes
+from fastflower.engine.distributed import Ranks, Signals, local_rank, processes
+from fastflower.engine.lock import own_folder
 from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
-from fastflower.engine.run import RunFolder, changes, new_run
+from fastflower.engine.run import RunFolder, changes
 from fastflower.engine.setup import with_data
 from fastflower.engine.testing import SHOWN, Session, Testing
 from fastflower.engine.trained import Trained, open_trained
@@ -103,13 +104,13 @@ def cross_validate(
     config, testing = resolve(config), Testing(views=views)
     folds = range(config.data.folds or 0)
     device = choose_device(config.device, local_rank())
-    with processes(device) as ranks:
-        path = ranks.gather(run or new_run(name).path)[0]
+    with processes(device) as ranks, own_folder(run, name, ranks) as whole:
+        path = whole.path
         display = Display(console, shown=ranks.is_main)
         config = with_data(config, ranks, display)
         settings = [replace(config, data=replace(config.data, fold=fold)) for fold in folds]
         with ranks.main_first():
-            if RunFolder(path).exists:
+            if whole.config.exists() or whole.checkpoint:
                 raise UserError(f"{path} holds a run, and no folds: name another --run.")
             classes = _check_data(config, display)
             testing.views.check(config.data, config.model.name)
@@ -125,11 +126,12 @@ def cross_validate(
             if _mark(folder).is_file():
                 display.say(f"Fold {each.data.fold} is finished: {folder.path}")
                 continue
-            if received := train_into(folder, each, checkpoint, device, ranks, console):
-                display.say(f"Go on with the same command and --run {path}")
-                return received
-            if ranks.is_main:
-                _mark(folder).touch()
+            with own_folder(folder.path, "", ranks):
+                if received := train_into(folder, each, checkpoint, device, ranks, console):
+                    display.say(f"Go on with the same command and --run {path}")
+                    return received
+                if ranks.is_main:
+                    _mark(folder).touch()
         with Signals() as signals, display:
             within = Session(device, ranks, signals, display)
             trained = [open_trained(_folder(path, each).path) for each in settings]
@@ -151,8 +153,9 @@ def _mark(folder: RunFolder) -> Path:
 def _clear(path: Path) -> None:
     """Remove what an earlier call left, and nothing else."""
     for each in path.glob("fold-*"):
-        RunFolder(each).clear()
-        _mark(RunFolder(each)).unlink(missing_ok=True)
+        with own_folder(each, "", Ranks()) as folder:
+            folder.clear()
+            _mark(folder).unlink(missing_ok=True)
     for file in (path / "cv.json", *map(RunFolder(path).predictions, SPLITS)):
         file.unlink(missing_ok=True)
 
@@ -163,17 +166,19 @@ def _checkpoint(path: Path, settings: Config) -> Path | None:
     Raises:
         UserError: it was trained with other settings.
     """
-    last = _folder(path, settings).last
-    if not last.is_file():
+    checkpoint = _folder(path, settings).checkpoint
+    if not checkpoint:
         return None
     if changed := [
-        change for change in changes(load_checkpoint(last)["config"], settings) if change.split()[0] not in HARMLESS
+        change
+        for change in changes(load_checkpoint(checkpoint)["config"], settings)
+        if change.split()[0] not in HARMLESS
     ]:
         raise UserError(
-            f"{last.parents[1]} was trained with other settings ({', '.join(changed)}): give the same, --overwrite or "
-            "another --run."
+            f"{checkpoint.parents[1]} was trained with other settings ({', '.join(changed)}): give the same, "
+            "--overwrite or another --run."
         )
-    return last
+    return checkpoint
 
 
 def _check_test(config: Config, classes: list[str]) -> None:

@@ -98,7 +98,7 @@ def test_events_give_the_same_as_the_run_folder_that_wrote_them(tmp_path: Path) 
     log = RunLog(folder, 0)
     for epoch in range(3):
         log.write(row(epoch, lr=0.1 / 10**epoch, val_accuracy=0.25 * epoch))
-    log.close()
+
     expected = read_history(folder.path, "run")
     folder.metrics.unlink()
     events = read_history(folder.path, "run")

@@ -213,10 +213,13 @@ def write_tfrecord(path: Path, examples: Iterable[Mapping[str, bytes | int]]) ->
     """
     with atomic_write(path) as file:
         for example in examples:
-            payload = encode_example(example)
-            length = struct.pack("<Q", len(payload))
-            file.write(length + struct.pack("<I", masked_crc(length)))
-            file.write(payload + struct.pack("<I", masked_crc(payload)))
+            file.write(frame(encode_example(example)))
+
+
+def frame(payload: bytes) -> bytes:
+    """A record of a TFRecord file: the bytes with their length and both CRCs."""
+    length = struct.pack("<Q", len(payload))
+    return b"".join((length, struct.pack("<I", masked_crc(length)), payload, struct.pack("<I", masked_crc(payload))))
 
 
 def encode_example(features: Mapping[str, bytes | int]) -> bytes:

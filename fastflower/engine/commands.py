@@ -15,16 +15,17 @@ from fastflower.data.names import display_names
 from fastflower.data.records import Records
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.distributed import Ranks, local_rank, processes
+from fastflower.engine.lock import own_folder
 from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
 from fastflower.engine.rehearsal import rehearse
-from fastflower.engine.run import RunFolder, new_run
+from fastflower.engine.run import RunFolder
 from fastflower.engine.scores import figures, score
 from fastflower.engine.setup import prepare, restore
 from fastflower.engine.state import State
 from fastflower.engine.testing import Testing, load_split, session
-from fastflower.engine.train import train
+from fastflower.engine.train import complete, train
 from fastflower.engine.trained import Trained, open_trained
 from fastflower.environment import environment
 from fastflower.errors import UserError
@@ -59,14 +60,17 @@ def train_run(
         None when all epochs are done, else the number of the signal that ended it.
 
     Raises:
-        UserError: see `train_into`; or `run` already holds a run.
+        UserError: see `train_into` and `own_folder`; or `run` already holds a run.
     """
     config = resolve(config)
     device = choose_device(config.device, local_rank())
-    with processes(device) as ranks:
-        with ranks.main_first():
-            folder = _choose_folder(name, run, checkpoint, overwrite)
-        folder = ranks.gather(folder)[0]  # a new folder is named by the main rank's clock
+    given = checkpoint.parents[1] if checkpoint else run
+    with processes(device) as ranks, own_folder(given, name, ranks) as folder:
+        with ranks.together():
+            if ranks.is_main and folder.exists and not (checkpoint or overwrite):
+                found = "a run" if folder.checkpoint else "a run, but none of its checkpoints"
+                resume = f"--resume {folder.path}, " if folder.checkpoint else ""
+                raise UserError(f"{folder.path} already holds {found}: give {resume}--overwrite or another --run.")
         received = train_into(folder, config, checkpoint, device, ranks, console)
         if received and ranks.is_main:
             console.print(f"Go on with: fastflower train --resume {folder.path}", highlight=False, soft_wrap=True)
@@ -76,21 +80,25 @@ def train_run(
 def train_into(
     folder: RunFolder, config: Config, checkpoint: Path | None, device: torch.device, ranks: Ranks, console: Console
 ) -> int | None:
-    """Train in these processes; see `train_run`.
+    """Train in these processes, into a folder that is theirs (`own_folder`); see `train_run`.
 
     Raises:
-        UserError: see `prepare`, `restore` and `fastflower.engine.train.train`.
+        UserError: see `prepare`, `restore` and `fastflower.engine.train.train`; or the folder cannot be written.
     """
     display = Display(console, shown=ranks.is_main)
     saved = load_checkpoint(checkpoint, resumed=True) if checkpoint else None
     with display:
         setup, state = prepare(config, device, ranks, display, saved)
     note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None
-    if ranks.is_main:
-        if not checkpoint:
-            folder.clear()
-        folder.write_config(setup.config, note)
-        folder.write_environment(environment(device) | {"world_size": ranks.world_size, "step": state.step})
+    with ranks.together(), folder.writing():
+        if ranks.is_main:
+            folder.clear_temporaries()
+            if saved:
+                complete(folder, saved)
+            else:
+                folder.clear()
+            folder.write_config(setup.config, note)
+            folder.write_environment(environment(device) | {"world_size": ranks.world_size, "step": state.step})
     display.say(f"Run folder: {folder.path}")
     if state.epoch >= config.train.epochs:
         display.say(f"All {config.train.epochs} epochs are done; give a larger --train.epochs to go on.")
@@ -111,17 +119,6 @@ def _outcome(state: State, config: Config, folder: RunFolder) -> str:
     if state.best is None:
         return f"Last epoch: {folder.best}"
     return f"Best validation {config.train.best.replace('_', ' ')} {state.best:.4f}: {folder.best}"
-
-
-def _choose_folder(name: str, run: Path | None, checkpoint: Path | None, overwrite: bool) -> RunFolder:
-    if checkpoint:
-        return RunFolder(run or checkpoint.parents[1])
-    folder = RunFolder(run) if run else new_run(name)
-    if folder.exists and not overwrite:
-        raise UserError(
-            f"{folder.path} already holds a run: give --resume {folder.path}, --overwrite or another --run."
-        )
-    return folder
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import json
+import os
 import shutil
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from fastflower.config import Config, to_plain, to_yaml
 from fastflower.data.records import SPLITS
+from fastflower.engine.events import EventFile
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, to_json
+from fastflower.files import atomic_write, remove_temporaries, to_json
 
 RUNS = Path("runs")
+STAMP = "%Y%m%d-%H%M%S"  # in the name of a new folder, after the run's
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class RunFolder:
     def best(self) -> Path:
         """Checkpoint of the best validation figure."""
         return self.path / "checkpoints" / "best.pt"
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint to go on from that is there; best holds all that last does."""
+        return next((path for path in (self.last, self.best) if path.is_file()), None)
 
     @property
     def best_weights(self) -> Path:
@@ -71,21 +78,44 @@ class RunFolder:
 
     @property
     def exists(self) -> bool:
-        """Whether a run has left results here."""
-        return any(path.exists() for path in (self.metrics, self.last, self.best))
+        """Whether a run has left results here: more than the log's first row, after which a kill may come."""
+        rows = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
+        after = (*map(self.predictions, SPLITS), *map(self.evaluation, SPLITS))
+        return len(rows) > 1 or any(path.exists() for path in (self.last, self.best, self.best_weights, *after))
 
     def clear(self) -> None:
-        """Remove what an earlier run wrote, and nothing else."""
+        """Remove what an earlier run wrote, and nothing else; the log at last, so that no checkpoint is without it."""
         for folder in (self.path / "checkpoints", *map(self.evaluation, SPLITS)):
             shutil.rmtree(folder, ignore_errors=True)
-        logs = (self.config, self.metrics, self.environment, self.trace, *self.path.glob("events.out.tfevents.*"))
-        for path in (*logs, *map(self.predictions, SPLITS)):
+        logs = (self.config, self.environment, self.trace, *self.path.glob("events.out.tfevents.*"), self.metrics)
+        for path in (*map(self.predictions, SPLITS), *logs):
             path.unlink(missing_ok=True)
+
+    def clear_temporaries(self) -> None:
+        """Remove what killed saves left."""
+        for path in (self.config, self.metrics, self.environment, self.last, self.best, self.best_weights):
+            remove_temporaries(path)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Where the block meets a full disk, say how to go on.
+
+        Raises:
+            UserError: a file cannot be written.
+        """
+        try:
+            yield
+        except OSError as error:
+            known = "what was saved before is whole" if self.checkpoint else "nothing was saved before"
+            then = f"go on with --resume {self.path}" if self.checkpoint else "start again"
+            reason = f"{error.filename or self.path} cannot be written ({error.strerror or error})"
+            raise UserError(f"{reason}; {known}. Make room and {then}.") from error
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Add what this start of the run runs on."""
-        with self.environment.open("a", encoding="utf-8") as file:
-            file.write(to_json(environment) + "\n")
+        before = self.environment.read_bytes() if self.environment.exists() else b""
+        with atomic_write(self.environment) as file:
+            file.write(before + to_json(environment).encode() + b"\n")
 
     def write_config(self, config: Config, note: str | None = None) -> None:
         """Write the configuration; the notes on earlier changes stay above it, and `note` joins them."""
@@ -98,23 +128,13 @@ class RunFolder:
             file.write("".join(f"{line}\n" for line in notes).encode() + to_yaml(config).encode())
 
 
-def new_run(name: str) -> RunFolder:
-    """A folder that is not there yet: runs/NAME-DATE-TIME."""
-    base = RUNS / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    path, number = base, 1
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{base.name}-{number}")
-    return RunFolder(path)
-
-
 def find_checkpoint(given: str, run: Path | None, name: str) -> Path | None:
     """The checkpoint that `--resume` means.
 
     Args:
-        given: a run folder (its last checkpoint), a checkpoint file, or "auto".
+        given: a run folder (its last checkpoint, else its best), a checkpoint file, or "auto".
         run: the folder given with `--run`; "auto" looks there.
-        name: without `run`, "auto" takes the newest folder runs/NAME-* that has a checkpoint.
+        name: without `run`, "auto" takes the folder runs/NAME-DATE-TIME that has the newest checkpoint.
 
     Returns:
         The file, or None where "auto" finds nothing to go on from.
@@ -123,12 +143,20 @@ def find_checkpoint(given: str, run: Path | None, name: str) -> Path | None:
         UserError: no such run or checkpoint, or it is not in the folder given with `--run`.
     """
     if given == "auto":
-        folders = [run] if run else sorted(RUNS.glob(f"{name}-*"), key=lambda path: path.stat().st_mtime, reverse=True)
-        return next((last for folder in folders if (last := RunFolder(folder).last).is_file()), None)
-    path = Path(given)
-    checkpoint = path.absolute() if path.is_file() else RunFolder(path).last
-    if not checkpoint.is_file():
-        raise UserError(f"--resume {given}: there is no {checkpoint}; give a run folder, a checkpoint file or auto.")
+        stamped = f"{glob.escape(name)}-{'[0-9]' * 8}-{'[0-9]' * 6}*"  # as in STAMP, of no name that begins like this
+        folders = [run] if run else RUNS.glob(stamped)
+        found = [checkpoint for folder in folders if (checkpoint := RunFolder(folder).checkpoint)]
+        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    path, folder = Path(given), RunFolder(Path(given))
+    checkpoint = path.absolute() if path.is_file() else folder.checkpoint
+    if not checkpoint and folder.config.is_file() and not folder.exists:
+        raise UserError(
+            f"--resume {given}: nothing was saved there yet; start again with --config {folder.config} --run {given}."
+        )
+    if not checkpoint:
+        raise UserError(f"--resume {given}: there is no {folder.last}; give a run folder, a checkpoint file or auto.")
+    if checkpoint.absolute().parent.name != "checkpoints":
+        raise UserError(f"--resume {given} is in no run folder: put it into the folder checkpoints of one.")
     if run and run.resolve() != checkpoint.resolve().parents[1]:
         raise UserError(f"--run {run} and --resume {given} are two runs: a resumed run goes on in its own folder.")
     return checkpoint
@@ -146,21 +174,19 @@ class RunLog:
             with atomic_write(self._metrics) as file:
                 file.write(kept.encode())
         # TensorBoard hides steps from here on that are already in its files
-        self._writer = SummaryWriter(str(folder.path), purge_step=first_epoch if before else None)
+        self._writer = EventFile(folder.path, purge_step=first_epoch if before else None)
 
     def write(self, row: Mapping[str, float | None]) -> None:
         """One epoch: a line, and TensorBoard's tags at the epoch's number; what was not measured is None."""
         with self._metrics.open("a", encoding="utf-8") as file:
             file.write(to_json(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         epoch = int(row["epoch"] or 0)
         for tag, key in _TAGS.items():
-            if row[key] is not None:
-                self._writer.add_scalar(tag, row[key], epoch)
+            if (value := row[key]) is not None:
+                self._writer.add_scalar(tag, value, epoch)
         self._writer.flush()
-
-    def close(self) -> None:
-        """Flush TensorBoard's file."""
-        self._writer.close()
 
 
 _TAGS = {

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import asdict
-from typing import TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 
 from fastflower.config import to_plain
-from fastflower.engine.checkpoint import first_non_finite, save_checkpoint, save_weights, weights_of
+from fastflower.engine.checkpoint import first_non_finite, load_checkpoint, save_checkpoint, save_weights, weights_of
 from fastflower.engine.distributed import Interrupted, Signals
 from fastflower.engine.meters import Evaluation, TrainingSums
 from fastflower.engine.optimizer import freeze
@@ -40,7 +40,8 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
     torch.backends.cudnn.benchmark = True  # shapes do not change, so trying algorithms once pays
     config = setup.config.train
     network, validated = training_network(setup, state), compiled(setup, state.validated)
-    log = RunLog(folder, state.epoch) if setup.ranks.is_main else None
+    with setup.ranks.together(), folder.writing():
+        log = RunLog(folder, state.epoch) if setup.ranks.is_main else None
     profiler = Profiler(folder, display) if config.profile and setup.ranks.is_main else None
     with Signals() as signals:
         try:
@@ -72,8 +73,6 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
             _save(setup, state, folder)
             return max(setup.ranks.gather(signals.received or 0))
         finally:
-            if log:
-                log.close()
             if profiler:
                 profiler.close()
 
@@ -185,7 +184,10 @@ def _save(
     log: RunLog | None = None,
     row: dict[str, float | None] | None = None,
 ) -> None:
-    """Write the log's row, best (where improved) and last, in this order: a run goes on from last."""
+    """Write the log's row, last and best (where improved), in this order.
+
+    A run goes on from last: a kill before it is there takes the row back, and after it best is made from it.
+    """
     saved = state.to_dict(setup.ranks) | setup.saved_with | {"config": to_plain(setup.config)}
     with setup.ranks.together():
         weights = {"model": saved["model"], "ema": saved["ema"] or {}}
@@ -196,19 +198,32 @@ def _save(
             )
         if not setup.ranks.is_main:
             return
-        try:
+        with folder.writing():
             if log and row:
                 log.write(row)
-            if improved:
-                save_checkpoint(folder.best, saved)
-                metadata = {"architecture": asdict(setup.config.model)} | setup.saved_with
-                save_weights(folder.best_weights, weights_of(saved), metadata)
             save_checkpoint(folder.last, saved)
-        except OSError as error:
-            raise UserError(
-                f"{folder.path} cannot be written ({error.strerror}); what was saved before is whole. "
-                f"Make room and go on with --resume {folder.path}."
-            ) from error
+            if improved:
+                keep_best(folder, saved)
+
+
+def complete(folder: RunFolder, saved: Mapping[str, Any]) -> None:
+    """Make best from the checkpoint that is gone on from, where that is of the best epoch and best is of another one,
+    as a kill between the two leaves it, or an older checkpoint.
+    """
+    if saved["position"] or saved["best_epoch"] != saved["epoch"] - 1 or saved["best_epoch"] < 0:
+        return
+    with contextlib.suppress(UserError):  # damaged or not there
+        best = load_checkpoint(folder.best, resumed=True)
+        if (best["step"], best["best"]) == (saved["step"], saved["best"]) and folder.best_weights.is_file():
+            return
+    keep_best(folder, saved)
+
+
+def keep_best(folder: RunFolder, saved: Mapping[str, Any]) -> None:
+    """Write best, all of a checkpoint and its weights alone; OSError where that fails."""
+    metadata = {key: saved[key] for key in ("classes", "normalization", "train_records")}
+    save_weights(folder.best_weights, weights_of(saved), {"architecture": saved["config"]["model"]} | metadata)
+    save_checkpoint(folder.best, saved)
 
 
 class Stopwatch:

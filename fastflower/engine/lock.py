@@ -1,0 +1,98 @@
+"""A run folder that one training has for itself."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from fastflower.engine.distributed import Ranks
+from fastflower.engine.run import RUNS, STAMP, RunFolder
+from fastflower.errors import UserError
+
+LOCK = ".lock"  # in the folder; the system frees it when the process ends, however it does
+
+
+@contextlib.contextmanager
+def own_folder(given: Path | None, name: str, ranks: Ranks) -> Iterator[RunFolder]:
+    """The folder to train in, which no other training gets until the block ends.
+
+    One that is made here, and in which nothing is written, goes again.
+
+    Args:
+        given: the folder; None makes a new one, runs/NAME-DATE-TIME.
+        name: of a new one.
+        ranks: the processes; the main one makes and locks the folder.
+
+    Raises:
+        UserError: another process trains there, or it cannot be written; on every rank.
+    """
+    with contextlib.ExitStack() as until_the_end:
+        path = given or RUNS
+        with ranks.together():
+            if ranks.is_main:
+                try:
+                    path, made = _make(given, name)
+                    until_the_end.enter_context(_locked(path, made=made))
+                except OSError as error:
+                    reason = f"{error.filename or given} cannot be written ({error.strerror})"
+                    raise UserError(
+                        f"{reason}: name a folder with --run where there is room and permission."
+                    ) from error
+        yield RunFolder(ranks.gather(path)[0])
+
+
+def _make(given: Path | None, name: str) -> tuple[Path, bool]:
+    """The folder, and whether it was made here; a new one is nobody else's, however many start in one second."""
+    if given:
+        made = not given.is_dir()
+        given.mkdir(parents=True, exist_ok=True)
+        return given, made
+    base = RUNS / f"{name}-{time.strftime(STAMP)}"
+    for number in itertools.count(1):
+        path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path, True
+    raise AssertionError("numbers end")
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, made: bool) -> Iterator[None]:
+    lock = path / LOCK
+    with lock.open("a+", encoding="utf-8") as file:
+        _take(file, lock)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if made and os.listdir(path) == [LOCK]:
+                    lock.unlink()
+                    path.rmdir()
+
+
+def _take(file: IO[str], lock: Path) -> None:
+    """Lock the open file and write into it whose it is; raise UserError where it is another's."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(lock.stat(), os.fstat(file.fileno())):
+            raise BlockingIOError  # who had it removed it just now, and another process made it anew
+    except BlockingIOError as error:
+        file.seek(0)
+        raise UserError(
+            f"{lock.parent} is being trained in by {file.read() or 'another process'}: wait for its end, or name "
+            "another --run."
+        ) from error
+    except OSError as error:
+        if error.filename:
+            raise
+        # else a file system without locks
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
