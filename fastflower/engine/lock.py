@@ -85,10 +85,8 @@ def _take(file: IO[str], lock: Path) -> None:
             raise BlockingIOError  # who had it removed it just now, and another process made it anew
     except BlockingIOError as error:
         file.seek(0)
-        raise UserError(
-            f"{lock.parent} is being trained in by {file.read() or 'another process'}: wait for its end, or name "
-            "another --run."
-        ) from error
+        who = file.read() or "another process"
+        raise UserError(f"{who} is training in {lock.parent}: wait for its end, or name another --run.") from error
     except OSError as error:
         if error.filename:
             raise

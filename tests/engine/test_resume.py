@@ -13,6 +13,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastflower.engine.meters import EvaluationSums, TrainingSums
+from fastflower.engine.run import RunFolder, find_checkpoint
 from tests.conftest import fastflower, train_arguments, write_dataset
 from tests.engine.test_run import assert_same_run, rows, without_times
 
@@ -129,3 +130,39 @@ def test_auto_without_a_folder_takes_the_newest_of_the_same_configuration(
     assert fastflower(*arguments, "--train.epochs", "2").code == 0
     assert len(list((tmp_path / "runs").iterdir())) == 1
     assert len(rows(run)) == 2
+
+
+def test_auto_takes_no_run_whose_name_only_begins_alike(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    stamp = "20300101-120000"
+    for number, name in enumerate((f"train-{stamp}", f"train-{stamp}-2", f"train-wide-{stamp}", "train-mine")):
+        checkpoint = RunFolder(tmp_path / "runs" / name).last
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.write_text("")
+        os.utime(checkpoint, (number, number))
+    assert find_checkpoint("auto", None, "train") == Path(f"runs/train-{stamp}-2/checkpoints/last.pt")
+    assert find_checkpoint("auto", None, "train-wide") == Path(f"runs/train-wide-{stamp}/checkpoints/last.pt")
+    assert find_checkpoint("auto", None, "t[r]ain") is None
+
+
+def test_a_checkpoint_in_no_run_folder_is_not_gone_on_from(finished: Path, tmp_path: Path) -> None:
+    copied = tmp_path / "copied.pt"
+    copied.write_bytes((finished / "checkpoints/last.pt").read_bytes())
+    refused = fastflower("train", "--resume", copied)
+    assert refused.code == 2
+    assert f"--resume {copied} is in no run folder" in refused.err
+    assert fastflower("eval", copied, "--json").code == 0
+
+
+@pytest.mark.parametrize("given", ["auto", "run"])
+def test_resume_and_overwrite_contradict_each_other(finished: Path, small: Path, tmp_path: Path, given: str) -> None:
+    log = (finished / "metrics.jsonl").read_bytes()
+    resume = given if given == "auto" else finished
+    for run in (finished, tmp_path / "new") if given == "auto" else (finished,):
+        refused = fastflower(*train_arguments(small, run), "--resume", resume, "--overwrite")
+        assert refused.code == 2
+        assert "--overwrite replaces it by a new one: give one of them" in refused.err
+    assert (finished / "metrics.jsonl").read_bytes() == log
+    assert not (tmp_path / "new").exists()
