@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -43,7 +46,21 @@ class Profiler:
     def _report(self, found: profile) -> None:
         if self._left:
             return
-        found.export_chrome_trace(str(self._folder.trace))
+        trace = self._folder.trace
+        found.export_chrome_trace(str(trace))  # which tells nobody of a full disk
         where = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         self._display.say(found.key_averages().table(sort_by=where, row_limit=HEAVIEST))
-        self._display.say(f"Trace of {RECORDED} steps, for chrome://tracing or ui.perfetto.dev: {self._folder.trace}")
+        if _is_json(trace):
+            self._display.say(f"Trace of {RECORDED} steps, for chrome://tracing or ui.perfetto.dev: {trace}")
+        else:
+            trace.unlink(missing_ok=True)
+            self._folder.clear_temporaries()
+            self._display.say(f"train.profile: {trace} cannot be written; make room and start again for it.")
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True

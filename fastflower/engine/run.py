@@ -95,6 +95,7 @@ class RunFolder:
         """Remove what killed saves left."""
         for path in (self.config, self.metrics, self.environment, self.last, self.best, self.best_weights):
             remove_temporaries(path)
+        self.trace.with_suffix(".json.tmp").unlink(missing_ok=True)  # the profiler's own
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

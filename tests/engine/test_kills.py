@@ -240,6 +240,20 @@ def test_a_disk_that_is_full_in_a_later_epoch_leaves_the_run_as_it_was(data: Pat
     assert_whole(run, whole)
 
 
+def test_a_trace_for_which_there_is_no_room_is_said_and_the_run_goes_on(tmp_path: Path) -> None:
+    data, runs = write_dataset(tmp_path / "data", {"train": 64, "val": 6}, files=1), [tmp_path / "a", tmp_path / "b"]
+    profiled = ["--train.epochs", 1, "--train.profile"]
+    assert f": {runs[0] / 'trace.json'}" in fastflower(*train_arguments(data, runs[0]), *profiled).out
+    size = (runs[0] / "trace.json").stat().st_size
+    for limit in (size // 2, size * 9 // 10):
+        with largest_file(limit):
+            result = fastflower(*train_arguments(data, runs[1]), *profiled, "--overwrite")
+        assert result.code == 0, result.err
+        assert f"train.profile: {runs[1] / 'trace.json'} cannot be written; make room" in result.out
+        assert not list(runs[1].glob("trace*"))
+        assert (runs[1] / "checkpoints/last.pt").is_file()
+
+
 def test_what_later_commands_write_is_whole_or_as_it_was(data: Path, tmp_path: Path) -> None:
     run, draw = tmp_path / "run", random.Random(0)
     assert fastflower(*train_arguments(data, run), "--train.epochs", 1, "--train.lr", 1e-6).code == 0
