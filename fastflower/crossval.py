@@ -34,7 +34,7 @@ from fastflower.engine.trained import Trained, open_trained
 from fastflower.engine.views import Views
 from fastflower.ensemble import Member, combine, figures
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, require_writable, to_json
+from fastflower.files import atomic_write, remove_temporaries, require_writable, to_json
 from fastflower.predict import hand_in, predictions_of
 from fastflower.predictions import Predictions, sort_by_id, write_predictions
 
@@ -119,8 +119,11 @@ def cross_validate(
             if submission and ranks.is_main:
                 require_writable(submission)
             checkpoints = [None if overwrite else _checkpoint(path, each) for each in settings]
-            if overwrite and ranks.is_main:
-                _clear(path)
+            if ranks.is_main:
+                for file in _results(path):
+                    remove_temporaries(file)
+                if overwrite:
+                    _clear(path)
         for each, checkpoint in zip(settings, checkpoints, strict=True):
             folder = _folder(path, each)
             if _mark(folder).is_file():
@@ -156,8 +159,13 @@ def _clear(path: Path) -> None:
         with own_folder(each, "", Ranks()) as folder:
             folder.clear()
             _mark(folder).unlink(missing_ok=True)
-    for file in (path / "cv.json", *map(RunFolder(path).predictions, SPLITS)):
+    for file in _results(path):
         file.unlink(missing_ok=True)
+
+
+def _results(path: Path) -> tuple[Path, ...]:
+    """What is written of all folds together."""
+    return (path / "cv.json", *map(RunFolder(path).predictions, SPLITS))
 
 
 def _checkpoint(path: Path, settings: Config) -> Path | None:

@@ -15,6 +15,8 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss
 from fastflower.data.records import load_split
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.engine.distributed import Ranks
+from fastflower.engine.lock import own_folder
 from fastflower.engine.meters import TrainingSums
 from fastflower.predictions import read_predictions
 from tests.conftest import ROOT, example, fastflower, torchrun, train_arguments, write_dataset
@@ -118,6 +120,21 @@ def test_other_settings_are_refused_unless_the_folds_are_replaced(data: Path, tm
         assert fastflower(*arguments(data, run), "--overwrite", *bad).code == 2
     assert cross_validated(data, run) == before
     assert cross_validated(data, run, "--train.lr", 0.5, "--overwrite") != before
+
+
+def test_folds_in_training_are_left_alone_and_what_a_kill_left_goes(data: Path, tmp_path: Path, tiny_net: None) -> None:
+    run = tmp_path / "cv"
+    found = cross_validated(data, run)
+    for taken in (run, run / "fold-1"):
+        with own_folder(taken, "", Ranks()):
+            refused = fastflower(*arguments(data, run, "--overwrite"))
+            assert refused.code == 2
+            assert f"is training in {taken}:" in refused.err
+    (run / ".cv.json.0123456789ab.tmp").write_text("{")
+    (run / "fold-0/checkpoints/last.pt").unlink()  # best holds all of it
+    (run / "fold-0/finished").unlink()
+    assert cross_validated(data, run) == found
+    assert not list(run.rglob("*.tmp"))
 
 
 def test_duplicates_under_two_ids_are_reported_and_share_a_fold(data: Path, tmp_path: Path, tiny_net: None) -> None:

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastflower.files import atomic_write, cache_dir, code_digest, to_json
+from fastflower.files import atomic_write, cache_dir, code_digest, remove_temporaries, to_json
 from tests.conftest import ROOT
 
 
@@ -111,6 +111,28 @@ def test_a_disk_that_fills_up_while_buffers_are_flushed(path: Path) -> None:
         write_to_a_full_disk(file)
     assert path.read_bytes() == b"old"
     assert names(path) == ["file.bin"]
+
+
+@pytest.mark.parametrize("strerror", [True, False])
+def test_a_failure_names_the_file_and_not_the_temporary_one(path: Path, strerror: bool) -> None:
+    raised = OSError(errno.EIO, "Input/output error") if strerror else OSError("encoder error -2")
+    with pytest.raises(OSError, match="Input" if strerror else "encoder error") as caught, atomic_write(path):
+        raise raised
+    assert caught.value.filename == str(path)
+    with pytest.raises(FileNotFoundError) as other, atomic_write(path):
+        (path.parent / "another").read_bytes()
+    assert other.value.filename == str(path.parent / "another")
+
+
+def test_what_killed_writers_left_goes_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a[1].bin"
+    left = [tmp_path / f".a[1].bin.{'0' * 10}{number:02}.tmp" for number in range(3)]
+    others = [tmp_path / name for name in (".a1.bin.000000000000.tmp", ".a[1].bin.mine.tmp", "a[1].bin", ".a[1].bin")]
+    for file in (*left, *others):
+        file.write_text("")
+    remove_temporaries(path)
+    assert sorted(tmp_path.iterdir()) == sorted(others)
+    remove_temporaries(tmp_path / "no folder" / "a")
 
 
 def test_synced_before_it_takes_the_name(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
