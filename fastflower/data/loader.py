@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -43,8 +45,8 @@ class Batch:
 class Loader:
     """Turns requests into batches on `device`.
 
-    It may be used for any number of epochs, one at a time. Each `batches` call runs a thread that is gone when the
-    iteration ends or is left.
+    It may be used for any number of epochs, also for several at once. Each `batches` call runs a thread that is gone
+    when the iteration ends or is left.
     """
 
     def __init__(
@@ -72,16 +74,10 @@ class Loader:
         """
         self.records, self.view, self.engine, self.device = records, view, engine, device
         self.normalization, self.batch, self.read_ahead, self.decoded = normalization, batch, read_ahead, decoded
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if normalization and self._stream:
+        if normalization and device.type == "cuda":
             self._mean = torch.tensor(normalization.mean, device=device) * 255
             self._std = torch.tensor(normalization.std, device=device) * 255
-        # for a GPU pictures are left uint8, a quarter in size, and normalized there
-        self._resampler = Resampler(view, normalization if device.type == "cpu" else None)
-        self._pipeline: graph.Pipeline | None = None
-        self._requests: Iterator[Request] = iter(())
-        self._in_work: deque[Request] = deque()
-        self._failure: UserError | None = None
+        self._idle: deque[_Producer] = deque()  # as many as there were iterations at once
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """Yield a batch for each request, in order; of a request whose pictures are of several shapes, one for each.
@@ -91,9 +87,13 @@ class Loader:
         Raises:
             UserError: a record cannot be read or decoded; names file and record. Earlier batches come first.
         """
+        try:
+            producer = self._idle.pop()
+        except IndexError:
+            producer = _Producer(self)
         ready: queue.Queue[_Ready] = queue.Queue(maxsize=self.read_ahead)
         stop = threading.Event()
-        thread = threading.Thread(target=self._produce, args=(iter(requests), ready, stop), name="loader", daemon=True)
+        thread = threading.Thread(target=producer.run, args=(iter(requests), ready, stop), name="loader", daemon=True)
         thread.start()
         in_use: deque[tuple[torch.cuda.Event, _Item]] = deque()
         try:
@@ -101,21 +101,21 @@ class Loader:
                 if isinstance(item, BaseException):
                     raise item
                 yield self._hand_over(*item)
-                if self._stream:
+                if self.device.type == "cuda":
                     # memory that we drop is used again at once, so hold it until the consumer's queued work is past it
                     in_use.append((torch.cuda.current_stream(self.device).record_event(), item))
                     while in_use and in_use[0][0].query():
                         in_use.popleft()
         finally:
             stop.set()
-            while thread.is_alive():  # it may be waiting for room in the queue
-                try:
-                    ready.get(timeout=0.05)
-                except queue.Empty:
-                    continue
-            thread.join()
-            if self._stream:
-                torch.cuda.current_stream(self.device).synchronize()
+            ready.maxsize = sys.maxsize
+            if thread is not threading.current_thread():  # in which garbage may be collected, and we be found among it
+                with contextlib.suppress(queue.Empty):
+                    ready.get_nowait()  # it may be waiting for room
+                thread.join()
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()
+                self._idle.append(producer)
 
     def _hand_over(
         self,
@@ -127,7 +127,7 @@ class Loader:
     ) -> Batch:
         if made:
             torch.cuda.current_stream(self.device).wait_event(made)
-        if self._stream and self.normalization:
+        if self.device.type == "cuda" and self.normalization:
             if images.dtype == torch.uint8:
                 mean = self._mean if shift is None else self._mean - 255 * shift
                 images = normalize(images, mean, self._std)
@@ -135,7 +135,22 @@ class Loader:
                 images.add_((255 * shift / self._std)[:, :, None, None])
         return Batch(images, labels, indices)
 
-    def _produce(self, requests: Iterator[Request], ready: queue.Queue[_Ready], stop: threading.Event) -> None:
+
+class _Producer:
+    """What makes the batches of one iteration after another, and all that it changes: used by one thread at a time."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.records, self.view, self.engine, self.device = loader.records, loader.view, loader.engine, loader.device
+        self.normalization, self.batch, self.decoded = loader.normalization, loader.batch, loader.decoded
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # for a GPU pictures are left uint8, a quarter in size, and normalized there
+        self._resampler = Resampler(self.view, self.normalization if self.device.type == "cpu" else None)
+        self._pipeline: graph.Pipeline | None = None
+        self._requests: Iterator[Request] = iter(())
+        self._in_work: deque[Request] = deque()
+        self._failure: UserError | None = None
+
+    def run(self, requests: Iterator[Request], ready: queue.Queue[_Ready], stop: threading.Event) -> None:
         """The loader thread: run the pipeline until the requests end, `stop` is set or something fails."""
         self._requests = _until(requests, stop)
         self._failure = None
@@ -237,7 +252,10 @@ class Loader:
     def _explain(self, error: Exception) -> Exception:
         """The record behind a failed batch: DALI names none, so try all that are in work."""
         indices = np.concatenate([request.indices for request in self._in_work] or [np.empty(0, np.int64)])
-        return first_undecodable(self.records, indices) or error
+        try:
+            return first_undecodable(self.records, indices) or error
+        except UserError as unreadable:  # by now
+            return unreadable
 
 
 _Event = torch.cuda.Event | None

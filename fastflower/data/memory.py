@@ -28,6 +28,6 @@ class Memory:
         while self._free and len(self._free[0]) != size:
             self._free.popleft()
         memory = self._free.popleft() if self._free else np.empty(size, np.uint8)
-        owner = np.frombuffer(memoryview(memory), np.uint8)  # which every view refers to, whatever it is a view of
+        owner = np.frombuffer(memory.data, np.uint8)  # which every view refers to, whatever it is a view of
         weakref.finalize(owner, self._free.append, memory).atexit = False
         return owner.view(dtype).reshape(shape)
