@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastflower.data.records import NO_LABEL, SPLITS, Records, Stamp, is_picture, stamp_of
+from fastflower.data.records import NO_LABEL, SPLITS, Records, is_picture
+from fastflower.data.stamp import Stamp, stamp_of
 from fastflower.errors import UserError
 
 # What DALI decodes.
@@ -132,7 +133,7 @@ def _pictures(folder: str, below: str = "", above: tuple[tuple[int, int], ...] =
             elif entry.name.lower().endswith(SUFFIXES):
                 status = entry.stat()
                 if stat.S_ISREG(status.st_mode):
-                    found.append((below + entry.name, (status.st_size, status.st_mtime_ns)))
+                    found.append((below + entry.name, Stamp.of(status)))
     return found
 
 
@@ -164,7 +165,7 @@ def _one_each(files: Sequence[Path], stamps: Sequence[Stamp], ids: np.ndarray, l
         file=np.arange(len(files)),
         number=np.zeros(len(files), np.int64),
         offset=np.zeros(len(files), np.int64),
-        length=np.array([size for size, _ in stamps], np.int64),
+        length=np.array([stamp.size for stamp in stamps], np.int64),
         ids=ids,
         labels=labels,
     )

@@ -7,7 +7,6 @@ ROOT/tfrecords-jpeg-SxS/{train,val,test}/*.tfrec. A picture may also be a file o
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fastflower.data import tfrecord
+from fastflower.data.stamp import Stamp, cache_key, require_unchanged, stamp_of
 from fastflower.data.tfrecord import scan, write_tfrecord
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, cache_dir, code_digest
@@ -50,7 +50,6 @@ SPLITS = ("train", "val", "test")
 SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
 MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
 NO_LABEL = np.iinfo(np.int64).min
-Stamp = tuple[int, int]  # size in bytes, time of change in ns
 _SIZE_FOLDER = re.compile(r"tfrecords-jpeg-(\d+)x(\d+)")
 
 
@@ -134,12 +133,8 @@ def concatenate(parts: Sequence[Records]) -> Records:
 
 def fingerprint(records: Records, code: str) -> str:
     """Names what code of the digest `code` finds out about these records, in the cache; changes when a file does."""
-    digest = hashlib.sha256(code.encode())
-    resolve = functools.cache(Path.resolve)  # a picture's folder holds many
-    for path, stamp in zip(records.files, records.stamps, strict=True):
-        digest.update(os.fsencode(f"{resolve(path.parent)}\0{path.name}\0{stamp}\0"))
-    digest.update(records.file.tobytes() + records.offset.tobytes())
-    return digest.hexdigest()[:32]
+    files = zip(records.files, records.stamps, strict=True)
+    return cache_key(code, files, records.file, records.offset, records.length)
 
 
 def is_picture(path: Path) -> bool:
@@ -291,7 +286,8 @@ def read_image(records: Records, index: int) -> np.ndarray:
     try:
         # kept by name while it is read: another thread may drop it from the cache, which closes it
         file = _open(records.files[number], stamp)
-        data = os.pread(file.descriptor, length, int(records.offset[index])) if file.stamp == stamp else b""
+        same = file.stamp.content == stamp.content
+        data = os.pread(file.descriptor, length, int(records.offset[index])) if same else b""
     except OSError as error:
         raise UserError(f"{records.describe(index)} cannot be read ({error.strerror}).") from error
     if len(data) < length:
@@ -304,8 +300,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
-        stat = os.fstat(self.descriptor)
-        self.stamp = (stat.st_size, stat.st_mtime_ns)
+        self.stamp = Stamp.of(os.fstat(self.descriptor))
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -317,29 +312,16 @@ def _open(path: Path, stamp: Stamp) -> _File:
     return _File(path)
 
 
-def stamp_of(path: Path) -> Stamp:
-    """What changes when a file does.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check that it exists.") from error
-    return stat.st_size, stat.st_mtime_ns
-
-
 def _index(path: Path, stamp: Stamp) -> dict[str, np.ndarray]:
-    """The columns of one file, from the cache when path, size and mtime are those of an earlier scan."""
-    key = os.fsencode(f"{code_digest(__file__, tfrecord.__file__)}\0{path.resolve()}\0{stamp}")
-    cached = cache_dir() / "index" / f"{hashlib.sha256(key).hexdigest()[:32]}.npz"
+    """The columns of one file, from the cache when path and stamp are those of an earlier scan."""
+    cached = cache_dir() / "index" / f"{cache_key(code_digest(__file__, tfrecord.__file__), [(path, stamp)])}.npz"
     try:
         with np.load(cached, allow_pickle=False) as table:
             return {name: table[name] for name in _COLUMNS}
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile):
         pass  # absent, or not written by us: scan again
     examples = list(scan(path))
+    require_unchanged(path, stamp)
     table = {
         "number": np.arange(len(examples)),
         "offset": np.array([e.image[0] if e.image else -1 for e in examples], np.int64),
