@@ -13,9 +13,9 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import DataNode, Pipeline
 from rich.table import Table
 
+from fastflower.data.contents import digest
+from fastflower.data.decoding import has_header
 from fastflower.data.folder import load_folder, split_folder, without_pictures
-from fastflower.data.identity import digest
-from fastflower.data.loader import has_header
 from fastflower.data.pipeline import Engine, decode
 from fastflower.data.records import (
     MAX_CLASSES,

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastflower.data.contents import content_digests
 from fastflower.data.folder import seeded_rank
-from fastflower.data.identity import content_digests
 from fastflower.data.records import Records
 from fastflower.errors import UserError
 

@@ -15,21 +15,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nvidia import nvimgcodec
-from nvidia.dali import pipeline_def
 
 from fastflower.data import pipeline as graph
+from fastflower.data.decoding import first_undecodable, read_picture
 from fastflower.data.pipeline import Engine, Normalization, View
-from fastflower.data.records import Records, read_image
+from fastflower.data.records import Records
 from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request
 from fastflower.errors import UserError
 
 if TYPE_CHECKING:
     from fastflower.data.cache import Decoded
-
-
-END = b"\xff\xd9"  # of a JPEG file
 
 
 @dataclass(frozen=True)
@@ -266,64 +262,6 @@ _Ready = _Item | Exception | None
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """(images - mean) / std in float32 of uint8 [N, 3, H, W]; mean, [3] or [N, 3], and std, [3], are in 0..255."""
     return images.float().sub_(mean.view(-1, 3, 1, 1)).div_(std.view(3, 1, 1))
-
-
-def read_picture(records: Records, index: int) -> np.ndarray:
-    """The encoded image of a record, [length] uint8, that has a picture's header and is not cut off.
-
-    One without a header among others makes DALI 2.4 crash now and then, where it should report an error. One that is
-    cut off would be found out only when a crop reaches what it lacks, epochs later.
-
-    Raises:
-        UserError: the record cannot be read or is no such picture; names file and record.
-    """
-    encoded = read_image(records, index)
-    if not has_header(encoded) or is_cut_off(encoded):
-        raise undecodable(records, index)
-    return encoded
-
-
-def has_header(encoded: np.ndarray) -> bool:
-    """Whether encoded image bytes ([length] uint8) begin as a picture that DALI's decoder library knows (6 µs)."""
-    try:
-        return nvimgcodec.CodeStream(encoded).width > 0  # which parses it
-    except RuntimeError:
-        return False
-
-
-def is_cut_off(encoded: np.ndarray) -> bool:
-    """Whether a JPEG file ([length] uint8) has no end marker; other bytes may follow it (1 µs where they do not)."""
-    return bytes(encoded[:2]) == b"\xff\xd8" and bytes(encoded[-2:]) != END and END not in encoded.tobytes()
-
-
-def undecodable(records: Records, index: int) -> UserError:
-    """The sentence for a record that cannot be decoded."""
-    return UserError(
-        f"{records.describe(index)} cannot be decoded as a picture ({records.length[index]} bytes): "
-        "replace the record or leave it out."
-    )
-
-
-def decodable(encoded: np.ndarray) -> bool:
-    """Whether the decoder can read encoded image bytes ([length] uint8)."""
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def one_picture() -> graph.DataNode:
-        return graph.decode(graph.fn.external_source(source=lambda: [encoded], batch=True), Engine())
-
-    try:
-        one_picture().run()
-    except RuntimeError:
-        return False
-    return True
-
-
-def first_undecodable(records: Records, indices: np.ndarray) -> UserError | None:
-    """The sentence for the first of the records at `indices` ([m] int64) that the decoder cannot read."""
-    for index in indices:
-        if not decodable(read_image(records, index)):
-            return undecodable(records, index)
-    return None
 
 
 def _until(requests: Iterator[Request], stop: threading.Event) -> Iterator[Request]:

@@ -133,8 +133,7 @@ def concatenate(parts: Sequence[Records]) -> Records:
 
 def fingerprint(records: Records, code: str) -> str:
     """Names what code of the digest `code` finds out about these records, in the cache; changes when a file does."""
-    files = zip(records.files, records.stamps, strict=True)
-    return cache_key(code, files, records.file, records.offset, records.length)
+    return cache_key(code, records.files, records.stamps, records.file, records.offset, records.length)
 
 
 def is_picture(path: Path) -> bool:
@@ -314,7 +313,7 @@ def _open(path: Path, stamp: Stamp) -> _File:
 
 def _index(path: Path, stamp: Stamp) -> dict[str, np.ndarray]:
     """The columns of one file, from the cache when path and stamp are those of an earlier scan."""
-    cached = cache_dir() / "index" / f"{cache_key(code_digest(__file__, tfrecord.__file__), [(path, stamp)])}.npz"
+    cached = cache_dir() / "index" / f"{cache_key(code_digest(__file__, tfrecord.__file__), [path], [stamp])}.npz"
     try:
         with np.load(cached, allow_pickle=False) as table:
             return {name: table[name] for name in _COLUMNS}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,15 +37,23 @@ class Stamp(NamedTuple):
         return self.size, self.mtime_ns
 
 
-def cache_key(code: str, files: Iterable[tuple[Path, Stamp]], *columns: np.ndarray) -> str:
-    """The name in the cache of what code of the digest `code` finds out about files, and of them `columns` say."""
-    digest = hashlib.sha256(code.encode())
-    resolve = functools.cache(Path.resolve)  # a picture's folder holds many
-    for path, stamp in files:
-        digest.update(os.fsencode(f"{resolve(path.parent)}\0{path.name}\0{tuple(stamp)}\0"))
+def cache_key(code: str, files: Iterable[Path], stamps: Iterable[Stamp], *columns: np.ndarray) -> str:
+    """The name in the cache of what code of the digest `code` finds out about files, and what `columns` say of them."""
+    digest = hashlib.blake2b(code.encode(), digest_size=16)
+    for key in file_keys(files, stamps):
+        digest.update(key)
     for column in columns:
         digest.update(column.tobytes())
-    return digest.hexdigest()[:32]
+    return digest.hexdigest()
+
+
+def file_keys(files: Iterable[Path], stamps: Iterable[Stamp]) -> Iterator[bytes]:
+    """Of each file 16 bytes that no other has, and not this one either once its stamp is another."""
+    settled = functools.cache(os.path.realpath)  # a picture's folder holds many
+    for path, stamp in zip(files, stamps, strict=True):
+        folder, name = os.path.split(path)
+        text = f"{settled(folder)}\0{name}\0{tuple(stamp)}"
+        yield hashlib.blake2b(os.fsencode(text), digest_size=16).digest()
 
 
 def stamp_of(path: Path) -> Stamp:

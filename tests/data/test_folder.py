@@ -16,8 +16,8 @@ from PIL import Image
 from fastflower.config import Data
 from fastflower.data import folder as module
 from fastflower.data.dataset import Dataset, open_dataset
+from fastflower.data.decoding import decodable, has_header
 from fastflower.data.folder import SUFFIXES, held_out, load_folder
-from fastflower.data.loader import decodable, has_header
 from fastflower.data.pipeline import Engine
 from fastflower.data.records import NO_LABEL, Records, read_image
 from fastflower.data.sources import load_parts, load_records

@@ -24,7 +24,7 @@ from PIL import Image
 from fastflower.config import Data
 from fastflower.data import pipeline as graph
 from fastflower.data.dataset import evaluation_batches, training_batches
-from fastflower.data.loader import Batch, Loader, decodable, has_header, normalize
+from fastflower.data.loader import Batch, Loader, normalize
 from fastflower.data.pipeline import IMAGENET, Engine, Normalization, View
 from fastflower.data.records import Records, load_split, read_image
 from fastflower.data.resample import Region, Resampler
@@ -295,11 +295,6 @@ def test_bytes_that_are_no_picture_are_named(tmp_path: Path, image: bytes) -> No
         list(made.batches(evaluation_requests(2, shorter=36, batch=2)))
 
 
-@pytest.mark.parametrize("name", ["truncated.jpg", "zero_bytes.jpg", "html_error_page.jpg"])
-def test_files_that_no_decoder_reads(odd_images: Path, name: str) -> None:
-    assert not decodable(np.fromfile(odd_images / name, np.uint8))
-
-
 @pytest.mark.parametrize("missing", [2, 300])
 def test_a_picture_that_is_cut_off_is_named_though_no_crop_reaches_its_end(tmp_path: Path, missing: int) -> None:
     write_tfrecord(tmp_path / "val" / "a.tfrec", [example(0, 0), example(1, 0, jpeg(200, 200)[:-missing])])
@@ -390,10 +385,3 @@ print(after)
 assert after[19] < 1.05 * after[4], after
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
-
-
-def test_a_header_tells_pictures_from_other_files() -> None:
-    whole = example(0, 0)["image"]
-    assert isinstance(whole, bytes)
-    for data, has in ((whole, True), (whole[:-200], True), (whole[:30], False), (b"no picture", False), (b"", False)):
-        assert has_header(np.frombuffer(data, np.uint8)) == has
