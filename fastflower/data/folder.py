@@ -5,7 +5,6 @@ Each picture is a record of its own file. Its name's extension says that it is a
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections import Counter
@@ -97,24 +96,6 @@ def picture_files(paths: Sequence[Path]) -> Records:
             raise UserError(f"{path} is given twice: give each picture once.")
     stamps = [stamp_of(path) for path in paths]
     return _one_each(paths, stamps, np.array([str(path) for path in paths]), np.full(len(paths), NO_LABEL))
-
-
-def held_out(records: Records, share: float, seed: int) -> set[str]:
-    """The ids that validate where a folder of classes has no val: of each class round(share * n), but at least one and
-    not all.
-
-    Chosen by a hash of seed and id, so that neither order nor other classes or folders have a say.
-    """
-    chosen: set[str] = set()
-    for label in np.unique(records.labels):
-        ids = sorted(records.ids[records.labels == label].tolist(), key=lambda name: seeded_rank(seed, name))
-        chosen.update(ids[: min(max(round(share * len(ids)), 1), len(ids) - 1)])
-    return chosen
-
-
-def seeded_rank(seed: int, name: str) -> bytes:
-    """Where a name comes in an order that the seed shuffles, whatever else is there."""
-    return hashlib.blake2b(os.fsencode(f"{seed}\0{name}"), digest_size=16).digest()
 
 
 def _pictures(folder: str, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[Found]:
