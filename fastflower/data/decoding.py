@@ -44,8 +44,16 @@ def has_header(encoded: np.ndarray) -> bool:
 
 
 def is_cut_off(encoded: np.ndarray) -> bool:
-    """Whether a JPEG file ([length] uint8) has no end marker; other bytes may follow it (1 µs where they do not)."""
-    return bytes(encoded[:2]) == b"\xff\xd8" and bytes(encoded[-2:]) != END and END not in encoded.tobytes()
+    """Whether encoded image bytes ([length] uint8) of a JPEG, PNG or WebP file lack their end (1 µs for most).
+
+    Other bytes may follow it. Of other kinds there is no telling before they are decoded.
+    """
+    start = bytes(encoded[:12])
+    if start.startswith(b"RIFF"):
+        return len(encoded) < 8 + int.from_bytes(start[4:8], "little")  # its size, without these eight
+    if start.startswith(b"\x89PNG"):
+        return b"IEND" not in bytes(encoded[-8:-4]) and b"IEND" not in encoded[:-4].tobytes()  # a checksum follows it
+    return start.startswith(b"\xff\xd8") and bytes(encoded[-2:]) != END and END not in encoded.tobytes()
 
 
 def undecodable(*bad: tuple[Records, int]) -> UserError:

@@ -143,6 +143,7 @@ def _one_each(files: Sequence[Path], stamps: Sequence[Stamp], ids: np.ndarray, l
     return Records(
         files=tuple(files),
         stamps=tuple(stamps),
+        counts=(1,) * len(files),
         file=np.arange(len(files)),
         number=np.zeros(len(files), np.int64),
         offset=np.zeros(len(files), np.int64),

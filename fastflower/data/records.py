@@ -38,6 +38,7 @@ __all__ = [
     "listed_classes",
     "load_files",
     "load_split",
+    "miscounted",
     "numbered_classes",
     "read_image",
     "stored_size",
@@ -50,6 +51,7 @@ SPLITS = ("train", "val", "test")
 SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
 MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
 NO_LABEL = np.iinfo(np.int64).min
+_COUNTED = re.compile(rf"\d+-(\d+)x\1-(?P<count>\d+)({'|'.join(map(re.escape, SUFFIXES))})")
 _SIZE_FOLDER = re.compile(r"tfrecords-jpeg-(\d+)x(\d+)")
 
 
@@ -59,6 +61,7 @@ class Records:
 
     files: tuple[Path, ...]
     stamps: tuple[Stamp, ...]  # of each file when it was indexed
+    counts: tuple[int, ...]  # of records in each file, whether they are in this table or not
     file: np.ndarray  # [n] int64, index into files
     number: np.ndarray  # [n] int64, position of the record in its file
     offset: np.ndarray  # [n] int64, bytes; -1 where the record has no image
@@ -126,6 +129,7 @@ def concatenate(parts: Sequence[Records]) -> Records:
     return Records(
         files=tuple(path for part in parts for path in part.files),
         stamps=tuple(stamp for part in parts for stamp in part.stamps),
+        counts=tuple(count for part in parts for count in part.counts),
         file=np.concatenate([part.file + start for part, start in zip(parts, first[:-1], strict=True)]),
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS},
     )
@@ -145,6 +149,18 @@ def stored_size(path: Path) -> int | None:
     """The size in pixels that a file's tfrecords-jpeg-SxS folder names; None where there is no such folder."""
     match = _SIZE_FOLDER.fullmatch(path.parent.parent.name)
     return int(match[1]) if match else None
+
+
+def miscounted(records: Records) -> list[str]:
+    """A sentence for each file that has fewer or more records than its name says (NN-SxS-COUNT, as in the Kaggle set).
+
+    A file that was cut off between two records shows it in nothing else.
+    """
+    return [
+        f"{path} has {count} records, but by its name {said}: copy or download it again, or correct its name."
+        for path, count in dict(zip(records.files, records.counts, strict=True)).items()
+        if (match := _COUNTED.fullmatch(path.name)) and (said := int(match["count"])) != count
+    ]
 
 
 def holds_tfrecords(root: Path) -> bool:
@@ -181,8 +197,10 @@ def load_files(files: Sequence[Path]) -> Records:
     stamps = tuple(stamp_of(path) for path in files)
     tables = [_index(path, stamp) for path, stamp in zip(files, stamps, strict=True)]
     columns = {name: np.concatenate([table[name] for table in tables]) for name in _COLUMNS}
-    file = np.repeat(np.arange(len(files)), [len(table["labels"]) for table in tables])
-    return Records(files=tuple(files), stamps=stamps, file=file, **columns)
+    counts = tuple(len(table["labels"]) for table in tables)
+    return Records(
+        files=tuple(files), stamps=stamps, counts=counts, file=np.repeat(np.arange(len(files)), counts), **columns
+    )
 
 
 def find_files(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> list[Path]:
