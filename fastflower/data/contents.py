@@ -54,19 +54,19 @@ def contents_of(records: Records, progress: Progress | None = None) -> Contents:
     kept = {path: _load(path) for path in shards}
     known = np.zeros(len(records), bool)
     for path, chosen in shards.items():
-        place = np.searchsorted(kept[path]["key"], rows["key"][chosen])
-        there = np.append(kept[path], np.zeros(1, _ROW))[place]
-        found = (there["key"] == rows["key"][chosen]) & (place < len(kept[path]))
-        rows[chosen[found]] = there[found]
-        known[chosen[found]] = True
+        keys, there = rows["key"][chosen], kept[path]
+        found = np.isin(keys, there["key"])
+        rows[chosen[found]] = there[np.searchsorted(there["key"], keys[found])]
+        known[chosen] = found
     missing = np.flatnonzero(~known)
     if len(missing):
         rows["digest"][missing], rows["sound"][missing] = _read(records, missing, progress)
     for path, chosen in shards.items():
         if not known[chosen].all():
-            _, first = np.unique((both := np.append(kept[path], rows[chosen]))["key"], return_index=True)
+            together = np.append(kept[path], rows[chosen])
+            _, first = np.unique(together["key"], return_index=True)
             with contextlib.suppress(OSError), atomic_write(path) as file:
-                np.save(file, both[first])
+                np.save(file, together[first])
     return Contents(rows["digest"], rows["sound"])
 
 
