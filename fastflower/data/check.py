@@ -13,9 +13,9 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import DataNode, Pipeline
 from rich.table import Table
 
+from fastflower.data.contents import digest
+from fastflower.data.decoding import has_header
 from fastflower.data.folder import load_folder, split_folder, without_pictures
-from fastflower.data.identity import digest
-from fastflower.data.loader import has_header
 from fastflower.data.pipeline import Engine, decode
 from fastflower.data.records import (
     MAX_CLASSES,
@@ -29,6 +29,7 @@ from fastflower.data.records import (
     is_picture,
     listed_classes,
     load_files,
+    miscounted,
     read_image,
     stored_size,
 )
@@ -40,7 +41,7 @@ MIN_SIDE = 16  # pixels; what is smaller is an icon or a placeholder, and a blur
 BATCH = 32  # pictures that are decoded, and so held in memory, at once
 SHOWN = 40  # problems on screen
 
-Kind = Literal["file", "crc", "unreadable", "shape", "class", "no id", "id twice", "duplicate", "leak"]
+Kind = Literal["file", "count", "crc", "unreadable", "shape", "class", "no id", "id twice", "duplicate", "leak"]
 Progress = Callable[[int, int], None]
 
 
@@ -144,6 +145,7 @@ def _open(root: Path, progress: Progress) -> tuple[dict[str, list[Records]], lis
             problems.append(Problem("file", split, str(path), None, "", str(error)))
         else:
             splits[split].append(records)
+            problems += [Problem("count", split, str(path), None, "", each) for each in miscounted(records)]
             text = "does not match its checksum: copy or download the file again"
             problems += [Problem("crc", split, str(path), i, str(records.ids[i]), text) for i in damaged]
         progress(done, len(files))

@@ -14,10 +14,11 @@ from nvidia.dali import backend
 from fastflower.config import Data
 from fastflower.data import demo
 from fastflower.data.cache import Decoded
+from fastflower.data.contents import Progress, content_digests, require_pictures
 from fastflower.data.demo import write_demo
 from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import Engine, Normalization, View
-from fastflower.data.records import Records, concatenate
+from fastflower.data.records import Records, concatenate, miscounted
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
 from fastflower.data.sources import class_list, join, leave_out, load_parts
 from fastflower.data.stats import pixel_statistics
@@ -57,15 +58,16 @@ class Dataset:
     left_out: int = 0  # records of both that data.skip lists
 
 
-def open_dataset(data: Data, seed: int) -> Dataset:
+def open_dataset(data: Data, seed: int, progress: Progress | None = None) -> Dataset:
     """Index both splits and check that every record has an image and a class in range.
 
-    `seed` chooses what validates with data.folds, or where a folder of classes has no val.
+    `seed` chooses what validates with data.folds, or where a folder of classes has no val; `progress` takes records
+    read and to read, where that needs their bytes.
 
     Raises:
         UserError: names the file, record or key.
     """
-    train_parts, val_parts = load_parts(data, seed, "train", "val")
+    train_parts, val_parts = load_parts(data, seed, "train", "val", progress=progress)
     # with folds, all pictures of a class may be in one, and it counts even where that one validates
     classes = class_list([*train_parts, *val_parts] if data.folds else train_parts)
     train, val = join(train_parts, classes), join(val_parts, classes)
@@ -79,6 +81,26 @@ def open_dataset(data: Data, seed: int) -> Dataset:
     if data.train_on == "train+val":
         return Dataset(concatenate([train, val]), None, classes, left_out)
     return Dataset(train, val, classes, left_out)
+
+
+def look_over(dataset: Dataset, progress: Progress | None = None) -> list[str]:
+    """Read each record once, so that what is wrong with it is said before the first step: sentences for the user.
+
+    Raises:
+        UserError: names the records that are no pictures.
+    """
+    train, val = dataset.train, dataset.val
+    splits = [train] if val is None else [train, val]
+    require_pictures(splits, progress)
+    notes = list(dict.fromkeys(sentence for records in splits for sentence in miscounted(records)))
+    if val is not None:
+        again = np.flatnonzero(np.isin(content_digests(val), content_digests(train)))
+        if len(again):
+            notes.append(
+                f"{len(again)} of the {len(val)} validation records are also in train, such as "
+                f"{val.describe(again[0])}: `fastflower data check` names those of a folder, for data.skip."
+            )
+    return notes
 
 
 def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:

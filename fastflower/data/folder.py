@@ -5,7 +5,6 @@ Each picture is a record of its own file. Its name's extension says that it is a
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 from collections import Counter
@@ -14,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastflower.data.records import NO_LABEL, SPLITS, Records, Stamp, is_picture, stamp_of
+from fastflower.data.records import NO_LABEL, SPLITS, Records, is_picture
+from fastflower.data.stamp import Stamp, stamp_of
 from fastflower.errors import UserError
 
 # What DALI decodes.
@@ -98,24 +98,6 @@ def picture_files(paths: Sequence[Path]) -> Records:
     return _one_each(paths, stamps, np.array([str(path) for path in paths]), np.full(len(paths), NO_LABEL))
 
 
-def held_out(records: Records, share: float, seed: int) -> set[str]:
-    """The ids that validate where a folder of classes has no val: of each class round(share * n), but at least one and
-    not all.
-
-    Chosen by a hash of seed and id, so that neither order nor other classes or folders have a say.
-    """
-    chosen: set[str] = set()
-    for label in np.unique(records.labels):
-        ids = sorted(records.ids[records.labels == label].tolist(), key=lambda name: seeded_rank(seed, name))
-        chosen.update(ids[: min(max(round(share * len(ids)), 1), len(ids) - 1)])
-    return chosen
-
-
-def seeded_rank(seed: int, name: str) -> bytes:
-    """Where a name comes in an order that the seed shuffles, whatever else is there."""
-    return hashlib.blake2b(os.fsencode(f"{seed}\0{name}"), digest_size=16).digest()
-
-
 def _pictures(folder: str, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[Found]:
     """All picture files below `folder`; a link to a folder that it lies in leads nowhere new."""
     here = os.stat(folder)
@@ -132,7 +114,7 @@ def _pictures(folder: str, below: str = "", above: tuple[tuple[int, int], ...] =
             elif entry.name.lower().endswith(SUFFIXES):
                 status = entry.stat()
                 if stat.S_ISREG(status.st_mode):
-                    found.append((below + entry.name, (status.st_size, status.st_mtime_ns)))
+                    found.append((below + entry.name, Stamp.of(status)))
     return found
 
 
@@ -161,10 +143,11 @@ def _one_each(files: Sequence[Path], stamps: Sequence[Stamp], ids: np.ndarray, l
     return Records(
         files=tuple(files),
         stamps=tuple(stamps),
+        counts=(1,) * len(files),
         file=np.arange(len(files)),
         number=np.zeros(len(files), np.int64),
         offset=np.zeros(len(files), np.int64),
-        length=np.array([size for size, _ in stamps], np.int64),
+        length=np.array([stamp.size for stamp in stamps], np.int64),
         ids=ids,
         labels=labels,
     )

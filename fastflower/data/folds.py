@@ -1,4 +1,4 @@
-"""Folds for cross-validation: by class, and never the same picture in two of them.
+"""What validates, by folds or by a share: of each class, and never a picture that trains.
 
 Records are the same picture where their ids are equal (an id at several stored sizes) or their encoded bytes are, and
 so along a chain of such records.
@@ -6,13 +6,14 @@ so along a chain of such records.
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 import numpy as np
 
-from fastflower.data.folder import seeded_rank
-from fastflower.data.identity import content_digests
+from fastflower.data.contents import Progress, content_digests
 from fastflower.data.records import Records
 from fastflower.errors import UserError
 
@@ -25,7 +26,7 @@ class Duplicate:
     labels: tuple[int, ...]  # the classes that they have, sorted; more than one = somebody mislabelled it
 
 
-def assign_folds(records: Records, folds: int, seed: int) -> np.ndarray:
+def assign_folds(records: Records, folds: int, seed: int, progress: Progress | None = None) -> np.ndarray:
     """The fold of each record, [n] int64 in 0..folds-1; the same picture is never in two.
 
     Where no picture has several ids, the folds' numbers of pictures differ by at most one, of each class and in all.
@@ -36,7 +37,7 @@ def assign_folds(records: Records, folds: int, seed: int) -> np.ndarray:
         UserError: a record has no class or cannot be read, or there are fewer different pictures than folds.
     """
     records.require("class")
-    group, members = _same_pictures(records)
+    group, members = _same_pictures(records, progress)
     if folds > len(members):
         raise UserError(f"data.folds is {folds}, but there are only {len(members)} different pictures: lower it.")
     by_class: dict[int, list[int]] = defaultdict(list)
@@ -55,6 +56,46 @@ def assign_folds(records: Records, folds: int, seed: int) -> np.ndarray:
     return fold[group]
 
 
+def hold_out(
+    records: Records, folder: np.ndarray, share: float, seed: int, progress: Progress | None = None
+) -> np.ndarray:
+    """Which records validate where class folders have no val, [n] bool: of each class of each data folder
+    round(share * n) of its n different pictures, but at least one and not all, with all copies of them.
+
+    So a class that is one picture, however often it is there, only trains. What validates of one folder trains in no
+    other. It is chosen by a hash of seed and id, so that neither order nor other classes or folders have a say.
+
+    Args:
+        records: with ids and classes.
+        folder: which data folder each is from, [n] int64.
+        share: in 0..1.
+        seed: of the choice.
+        progress: takes records read and to read.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    group, _ = _same_pictures(records, progress)
+    validates = np.zeros(len(records), bool)  # by group
+    _, part = np.unique(np.stack((folder, records.labels)), axis=1, return_inverse=True)
+    last = {}
+    for here in np.split(np.argsort(part, kind="stable"), np.cumsum(np.bincount(part))[:-1]):
+        names: dict[int, str] = {}
+        for number, name in zip(group[here].tolist(), records.ids[here].tolist(), strict=True):
+            names[number] = min(name, names.get(number, name))
+        order = sorted(names, key=lambda number: seeded_rank(seed, names[number]))
+        validates[order[: min(max(round(share * len(order)), 1), len(order) - 1)]] = True
+        last[int(records.labels[here[0]])] = order[-1]
+    for label in np.setdiff1d(records.labels, records.labels[~validates[group]]).tolist():
+        validates[last[label]] = False  # others that have the same pictures chose all of them
+    return validates[group]
+
+
+def seeded_rank(seed: int, name: str) -> bytes:
+    """Where a name comes in an order that the seed shuffles, whatever else is there."""
+    return hashlib.blake2b(os.fsencode(f"{seed}\0{name}"), digest_size=16).digest()
+
+
 def duplicates(records: Records) -> list[Duplicate]:
     """The pictures that stand under several ids, sorted.
 
@@ -69,9 +110,9 @@ def duplicates(records: Records) -> list[Duplicate]:
     return sorted(found, key=lambda duplicate: duplicate.ids)
 
 
-def _same_pictures(records: Records) -> tuple[np.ndarray, list[set[tuple[str, int]]]]:
+def _same_pictures(records: Records, progress: Progress | None = None) -> tuple[np.ndarray, list[set[tuple[str, int]]]]:
     """Of each record the number of its group ([n]), and of each group the different ids and labels in it."""
-    digests = content_digests(records)
+    digests = content_digests(records, progress)
     names = np.where(records.ids == "", [f"{each:016x}" for each in digests.tolist()], records.ids)
     numbers = (np.unique(column, return_inverse=True)[1] for column in (names, digests))
     roots, group = np.unique(_connect(*numbers), return_inverse=True)

@@ -5,19 +5,13 @@ Whatever is kept for some records (a checkpoint, predictions, folds) goes by thi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import numpy as np
-
-from fastflower.data.records import Records, fingerprint, read_image
-from fastflower.files import atomic_write, cache_dir, code_digest
-
-CHUNK = 256  # records that a thread reads in one go
+from fastflower.data.contents import content_digests
+from fastflower.data.records import Records
 
 
 @dataclass(frozen=True)
@@ -30,11 +24,11 @@ class Identity:
 
 
 def identity(records: Records, progress: Callable[[int, int], None] | None = None) -> Identity:
-    """The identity of records, for which each is read once (see `content_digests`).
+    """The identity of records, for which each is read once (see `fastflower.data.contents.contents_of`).
 
     Args:
         records: of a split.
-        progress: takes records read and to read, where they are not known yet.
+        progress: takes records read and to read.
 
     Raises:
         UserError: a record cannot be read.
@@ -43,34 +37,3 @@ def identity(records: Records, progress: Callable[[int, int], None] | None = Non
     names = hashlib.blake2b(ids + records.labels.tobytes(), digest_size=8)
     content = hashlib.blake2b(content_digests(records, progress).tobytes(), digest_size=8)
     return Identity(len(records), names.hexdigest(), content.hexdigest())
-
-
-def content_digests(records: Records, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-    """The digest of each record's encoded picture, [n] uint64; kept in the user's cache folder for the same files.
-
-    Raises:
-        UserError: a record cannot be read.
-    """
-    cached = cache_dir() / "digests" / f"{fingerprint(records, code_digest(__file__))}.npy"
-    with contextlib.suppress(OSError, ValueError, EOFError):
-        return np.load(cached, allow_pickle=False)
-
-    def read(start: int) -> list[int]:
-        return [digest(read_image(records, index)) for index in range(start, min(start + CHUNK, len(records)))]
-
-    found: list[int] = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # hashing and reading leave Python's lock
-        for part in threads.map(read, range(0, len(records), CHUNK)):
-            for value in part:
-                found.append(value)
-                if progress:
-                    progress(len(found), len(records))
-    digests = np.array(found, np.uint64)
-    with contextlib.suppress(OSError), atomic_write(cached) as file:
-        np.save(file, digests)
-    return digests
-
-
-def digest(encoded: np.ndarray) -> int:
-    """Of the bytes of an encoded picture, below 2**64: equal for the same bytes, and for others in no data set."""
-    return int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -13,21 +15,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from nvidia import nvimgcodec
-from nvidia.dali import pipeline_def
 
 from fastflower.data import pipeline as graph
+from fastflower.data.decoding import first_undecodable, read_picture
 from fastflower.data.pipeline import Engine, Normalization, View
-from fastflower.data.records import Records, read_image
+from fastflower.data.records import Records
 from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request
 from fastflower.errors import UserError
 
 if TYPE_CHECKING:
     from fastflower.data.cache import Decoded
-
-
-END = b"\xff\xd9"  # of a JPEG file
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Batch:
 class Loader:
     """Turns requests into batches on `device`.
 
-    It may be used for any number of epochs, one at a time. Each `batches` call runs a thread that is gone when the
-    iteration ends or is left.
+    It may be used for any number of epochs, also for several at once. Each `batches` call runs a thread that is gone
+    when the iteration ends or is left.
     """
 
     def __init__(
@@ -72,16 +70,10 @@ class Loader:
         """
         self.records, self.view, self.engine, self.device = records, view, engine, device
         self.normalization, self.batch, self.read_ahead, self.decoded = normalization, batch, read_ahead, decoded
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if normalization and self._stream:
+        if normalization and device.type == "cuda":
             self._mean = torch.tensor(normalization.mean, device=device) * 255
             self._std = torch.tensor(normalization.std, device=device) * 255
-        # for a GPU pictures are left uint8, a quarter in size, and normalized there
-        self._resampler = Resampler(view, normalization if device.type == "cpu" else None)
-        self._pipeline: graph.Pipeline | None = None
-        self._requests: Iterator[Request] = iter(())
-        self._in_work: deque[Request] = deque()
-        self._failure: UserError | None = None
+        self._idle: deque[_Producer] = deque()  # as many as there were iterations at once
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
         """Yield a batch for each request, in order; of a request whose pictures are of several shapes, one for each.
@@ -91,9 +83,13 @@ class Loader:
         Raises:
             UserError: a record cannot be read or decoded; names file and record. Earlier batches come first.
         """
+        try:
+            producer = self._idle.pop()
+        except IndexError:
+            producer = _Producer(self)
         ready: queue.Queue[_Ready] = queue.Queue(maxsize=self.read_ahead)
         stop = threading.Event()
-        thread = threading.Thread(target=self._produce, args=(iter(requests), ready, stop), name="loader", daemon=True)
+        thread = threading.Thread(target=producer.run, args=(iter(requests), ready, stop), name="loader", daemon=True)
         thread.start()
         in_use: deque[tuple[torch.cuda.Event, _Item]] = deque()
         try:
@@ -101,21 +97,21 @@ class Loader:
                 if isinstance(item, BaseException):
                     raise item
                 yield self._hand_over(*item)
-                if self._stream:
+                if self.device.type == "cuda":
                     # memory that we drop is used again at once, so hold it until the consumer's queued work is past it
                     in_use.append((torch.cuda.current_stream(self.device).record_event(), item))
                     while in_use and in_use[0][0].query():
                         in_use.popleft()
         finally:
             stop.set()
-            while thread.is_alive():  # it may be waiting for room in the queue
-                try:
-                    ready.get(timeout=0.05)
-                except queue.Empty:
-                    continue
-            thread.join()
-            if self._stream:
-                torch.cuda.current_stream(self.device).synchronize()
+            ready.maxsize = sys.maxsize
+            if thread is not threading.current_thread():  # in which garbage may be collected, and we be found among it
+                with contextlib.suppress(queue.Empty):
+                    ready.get_nowait()  # it may be waiting for room
+                thread.join()
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).synchronize()
+                self._idle.append(producer)
 
     def _hand_over(
         self,
@@ -127,7 +123,7 @@ class Loader:
     ) -> Batch:
         if made:
             torch.cuda.current_stream(self.device).wait_event(made)
-        if self._stream and self.normalization:
+        if self.device.type == "cuda" and self.normalization:
             if images.dtype == torch.uint8:
                 mean = self._mean if shift is None else self._mean - 255 * shift
                 images = normalize(images, mean, self._std)
@@ -135,7 +131,22 @@ class Loader:
                 images.add_((255 * shift / self._std)[:, :, None, None])
         return Batch(images, labels, indices)
 
-    def _produce(self, requests: Iterator[Request], ready: queue.Queue[_Ready], stop: threading.Event) -> None:
+
+class _Producer:
+    """What makes the batches of one iteration after another, and all that it changes: used by one thread at a time."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.records, self.view, self.engine, self.device = loader.records, loader.view, loader.engine, loader.device
+        self.normalization, self.batch, self.decoded = loader.normalization, loader.batch, loader.decoded
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        # for a GPU pictures are left uint8, a quarter in size, and normalized there
+        self._resampler = Resampler(self.view, self.normalization if self.device.type == "cpu" else None)
+        self._pipeline: graph.Pipeline | None = None
+        self._requests: Iterator[Request] = iter(())
+        self._in_work: deque[Request] = deque()
+        self._failure: UserError | None = None
+
+    def run(self, requests: Iterator[Request], ready: queue.Queue[_Ready], stop: threading.Event) -> None:
         """The loader thread: run the pipeline until the requests end, `stop` is set or something fails."""
         self._requests = _until(requests, stop)
         self._failure = None
@@ -237,7 +248,10 @@ class Loader:
     def _explain(self, error: Exception) -> Exception:
         """The record behind a failed batch: DALI names none, so try all that are in work."""
         indices = np.concatenate([request.indices for request in self._in_work] or [np.empty(0, np.int64)])
-        return first_undecodable(self.records, indices) or error
+        try:
+            return first_undecodable(self.records, indices) or error
+        except UserError as unreadable:  # by now
+            return unreadable
 
 
 _Event = torch.cuda.Event | None
@@ -248,64 +262,6 @@ _Ready = _Item | Exception | None
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """(images - mean) / std in float32 of uint8 [N, 3, H, W]; mean, [3] or [N, 3], and std, [3], are in 0..255."""
     return images.float().sub_(mean.view(-1, 3, 1, 1)).div_(std.view(3, 1, 1))
-
-
-def read_picture(records: Records, index: int) -> np.ndarray:
-    """The encoded image of a record, [length] uint8, that has a picture's header and is not cut off.
-
-    One without a header among others makes DALI 2.4 crash now and then, where it should report an error. One that is
-    cut off would be found out only when a crop reaches what it lacks, epochs later.
-
-    Raises:
-        UserError: the record cannot be read or is no such picture; names file and record.
-    """
-    encoded = read_image(records, index)
-    if not has_header(encoded) or is_cut_off(encoded):
-        raise undecodable(records, index)
-    return encoded
-
-
-def has_header(encoded: np.ndarray) -> bool:
-    """Whether encoded image bytes ([length] uint8) begin as a picture that DALI's decoder library knows (6 µs)."""
-    try:
-        return nvimgcodec.CodeStream(encoded).width > 0  # which parses it
-    except RuntimeError:
-        return False
-
-
-def is_cut_off(encoded: np.ndarray) -> bool:
-    """Whether a JPEG file ([length] uint8) has no end marker; other bytes may follow it (1 µs where they do not)."""
-    return bytes(encoded[:2]) == b"\xff\xd8" and bytes(encoded[-2:]) != END and END not in encoded.tobytes()
-
-
-def undecodable(records: Records, index: int) -> UserError:
-    """The sentence for a record that cannot be decoded."""
-    return UserError(
-        f"{records.describe(index)} cannot be decoded as a picture ({records.length[index]} bytes): "
-        "replace the record or leave it out."
-    )
-
-
-def decodable(encoded: np.ndarray) -> bool:
-    """Whether the decoder can read encoded image bytes ([length] uint8)."""
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def one_picture() -> graph.DataNode:
-        return graph.decode(graph.fn.external_source(source=lambda: [encoded], batch=True), Engine())
-
-    try:
-        one_picture().run()
-    except RuntimeError:
-        return False
-    return True
-
-
-def first_undecodable(records: Records, indices: np.ndarray) -> UserError | None:
-    """The sentence for the first of the records at `indices` ([m] int64) that the decoder cannot read."""
-    for index in indices:
-        if not decodable(read_image(records, index)):
-            return undecodable(records, index)
-    return None
 
 
 def _until(requests: Iterator[Request], stop: threading.Event) -> Iterator[Request]:

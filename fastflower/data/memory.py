@@ -14,7 +14,10 @@ import numpy as np
 
 
 class Memory:
-    """Arrays of one kind at a time; an array's memory is free when nobody refers to it any more."""
+    """Arrays of one kind at a time; an array's memory is free when nobody refers to it any more.
+
+    One thread takes them; any may drop them.
+    """
 
     def __init__(self) -> None:
         self._free: deque[np.ndarray] = deque()
@@ -25,6 +28,6 @@ class Memory:
         while self._free and len(self._free[0]) != size:
             self._free.popleft()
         memory = self._free.popleft() if self._free else np.empty(size, np.uint8)
-        view = memory.view(dtype).reshape(shape)
-        weakref.finalize(view, self._free.append, memory).atexit = False
-        return view
+        owner = np.frombuffer(memory.data, np.uint8)  # which every view refers to, whatever it is a view of
+        weakref.finalize(owner, self._free.append, memory).atexit = False
+        return owner.view(dtype).reshape(shape)

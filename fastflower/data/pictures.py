@@ -10,7 +10,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.backend import TensorListGPU
 from nvidia.dali.pipeline import DataNode
 
-from fastflower.data.loader import first_undecodable, read_picture
+from fastflower.data.decoding import first_undecodable, read_picture
 from fastflower.data.pipeline import Engine, decode
 from fastflower.data.records import Records
 from fastflower.errors import UserError

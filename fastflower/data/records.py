@@ -7,7 +7,6 @@ ROOT/tfrecords-jpeg-SxS/{train,val,test}/*.tfrec. A picture may also be a file o
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -22,6 +21,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from fastflower.data import tfrecord
+from fastflower.data.stamp import Stamp, cache_key, require_unchanged, stamp_of
 from fastflower.data.tfrecord import scan, write_tfrecord
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, cache_dir, code_digest
@@ -38,6 +38,7 @@ __all__ = [
     "listed_classes",
     "load_files",
     "load_split",
+    "miscounted",
     "numbered_classes",
     "read_image",
     "stored_size",
@@ -50,7 +51,7 @@ SPLITS = ("train", "val", "test")
 SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
 MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
 NO_LABEL = np.iinfo(np.int64).min
-Stamp = tuple[int, int]  # size in bytes, time of change in ns
+_COUNTED = re.compile(rf"\d+-(\d+)x\1-(?P<count>\d+)({'|'.join(map(re.escape, SUFFIXES))})")
 _SIZE_FOLDER = re.compile(r"tfrecords-jpeg-(\d+)x(\d+)")
 
 
@@ -60,6 +61,7 @@ class Records:
 
     files: tuple[Path, ...]
     stamps: tuple[Stamp, ...]  # of each file when it was indexed
+    counts: tuple[int, ...]  # of records in each file, whether they are in this table or not
     file: np.ndarray  # [n] int64, index into files
     number: np.ndarray  # [n] int64, position of the record in its file
     offset: np.ndarray  # [n] int64, bytes; -1 where the record has no image
@@ -127,6 +129,7 @@ def concatenate(parts: Sequence[Records]) -> Records:
     return Records(
         files=tuple(path for part in parts for path in part.files),
         stamps=tuple(stamp for part in parts for stamp in part.stamps),
+        counts=tuple(count for part in parts for count in part.counts),
         file=np.concatenate([part.file + start for part, start in zip(parts, first[:-1], strict=True)]),
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS},
     )
@@ -134,12 +137,7 @@ def concatenate(parts: Sequence[Records]) -> Records:
 
 def fingerprint(records: Records, code: str) -> str:
     """Names what code of the digest `code` finds out about these records, in the cache; changes when a file does."""
-    digest = hashlib.sha256(code.encode())
-    resolve = functools.cache(Path.resolve)  # a picture's folder holds many
-    for path, stamp in zip(records.files, records.stamps, strict=True):
-        digest.update(os.fsencode(f"{resolve(path.parent)}\0{path.name}\0{stamp}\0"))
-    digest.update(records.file.tobytes() + records.offset.tobytes())
-    return digest.hexdigest()[:32]
+    return cache_key(code, records.files, records.stamps, records.file, records.offset, records.length)
 
 
 def is_picture(path: Path) -> bool:
@@ -151,6 +149,18 @@ def stored_size(path: Path) -> int | None:
     """The size in pixels that a file's tfrecords-jpeg-SxS folder names; None where there is no such folder."""
     match = _SIZE_FOLDER.fullmatch(path.parent.parent.name)
     return int(match[1]) if match else None
+
+
+def miscounted(records: Records) -> list[str]:
+    """A sentence for each file that has fewer or more records than its name says (NN-SxS-COUNT, as in the Kaggle set).
+
+    A file that was cut off between two records shows it in nothing else.
+    """
+    return [
+        f"{path} has {count} records, but by its name {said}: copy or download it again, or correct its name."
+        for path, count in dict(zip(records.files, records.counts, strict=True)).items()
+        if (match := _COUNTED.fullmatch(path.name)) and (said := int(match["count"])) != count
+    ]
 
 
 def holds_tfrecords(root: Path) -> bool:
@@ -187,8 +197,10 @@ def load_files(files: Sequence[Path]) -> Records:
     stamps = tuple(stamp_of(path) for path in files)
     tables = [_index(path, stamp) for path, stamp in zip(files, stamps, strict=True)]
     columns = {name: np.concatenate([table[name] for table in tables]) for name in _COLUMNS}
-    file = np.repeat(np.arange(len(files)), [len(table["labels"]) for table in tables])
-    return Records(files=tuple(files), stamps=stamps, file=file, **columns)
+    counts = tuple(len(table["labels"]) for table in tables)
+    return Records(
+        files=tuple(files), stamps=stamps, counts=counts, file=np.repeat(np.arange(len(files)), counts), **columns
+    )
 
 
 def find_files(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> list[Path]:
@@ -291,7 +303,8 @@ def read_image(records: Records, index: int) -> np.ndarray:
     try:
         # kept by name while it is read: another thread may drop it from the cache, which closes it
         file = _open(records.files[number], stamp)
-        data = os.pread(file.descriptor, length, int(records.offset[index])) if file.stamp == stamp else b""
+        same = file.stamp.content == stamp.content
+        data = os.pread(file.descriptor, length, int(records.offset[index])) if same else b""
     except OSError as error:
         raise UserError(f"{records.describe(index)} cannot be read ({error.strerror}).") from error
     if len(data) < length:
@@ -304,8 +317,7 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.descriptor = os.open(path, os.O_RDONLY)
-        stat = os.fstat(self.descriptor)
-        self.stamp = (stat.st_size, stat.st_mtime_ns)
+        self.stamp = Stamp.of(os.fstat(self.descriptor))
 
     def __del__(self) -> None:
         if hasattr(self, "descriptor"):
@@ -317,29 +329,16 @@ def _open(path: Path, stamp: Stamp) -> _File:
     return _File(path)
 
 
-def stamp_of(path: Path) -> Stamp:
-    """What changes when a file does.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        stat = path.stat()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): check that it exists.") from error
-    return stat.st_size, stat.st_mtime_ns
-
-
 def _index(path: Path, stamp: Stamp) -> dict[str, np.ndarray]:
-    """The columns of one file, from the cache when path, size and mtime are those of an earlier scan."""
-    key = os.fsencode(f"{code_digest(__file__, tfrecord.__file__)}\0{path.resolve()}\0{stamp}")
-    cached = cache_dir() / "index" / f"{hashlib.sha256(key).hexdigest()[:32]}.npz"
+    """The columns of one file, from the cache when path and stamp are those of an earlier scan."""
+    cached = cache_dir() / "index" / f"{cache_key(code_digest(__file__, tfrecord.__file__), [path], [stamp])}.npz"
     try:
         with np.load(cached, allow_pickle=False) as table:
             return {name: table[name] for name in _COLUMNS}
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile):
         pass  # absent, or not written by us: scan again
     examples = list(scan(path))
+    require_unchanged(path, stamp)
     table = {
         "number": np.arange(len(examples)),
         "offset": np.array([e.image[0] if e.image else -1 for e in examples], np.int64),

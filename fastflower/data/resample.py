@@ -1,7 +1,10 @@
 """Resize, crop, flip and normalize on a CPU: only what is kept is computed, by code that is compiled when first used.
 
 Geometry and filter are those of the DALI graph (`fastflower.data.pipeline`), which is several times slower on a CPU: a
-triangle that is widened where pictures shrink. Levels of pixels are within one of DALI's and PIL's.
+triangle that is widened where pictures shrink. Levels of pixels are within one of DALI's, and but for the outermost
+pixels of a picture that shrinks within one of PIL's and torchvision's. Beyond the border is what is at the border, as
+DALI has it on every device; PIL has nothing there. Of 270 photographs of 192 to 512 pixels, shrunk to 128, 256 and 320,
+those pixels differ from PIL's by 0.1 to 0.6 levels on average, and by 16 at most (Pillow 13, 2026-11-30).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 from nvidia import nvimgcodec
 
-from fastflower.data.loader import read_picture
+from fastflower.data.decoding import read_picture
 from fastflower.data.records import Records, stored_size
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from fastflower.config import Data
-from fastflower.data.folder import LAYOUTS, held_out, load_folder
-from fastflower.data.folds import assign_folds
+from fastflower.data.contents import Progress
+from fastflower.data.folder import LAYOUTS, load_folder
+from fastflower.data.folds import assign_folds, hold_out
 from fastflower.data.records import (
     NO_LABEL,
     Records,
@@ -34,18 +35,18 @@ class Part:
     names: list[str] | None  # what the labels stand for; None where they are mere numbers
 
 
-def load_parts(data: Data, seed: int, *splits: str) -> list[list[Part]]:
+def load_parts(data: Data, seed: int, *splits: str, progress: Progress | None = None) -> list[list[Part]]:
     """Index splits: for each of them the parts that the folders of `data.root` have of it.
 
     With data.folds, val is a fold of train and val together, and train the other folds (`assign_folds`). Without, a
-    folder of classes that has no val gives up data.val_share of its training pictures, chosen by `seed`; what validates
-    of one such folder trains in no other.
+    folder of classes that has no val gives up data.val_share of its training pictures, chosen by `seed` (`hold_out`).
+    Either way copies of a picture are on one side, for which `progress` takes records read and to read.
 
     Raises:
         UserError: names the folder, file or record.
     """
     divide = _divide_by_fold if data.folds else _divide_by_share
-    divided = divide(data, seed) if set(splits) & {"train", "val"} else []
+    divided = divide(data, seed, progress) if set(splits) & {"train", "val"} else []
 
     def load(root: Path, split: str) -> list[Part]:
         here = [(part, validates) for part, validates in divided if part.root == root]
@@ -82,12 +83,13 @@ def load_pool(data: Data) -> list[Part]:
 Divided = list[tuple[Part, np.ndarray]]  # undivided parts, and which of their records validate ([n] bool)
 
 
-def _divide_by_fold(data: Data, seed: int) -> Divided:
+def _divide_by_fold(data: Data, seed: int, progress: Progress | None) -> Divided:
     """Everything, by data.folds, which all stored sizes have a say in: whichever are used, a picture's fold is one."""
     assert data.folds
     everything = load_pool(replace(data, sizes="all"))
     records = join(everything, class_list(everything))
-    fold_of = dict(zip(_places(records), assign_folds(records, data.folds, seed).tolist(), strict=True))
+    folds = assign_folds(records, data.folds, seed, progress)
+    fold_of = dict(zip(_places(records), folds.tolist(), strict=True))
     return [
         (part, np.array([fold_of[place] == data.fold for place in _places(part.records)])) for part in load_pool(data)
     ]
@@ -98,15 +100,19 @@ def _places(records: Records) -> Iterator[tuple[Path, int]]:
     return zip((records.files[file] for file in records.file.tolist()), records.number.tolist(), strict=True)
 
 
-def _divide_by_share(data: Data, seed: int) -> Divided:
+def _divide_by_share(data: Data, seed: int, progress: Progress | None) -> Divided:
     """Class folders without val, by data.val_share."""
     whole = [
         _load(data, root, "train")
         for root in dict.fromkeys(_roots(data))
         if not _holds_tfrecords(root) and not _has_val(root)
     ]
-    chosen = set().union(*(held_out(part.records, data.val_share, seed) for part in whole))
-    return [(part, np.array([name in chosen for name in part.records.ids.tolist()])) for part in whole]
+    if not whole:
+        return []
+    sizes = [len(part.records) for part in whole]
+    folder = np.repeat(np.arange(len(whole)), sizes)
+    validates = hold_out(join(whole, class_list(whole)), folder, data.val_share, seed, progress)
+    return list(zip(whole, np.split(validates, np.cumsum(sizes)[:-1]), strict=True))
 
 
 def class_list(train: Sequence[Part]) -> list[str]:
@@ -139,15 +145,15 @@ def join(parts: Sequence[Part], classes: list[str]) -> Records:
     if not len(joined):
         roots = ", ".join(str(part.root) for part in parts)
         raise UserError(
-            f"{roots}: there are no records for {parts[0].split}: add some (a class needs two pictures, "
+            f"{roots}: there are no records for {parts[0].split}: add some (a class needs two different pictures, "
             "for one to validate)."
         )
     return joined
 
 
-def load_records(data: Data, split: str, classes: list[str], seed: int) -> Records:
+def load_records(data: Data, split: str, classes: list[str], seed: int, progress: Progress | None = None) -> Records:
     """A split with labels by a known class list, and without what data.skip lists; see `load_parts` and `join`."""
-    (parts,) = load_parts(data, seed, split)
+    (parts,) = load_parts(data, seed, split, progress=progress)
     records = join(parts, classes)
     return leave_out(records, data.skip) if data.skip else records
 

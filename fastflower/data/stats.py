@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 
 import numpy as np
+from nvidia import dali
 from nvidia.dali import fn
 from nvidia.dali.pipeline import DataNode
 
@@ -35,11 +36,9 @@ def pixel_statistics(records: Records, engine: Engine) -> PixelStatistics:
     Raises:
         UserError: a record cannot be decoded; names file and record. Or a channel never varies.
     """
-    cached = (
-        cache_dir()
-        / "statistics"
-        / f"{fingerprint(records, code_digest(__file__, pictures.__file__, pipeline.__file__))}.json"
-    )
+    # decoders differ by a level, with their version and on a GPU
+    code = code_digest(__file__, pictures.__file__, pipeline.__file__) + dali.__version__ + engine.device
+    cached = cache_dir() / "statistics" / f"{fingerprint(records, code)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads(cached.read_text())
         return PixelStatistics(

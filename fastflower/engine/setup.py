@@ -23,6 +23,7 @@ from fastflower.data.dataset import (
     choose_normalization,
     ensure_builtin,
     evaluation_batches,
+    look_over,
     open_dataset,
     training_batches,
 )
@@ -146,7 +147,10 @@ def build_loaders(
     batch_size = config.train.batch_size
     ranks.share_of(batch_size)
     with ranks.main_first():
-        dataset = open_dataset(config.data, config.seed)
+        read = display.follow("read pictures")
+        dataset = open_dataset(config.data, config.seed, read)
+        for note in look_over(dataset, read):
+            display.say(note)
         engine = choose_engine(config.data, device, ranks)
         normalization = choose_normalization(config.data, dataset.train, engine, inherited)
         lighting = choose_lighting(config.data, dataset.train, engine)

@@ -12,7 +12,8 @@ import torch
 from rich.console import Console
 
 from fastflower.config import Data
-from fastflower.data.records import Records
+from fastflower.data.contents import require_pictures
+from fastflower.data.records import Records, miscounted
 from fastflower.data.selection import largest_of_each
 from fastflower.data.sources import leave_out, load_records
 from fastflower.engine.distributed import Ranks, Signals, local_rank, processes
@@ -81,7 +82,8 @@ def load_split(trained: Trained, split: str, testing: Testing, within: Session, 
     sizes: TestSizes | None = testing.sizes or ("all" if once and not stored_as_is else None)
     data = trained.data(testing.roots, sizes)
     with within.ranks.main_first():
-        records = load_records(replace(data, skip=None), split, trained.classes, trained.config.seed)
+        read = within.display.follow("read pictures")
+        records = load_records(replace(data, skip=None), split, trained.classes, trained.config.seed, read)
         if data.skip:
             everything, records = records, leave_out(records, data.skip)
             if left := len(everything) - len(records):
@@ -92,4 +94,7 @@ def load_split(trained: Trained, split: str, testing: Testing, within: Session, 
                 within.display.say(note)
             if len(again) > SHOWN:
                 within.display.say(f"… and {len(again) - SHOWN} more ids that are there more than once.")
+        for note in miscounted(records):
+            within.display.say(note)
+        require_pictures([records], read)
     return data, records

@@ -360,3 +360,17 @@ def test_each_record_and_file_is_one_step_of_progress(small: Path) -> None:
         "verify checksums": [(i + 1, 4) for i in range(4)],
         "decode": [(i + 1, 68) for i in range(68)],
     }
+
+
+def test_a_file_with_another_number_of_records_than_its_name_says(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path, {"train": 24, "val": 6})
+    folder = root / "tfrecords-jpeg-40x40"
+    (folder / "val/00-40x40-3.tfrec").rename(folder / "val/00-40x40-5.tfrec")
+    result = fastflower("data", "check", root, "--json")
+    assert result.code == 1
+    (problem,) = json.loads(result.out)["problems"]
+    assert (problem["kind"], problem["split"], problem["record"]) == ("count", "val", None)
+    assert problem["file"] == f"{folder}/val/00-40x40-5.tfrec"
+    assert problem["text"].startswith(f"{folder}/val/00-40x40-5.tfrec has 3 records, but by its name 5: copy")
+    shown = fastflower("data", "check", root)
+    assert (shown.code, "1 problem: 1 count" in shown.out) == (1, True)

@@ -16,8 +16,8 @@ from PIL import Image
 from fastflower.config import Data
 from fastflower.data import folder as module
 from fastflower.data.dataset import Dataset, open_dataset
-from fastflower.data.folder import SUFFIXES, held_out, load_folder
-from fastflower.data.loader import decodable, has_header
+from fastflower.data.decoding import decodable, has_header
+from fastflower.data.folder import SUFFIXES, load_folder
 from fastflower.data.pipeline import Engine
 from fastflower.data.records import NO_LABEL, Records, read_image
 from fastflower.data.sources import load_parts, load_records
@@ -196,51 +196,6 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
 
 
 # What validates
-
-
-@pytest.mark.parametrize(
-    ("pictures", "share", "validating"),
-    [(1, 0.1, 0), (2, 0.1, 1), (4, 0.1, 1), (14, 0.1, 1), (16, 0.1, 2), (40, 0.25, 10), (1, 0.9, 0), (3, 0.99, 2)],
-)
-def test_of_each_class_its_share_validates(tmp_path: Path, pictures: int, share: float, validating: int) -> None:
-    touch(tmp_path, *(f"rose/{i}.jpg" for i in range(pictures)), *(f"tulip/{i}.jpg" for i in range(20)))
-    records, _ = load_folder(tmp_path, "train")
-    chosen = held_out(records, share, seed=0)
-    assert sum(name.startswith("rose/") for name in chosen) == validating
-    assert sum(name.startswith("tulip/") for name in chosen) == min(round(share * 20), 19)
-
-
-def test_the_split_is_the_seeds_alone(tmp_path: Path) -> None:
-    root = touch(tmp_path / "a", *(f"{kind}/{i}.jpg" for kind in ("rose", "tulip") for i in range(30)))
-    first = opened(root, val_share=0.2)
-    assert first.val is not None
-    assert len(first.val) == 12
-    assert sorted([*first.train.ids, *first.val.ids]) == sorted(load_folder(root, "train")[0].ids)
-    for seed, same in ((0, True), (1, False)):
-        again = load_records(Data(root=(root,), val_share=0.2), "val", first.classes, seed)
-        assert (again.ids.tolist() == first.val.ids.tolist()) == same
-    touch(root, *(f"daisy/{i}.jpg" for i in range(30)))  # labels shift, nothing else
-    more = opened(root, val_share=0.2)
-    assert more.val is not None
-    assert [name for name in more.val.ids if "daisy" not in name] == first.val.ids.tolist()
-    records, _ = load_folder(root, "train")
-    backwards = records.select(np.arange(len(records))[::-1])
-    assert held_out(backwards, 0.2, 0) == held_out(records, 0.2, 0)
-
-
-def test_a_picture_in_several_folders_is_on_one_side(tmp_path: Path) -> None:
-    """Also where one folder has more pictures than another, so that each by itself would choose others."""
-    roots = (tmp_path / "small", tmp_path / "large")
-    touch(roots[0], *(f"rose/{i}.jpg" for i in range(20)))
-    touch(roots[1], *(f"rose/{i}.jpg" for i in range(5, 100)))
-    both = opened(*roots)
-    assert both.val is not None
-    assert not set(both.val.ids) & set(both.train.ids)
-    assert len(both.val) + len(both.train) == 115
-    for root in roots:  # so that what validates of a single one was not trained on with others
-        alone = opened(root).val
-        assert alone is not None
-        assert set(alone.ids) <= set(both.val.ids)
 
 
 def test_a_val_folder_is_taken_as_it_is(tmp_path: Path) -> None:

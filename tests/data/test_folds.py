@@ -135,7 +135,7 @@ def test_bytes_are_read_once_until_a_file_changes(tmp_path: Path, monkeypatch: p
     rows = [*singles(4), ("twin", 0, "bytes 0 1")]
     first = by_id(stored(path, rows), 2)
     with monkeypatch.context() as patch:
-        patch.setattr("fastflower.data.identity.read_image", lambda *_: pytest.fail("read again"))
+        patch.setattr("fastflower.data.contents.read_image", lambda *_: pytest.fail("read again"))
         assert by_id(load_files([path]), 2) == first
         assert len(duplicates(load_files([path]))) == 1
     stored(path, [*singles(4), ("twin", 0, "bytes 0 2")])
@@ -149,7 +149,7 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_only_time(
     records = stored(tmp_path / "a.tfrec", singles(4))
     monkeypatch.setenv("FASTFLOWER_CACHE", str(tmp_path / "cache"))
     first = by_id(records, 2)
-    (kept,) = (tmp_path / "cache/digests").iterdir()
+    (kept,) = (tmp_path / "cache/contents").iterdir()
     for damaged in (b"", b"nothing", kept.read_bytes()[:-3]):
         kept.write_bytes(damaged)
         assert by_id(records, 2) == first

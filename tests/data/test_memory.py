@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+import pytest
 import torch
 
 from fastflower.data.memory import Memory
@@ -26,6 +29,20 @@ def test_it_is_used_again_when_nobody_holds_it() -> None:
     held = take(memory, 1000), take(memory, 1000)
     assert address in {each.data_ptr() for each in held}
     assert len({each.data_ptr() for each in (*held, second)}) == 3
+
+
+@pytest.mark.parametrize(
+    "part", [np.ndarray.view, lambda a: a[3:], lambda a: a[3:][1:].T, lambda a: a.reshape(-1)[5:6]]
+)
+def test_a_view_keeps_it_when_its_array_is_gone(part: Callable[[np.ndarray], np.ndarray]) -> None:
+    memory = Memory()
+    address = memory.take((10, 100), np.float32).ctypes.data
+    view = part(memory.take((10, 100), np.float32))
+    assert address <= view.ctypes.data < address + 4000
+    assert memory.take((10, 100), np.float32).ctypes.data != address
+    view[...] = 1
+    del view
+    assert address in {each.ctypes.data for each in [memory.take((10, 100), np.float32) for _ in range(2)]}
 
 
 def test_another_size_takes_new_memory_and_drops_the_old() -> None:

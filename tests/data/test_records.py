@@ -7,11 +7,24 @@ import os
 import shutil
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tfrecord.reader import tfrecord_loader
 
-from fastflower.data.records import NO_LABEL, class_names, find_files, load_split, read_image
+from fastflower.data.records import (
+    NO_LABEL,
+    Records,
+    class_names,
+    concatenate,
+    find_files,
+    load_split,
+    miscounted,
+    read_image,
+)
+from fastflower.data.stamp import Stamp
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from tests.conftest import example, write_dataset
@@ -325,3 +338,57 @@ def test_flowers5_at_all_sizes(flowers5: Path) -> None:
     labels = {name: set(records.labels[records.ids == name].tolist()) for name in np.unique(records.ids)}
     assert {len(found) for found in labels.values()} == {1}  # one picture has one class at every size
     assert size_of(find_files(flowers5, "train", scale_min=256)) == [331]
+
+
+WORDS = ("00", "7", "192x192", "40x40", "192x224", "798", "2", "train", "00000", "of", "2024", "")
+
+
+@given(
+    st.lists(st.sampled_from(WORDS), min_size=1, max_size=4).map("-".join),
+    st.sampled_from(["tfrec", "tfrecord", "tfrecords"]),
+)
+@settings(deadline=None, max_examples=300)
+@hypothesis.example("00-192x192-798", "tfrec")
+@hypothesis.example("train-00000-of-01024", "tfrecord")
+@hypothesis.example("2024-05-17", "tfrec")
+def test_only_names_as_kaggles_say_how_many_records_there_are(stem: str, suffix: str) -> None:
+    parts = stem.split("-")
+    sides = parts[1].split("x") if len(parts) == 3 else []
+    says = len(sides) == 2 and sides[0] == sides[1] and all(each.isdigit() for each in (parts[0], *sides, parts[2]))
+    path = Path("/data") / f"{stem}.{suffix}"
+    for count in (2, 798):
+        one = np.zeros(1, np.int64)
+        records = Records((path,), (Stamp(0, 0, 0, 0),), (count,), one, one, one, one, np.array(["a"]), one)
+        expected = []
+        if says and int(parts[2]) != count:
+            expected = [
+                f"{path} has {count} records, but by its name {int(parts[2])}: "
+                "copy or download it again, or correct its name."
+            ]
+        assert miscounted(records) == expected
+
+
+def test_files_with_other_numbers_of_records_than_their_names_say(tmp_path: Path) -> None:
+    """Whatever is selected of them, from the index's cache too, and of each file once."""
+    root = write_dataset(tmp_path, {"train": 24, "val": 6}, files=2)
+    lost, extra = (root / "tfrecords-jpeg-40x40/train" / name for name in ("00-40x40-12.tfrec", "01-40x40-12.tfrec"))
+    assert not miscounted(load_split(root, "train"))
+    lost.write_bytes(lost.read_bytes()[: _start_of(lost, 7)])
+    extra.write_bytes(extra.read_bytes() + lost.read_bytes())
+    for _ in range(2):
+        records = load_split(root, "train")
+        for part in (records, records.select(np.arange(3)), concatenate([records, records.select(np.arange(1))])):
+            said = miscounted(part)
+            assert [sentence.partition(":")[0] for sentence in said] == [
+                f"{lost} has 7 records, but by its name 12",
+                f"{extra} has 19 records, but by its name 12",
+            ]
+        assert not miscounted(load_split(root, "val"))
+
+
+def _start_of(path: Path, number: int) -> int:
+    """Where a record's frame begins."""
+    data, position = path.read_bytes(), 0
+    for _ in range(number):
+        position += 16 + int.from_bytes(data[position : position + 8], "little")
+    return position

@@ -8,11 +8,14 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter, ImageOps
 
 from fastflower.data.pipeline import IMAGENET, Engine, Inputs, Normalization, View, build_decoder, build_pipeline
 from fastflower.data.records import load_split, read_image
@@ -205,14 +208,80 @@ def test_levels_are_those_of_the_filter_rounded(rows: tuple[int, int], columns: 
     np.testing.assert_array_equal(resize(picture, kept, flip=True), found[top:, left:][:, ::-1])
 
 
+def by_pil(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)).astype(int)
+
+
+def by_pil_with_border_repeated(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+    """As if what is at the border went on beyond it: one pixel more on each side is resized, and dropped."""
+    (rows, columns), n = picture.shape[:2], max(picture.shape) + 2
+    repeated = Image.fromarray(np.pad(picture, ((n, n), (n, n), (0, 0)), mode="edge"))
+    right, down = columns / width, rows / height
+    box = (n - right, n - down, n + columns + right, n + rows + down)
+    larger = np.asarray(repeated.resize((width + 2, height + 2), Image.Resampling.BILINEAR, box))
+    return larger[1:-1, 1:-1].astype(int)
+
+
+@given(
+    shape=st.tuples(st.integers(8, 150), st.integers(8, 150)),
+    resized=st.tuples(st.integers(4, 200), st.integers(4, 200)),
+    blur=st.sampled_from([0, 1, 4]),
+)
+@settings(deadline=None, max_examples=150)
+def test_levels_are_pils_but_for_the_border_of_what_shrinks(
+    shape: tuple[int, int], resized: tuple[int, int], blur: int
+) -> None:
+    """There they are PIL's for a picture whose border is repeated, which takes an eighth of the weight of each axis."""
+    noise = Image.fromarray(np.random.default_rng(sum(shape)).integers(0, 256, (*shape, 3), np.uint8))
+    picture = np.asarray(ImageOps.autocontrast(noise.filter(ImageFilter.GaussianBlur(blur))))
+    height, width = resized
+    found = resize(picture, Frame(height, width, 0, 0, height, width)).astype(int)
+    difference = np.abs(found - by_pil(picture, height, width))
+    assert difference[1:-1, 1:-1].max() <= 1
+    shrinks = [old > new for old, new in zip(shape, resized, strict=True)]
+    if not shrinks[0]:
+        assert difference[:, 1:-1].max() <= 1
+    if not shrinks[1]:
+        assert difference[1:-1].max() <= 1
+    assert difference.max() <= 1 + 255 * (1 - (7 / 8) ** sum(shrinks))
+    assert np.abs(found - by_pil_with_border_repeated(picture, height, width)).max() <= 1
+
+
+def drawn(width: int, height: int, seed: int) -> bytes:
+    rng, total = np.random.default_rng(seed), np.zeros((height, width, 3))
+    for side in (2, 4, 8, 16, 32, 64):
+        coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+        total += np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+    buffer = BytesIO()
+    picture = ImageOps.autocontrast(Image.fromarray((total * 255 / total.max()).astype(np.uint8)))
+    picture.save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("place", ["random", "center", "whole"])
+def test_the_border_is_dalis_and_differs_from_pils(place: str, threads: Executor) -> None:
+    """By some levels of pictures that have detail at all scales, as photographs do."""
+    encoded = [drawn(130, 100, seed) for seed in range(12)]
+    view = View(40, place)  # type: ignore[arg-type]
+    request = replace(random_request(len(encoded), 40, 40, 0), mirror=np.zeros(len(encoded), np.int32))
+    found = resampled(decode(encoded, request, view), request, view, threads)
+    assert_same(found, by_dali(encoded, request, view))  # all pixels, also of the border
+    differences = []
+    for data, one, crop_yx in zip(encoded, found, request.crop_yx, strict=True):
+        with Image.open(BytesIO(data)) as opened:
+            picture = np.asarray(opened)
+        kept = frame((100, 130), 40, crop_yx, view)
+        wanted = by_pil(picture, kept.height, kept.width)[kept.top :, kept.left :][: kept.rows, : kept.columns]
+        differences.append(np.abs(one.astype(int) - wanted))
+    assert max(each[1:-1, 1:-1].max() for each in differences) <= 1
+    assert 1 < max(each.max() for each in differences) <= 16
+
+
 @pytest.mark.parametrize("size", [20, 50, 64, 173, 400])
-def test_noise_is_resized_as_pil_does(size: int) -> None:
-    """But for the outermost pixels, which are shrunk from what lies beyond the border too: there PIL has no pixels."""
+def test_a_part_of_a_resized_picture_is_that_of_the_whole(size: int) -> None:
     picture = np.random.default_rng(size).integers(0, 256, (90, 130, 3), np.uint8)
     height, width = size, size * 130 // 90
-    wanted = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)).astype(int)
     found = resize(picture, Frame(height, width, 0, 0, height, width))
-    assert np.abs(found - wanted)[1:-1, 1:-1].max() <= 1
     part = resize(picture, Frame(height, width, height // 4, width // 5, height // 2, width // 3), flip=True)
     kept = found[height // 4 :, width // 5 :][: height // 2, : width // 3]
     np.testing.assert_array_equal(part, kept[:, ::-1])

@@ -90,6 +90,8 @@ def test_statistics_are_cached_and_name_a_bad_picture(small: Path, monkeypatch: 
         again = pixel_statistics(records, Engine())
         assert again.normalization == first.normalization
         np.testing.assert_array_equal(again.covariance, first.covariance, strict=True)
+        with pytest.raises(pytest.fail.Exception, match="measured again"):
+            pixel_statistics(records, Engine("gpu", 0))  # whose decoder is another
         patch.setattr("fastflower.data.stats.code_digest", lambda *_: "another")
         with pytest.raises(pytest.fail.Exception, match="measured again"):
             pixel_statistics(records, Engine())

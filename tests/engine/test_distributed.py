@@ -6,16 +6,18 @@ import json
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
-from tests.conftest import TinyNet, example, fastflower, jpeg, torchrun, train_arguments, write_dataset
+from tests.conftest import TinyNet, example, fastflower, torchrun, train_arguments, write_dataset
 from tests.engine.test_choices import EVERYTHING
 from tests.engine.test_run import assert_same_run, rows
 
@@ -103,11 +105,18 @@ def test_ranks_stay_alike_with_every_choice_on_and_go_on_after_a_signal(
     assert_same_run(whole, stopped)
 
 
+def cut_tiff() -> bytes:
+    """A picture with a sound header, of which only the decoder can tell that it is no whole one."""
+    buffer = BytesIO()
+    Image.new("RGB", (40, 40)).save(buffer, "TIFF")
+    return buffer.getvalue()[:2000]
+
+
 def test_a_bad_record_on_one_rank_stops_all(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "data", {"train": 48, "val": 4})
     records = [example(i, 0) for i in range(4)]
-    records[1]["image"] = jpeg(40, 40)[:300]  # record 1 of the split is rank 1's
-    write_tfrecord(root / "tfrecords-jpeg-40x40/val/00-40x40-2.tfrec", records)
+    records[1]["image"] = cut_tiff()  # record 1 of the split is rank 1's
+    write_tfrecord(root / "tfrecords-jpeg-40x40/val/00-40x40-4.tfrec", records)
     began = time.monotonic()
     result = train_in_ranks(*train_arguments(root, tmp_path / "run"), "--train.epochs", "1")
     assert result.returncode != 0

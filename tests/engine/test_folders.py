@@ -128,11 +128,9 @@ def test_listed_records_neither_train_nor_validate(tmp_path: Path, monkeypatch: 
     bad[0].write_bytes(jpeg(40, 40)[:300])
     bad[1].write_bytes(b"")
     run = tmp_path / "run"
-    for options in ((), ("--data.mean", 0.5, 0.5, 0.5, "--data.std", 0.2, 0.2, 0.2)):  # found by measuring or training
-        refused = fastflower(*train_arguments(root, run), *ONE_EPOCH, "--train.batch_size", 18, *options, "--overwrite")
-        assert refused.code == 2
-        assert f"error: {bad[0]} cannot be decoded as a picture (300 bytes)" in refused.err
-        assert "Traceback" not in refused.err
+    refused = fastflower(*train_arguments(root, run), *ONE_EPOCH)
+    assert refused.code == 2
+    assert f"{bad[0]} (300 bytes); {bad[1]} (0 bytes)." in refused.err
     problems = [{"kind": "image", "file": str(path), "record": 0, "id": "", "split": ""} for path in bad]
     (tmp_path / "skip.json").write_text(json.dumps({"problems": problems[:1]}))
     monkeypatch.chdir(tmp_path)

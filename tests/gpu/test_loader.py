@@ -101,6 +101,21 @@ def test_an_epoch_that_is_left_early_leaves_the_loader_usable(pictures: Records)
     assert all(torch.equal(batch.images, images) for batch, images in zip(epoch(made), whole, strict=True))
 
 
+def test_epochs_that_are_open_at_once_are_those_that_come_one_after_another(pictures: Records) -> None:
+    made = loader(pictures, View(128, "random"), on_gpu=True)
+    alone = [batch.images.clone() for batch in epoch(made)]
+    first, second = epoch(made), epoch(made)
+    turns = [first, first, second, second, first, second, second, second, first, first, second, first]
+    found = {id(first): [], id(second): []}  # type: dict[int, list[torch.Tensor]]
+    for each in turns:
+        found[id(each)].append(next(each).images.clone())
+    first.close()  # type: ignore[attr-defined]
+    found[id(second)] += [batch.images.clone() for batch in second]
+    for images in found.values():
+        assert all(torch.equal(one, other) for one, other in zip(images, alone, strict=False))
+    assert len(found[id(second)]) == len(alone)
+
+
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_color_shift_is_that_of_the_cpu(pictures: Records, on_gpu: bool) -> None:
     """Decoded on the CPU and normalized on the GPU, or both on the GPU."""

@@ -1,0 +1,140 @@
+"""What the bytes of records are: a digest of each, and whether it is a picture; each is read once, whoever asks.
+
+The answers are kept in the user's cache folder record by record, so that another selection of the same files (another
+fold, another size, what is left of a split) asks for none of them again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from nvidia import nvimgcodec
+
+from fastflower.data import decoding
+from fastflower.data.decoding import is_sound, undecodable
+from fastflower.data.records import Records, read_image
+from fastflower.data.stamp import file_keys, require_unchanged
+from fastflower.files import atomic_write, cache_dir, code_digest
+
+CHUNK = 256  # records that a thread reads in one go
+_ROW = np.dtype([("key", np.uint64), ("digest", np.uint64), ("sound", np.bool_)])
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What records hold."""
+
+    digests: np.ndarray  # [n] uint64, see `digest`
+    sound: np.ndarray  # [n] bool: it begins as a picture and is not cut off
+
+
+def contents_of(records: Records, progress: Progress | None = None) -> Contents:
+    """What each record holds; those that are not known yet are read, by all cores.
+
+    Args:
+        records: each with an image.
+        progress: takes records read and to read.
+
+    Raises:
+        UserError: a record cannot be read, or its file changes meanwhile.
+    """
+    rows = np.zeros(len(records), _ROW)
+    rows["key"] = _keys(records)
+    shards = _shards(records)
+    kept = {path: _load(path) for path in shards}
+    known = np.zeros(len(records), bool)
+    for path, chosen in shards.items():
+        keys, there = rows["key"][chosen], kept[path]
+        found = np.isin(keys, there["key"])
+        rows[chosen[found]] = there[np.searchsorted(there["key"], keys[found])]
+        known[chosen] = found
+    missing = np.flatnonzero(~known)
+    if len(missing):
+        rows["digest"][missing], rows["sound"][missing] = _read(records, missing, progress)
+    for path, chosen in shards.items():
+        if not known[chosen].all():
+            together = np.append(kept[path], rows[chosen])
+            _, first = np.unique(together["key"], return_index=True)
+            with contextlib.suppress(OSError), atomic_write(path) as file:
+                np.save(file, together[first])
+    return Contents(rows["digest"], rows["sound"])
+
+
+def content_digests(records: Records, progress: Progress | None = None) -> np.ndarray:
+    """The digest of each record's encoded picture, [n] uint64; see `contents_of`."""
+    return contents_of(records, progress).digests
+
+
+def require_pictures(splits: Sequence[Records], progress: Progress | None = None) -> None:
+    """Raise UserError that names the records of some splits whose bytes are no picture; see `contents_of`."""
+    bad = []
+    for records in splits:
+        bad += [(records, index) for index in np.flatnonzero(~contents_of(records, progress).sound).tolist()]
+    if bad:
+        raise undecodable(*bad)
+
+
+def digest(encoded: np.ndarray) -> int:
+    """Of the bytes of an encoded picture, below 2**64: equal for the same bytes, and for others in no data set."""
+    return int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest())
+
+
+def _read(records: Records, indices: np.ndarray, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
+    def read(start: int) -> list[tuple[int, bool]]:
+        pictures = (read_image(records, index) for index in indices[start : start + CHUNK].tolist())
+        return [(digest(encoded), is_sound(encoded)) for encoded in pictures]
+
+    digests, sound = np.zeros(len(indices), np.uint64), np.zeros(len(indices), bool)
+    done = 0
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # hashing and reading leave Python's lock
+        for part in threads.map(read, range(0, len(indices), CHUNK)):
+            for each in part:
+                digests[done], sound[done] = each
+                done += 1
+                if progress:
+                    progress(done, len(indices))
+    for number in np.unique(records.file[indices]).tolist():
+        require_unchanged(records.files[number], records.stamps[number])
+    return digests, sound
+
+
+def _keys(records: Records) -> np.ndarray:
+    """Of each record a number that no other has, in any file: [n] uint64."""
+    files = np.array([int.from_bytes(key[:8]) for key in file_keys(records.files, records.stamps)], np.uint64)
+    return files[records.file] + records.offset.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # odd: one to one
+
+
+def _shards(records: Records) -> dict[Path, np.ndarray]:
+    """The cache's files, one for each folder of folders, and which of the records they are for."""
+    code = code_digest(__file__, decoding.__file__) + nvimgcodec.__version__
+
+    @functools.cache
+    def shard(folder: str) -> Path:
+        above = os.path.dirname(os.path.realpath(folder))
+        return (
+            cache_dir() / "contents" / f"{hashlib.blake2b(os.fsencode(code + above), digest_size=16).hexdigest()}.npy"
+        )
+
+    of_file = [shard(os.path.dirname(path)) for path in records.files]
+    number = {path: i for i, path in enumerate(dict.fromkeys(of_file))}
+    of_record = np.array([number[path] for path in of_file], np.int64)[records.file]
+    return {path: chosen for path, i in number.items() if len(chosen := np.flatnonzero(of_record == i))}
+
+
+def _load(path: Path) -> np.ndarray:
+    """Rows of `_ROW`, sorted by key."""
+    with contextlib.suppress(OSError, ValueError, EOFError):
+        found = np.load(path, allow_pickle=False)
+        if found.dtype == _ROW and found.ndim == 1:
+            return found
+    return np.zeros(0, _ROW)
