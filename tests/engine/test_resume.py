@@ -73,10 +73,10 @@ def test_going_on_from_an_older_checkpoint_takes_later_rows_and_steps_back(small
     older.write_bytes((run / "checkpoints/last.pt").read_bytes())
     for _ in range(2):
         assert fastflower("train", "--resume", older, "--train.epochs", "3").code == 0
-    assert [row["epoch"] for row in rows(run)] == [0, 1, 2]
+    assert [row["epoch"] for row in rows(run)] == [1, 2, 3]
     events = EventAccumulator(str(run))
     events.Reload()
-    assert [scalar.step for scalar in events.Scalars("loss/val")] == [0, 1, 2]
+    assert [scalar.step for scalar in events.Scalars("loss/val")] == [1, 2, 3]
     assert fastflower(*train_arguments(small, whole), "--train.epochs", "3").code == 0
     assert without_times(run) == without_times(whole)
 
