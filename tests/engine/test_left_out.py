@@ -20,7 +20,6 @@ pytestmark = pytest.mark.usefixtures("tiny_net")
 
 COUNT = 50  # six batches of 8, and two records that do not come in an epoch
 GIVEN = ("--data.mean", 0.5, 0.5, 0.5, "--data.std", 0.2, 0.2, 0.2)  # else measuring finds a bad record at once
-IGNORED = ("train_records", "val_records", "config")
 
 
 def undecodable() -> bytes:
