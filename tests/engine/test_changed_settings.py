@@ -13,6 +13,7 @@ import pytest
 
 from fastflower.engine import train as training
 from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.engine.progress import Display
 from fastflower.engine.schedule import Schedule
 from tests.conftest import Result, TinyNet, fastflower, train_arguments, write_dataset
 from tests.engine.test_run import assert_same_run, rows
@@ -29,6 +30,7 @@ class Trained:
 
     pictures: dict[int, list[int]] = field(default_factory=dict)  # by epoch from 0, in turn
     times: list[float] = field(default_factory=list)  # epochs done, as the schedule sees them
+    bars: list[list[int]] = field(default_factory=list)  # of each progress bar: its length, and where it came to
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,15 @@ def record(patch: pytest.MonkeyPatch) -> Trained:
         trained.times.append(epochs_done)
         before(self, epochs_done)
 
+    def begun(self: Display, description: str, total: int, completed: int = 0) -> None:
+        trained.bars.append([total, completed])
+
+    def advanced(self: Display, steps: int = 1) -> None:
+        trained.bars[-1][1] += steps
+
     patch.setattr(training, "training_step", recorded)
+    patch.setattr(Display, "task", begun)
+    patch.setattr(Display, "advance", advanced)
     patch.setattr(Schedule, "before_step", noted)
     return trained
 
@@ -152,6 +162,7 @@ def test_a_changed_setting_goes_on_to_the_end_with_each_picture_once(
         assert COUNT - batch < len(pictures) <= COUNT
         assert change == "balanced classes" or len(set(pictures)) == len(pictures)
     assert_within_epochs(trained.times, range(place == "end", epochs))
+    assert all(total == reached for total, reached in trained.bars)
     assert ("begins anew, since its records come in another order" in result.out) == (
         change in ANEW and place == "middle"
     )
