@@ -39,8 +39,10 @@ from fastflower.predict import hand_in, predictions_of
 from fastflower.predictions import Predictions, sort_by_id, write_predictions
 
 FIGURES = ("loss", "accuracy", "top5", "macro_f1")
-# Settings that may differ between the folds, and from call to call: what is computed stays the same.
+# Settings that may differ between the folds, and from call to call: what is computed stays the same, but for records
+# that turn out to be bad, and are left out from there on.
 HARMLESS = (
+    "data.skip",
     *("device", "data.decoder", "data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load"),
     *("train.compile", "train.compile_mode", "train.log_every", "train.profile"),
 )

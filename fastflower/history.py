@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastflower.config import build, load_yaml
-from fastflower.engine.run import RunFolder
+from fastflower.engine.run import RunFolder, read_rows
 from fastflower.errors import UserError
 
 TAGS = {
@@ -127,26 +126,19 @@ def _column(rows: Iterable[Row], key: str) -> np.ndarray:
 
 
 def _metrics_rows(folder: RunFolder) -> dict[int, Row]:
-    """Rows of metrics.jsonl by epoch from 1; lines that a kill or a full disk cut off are left out."""
-    if not folder.metrics.is_file():
-        return {}
-    rows: dict[int, dict[str, Any]] = {}
-    for line in folder.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        rows[row["epoch"] + 1] = row
+    """Rows of metrics.jsonl by epoch from 1."""
+    rows: dict[int, dict[str, Any]] = {row["epoch"]: row for row in read_rows(folder.metrics)}
     batch = None
-    if folder.config.is_file():
+    if rows and folder.config.is_file():
         batch = build(load_yaml(folder.config), str(folder.config)).train.batch_size
-    before = {"step": 0}
-    for epoch, row in sorted(rows.items()):
-        if batch and (epoch == 1 or epoch - 1 in rows):
-            row["training_s"] = _training_s(row, (row["step"] - before["step"]) * batch)
+    done = {0: 0} | {epoch: row["step"] for epoch, row in rows.items()}
+    steps = {epoch: done[epoch] - done[epoch - 1] for epoch in rows if epoch - 1 in done}
+    for epoch, row in rows.items():
+        # the batch is that of the last epoch; one of another number of steps had another
+        if batch and epoch in steps and steps[epoch] == steps.get(max(rows)):
+            row["training_s"] = _training_s(row, steps[epoch] * batch)
         row["waited_s"] = row["data_wait"] * row["epoch_s"]
-        before = row
-    return dict(sorted(rows.items()))
+    return dict(rows)
 
 
 def _training_s(row: Row, pictures: int) -> float | None:
@@ -175,7 +167,7 @@ def _event_rows(path: Path) -> dict[int, Row]:
         trained = times[step].get("train_loss", ended)
         if ended - trained > TOGETHER_S:
             rows[step]["training_s"] = trained - began
-    first = 1 if 0 in rows else 0  # ours count from 0; others may count from 1
+    first = 1 if 0 in rows else 0  # earlier versions counted from 0
     return {step + first: rows[step] for step in sorted(rows)}
 
 

@@ -20,6 +20,7 @@ from fastflower.engine.lock import own_folder
 from fastflower.engine.meters import TrainingSums
 from fastflower.predictions import read_predictions
 from tests.conftest import ROOT, example, fastflower, torchrun, train_arguments, write_dataset
+from tests.engine.test_left_out import GIVEN, checked, spoil
 from tests.engine.test_resume import signal_at
 from tests.engine.test_run import rows, without_times
 
@@ -105,6 +106,17 @@ def test_finished_folds_are_not_trained_again_and_a_stopped_one_goes_on(
     assert again.code == 0
     assert again.out.count("is finished") == 3
     assert {path: path.stat().st_mtime_ns for path in stopped.glob("fold-*/checkpoints/*")} == before
+
+
+def test_a_record_that_cannot_be_decoded_is_left_out_of_folds_that_have_begun(tmp_path: Path, tiny_net: None) -> None:
+    root = spoil(write_dataset(tmp_path / "data", {"train": 1, "val": 9}, first=1000), "train", 33, 20)
+    run = tmp_path / "cv"
+    failed = fastflower(*arguments(root, run, *GIVEN))
+    assert failed.code == 2
+    assert "record 20 (id 000020) cannot be decoded" in failed.err
+    assert (run / "fold-0/checkpoints/last.pt").is_file()
+    found = cross_validated(root, run, *GIVEN, "--data.skip", checked(root, tmp_path / "bad.json"))
+    assert found["together"]["n"] == 41
 
 
 def test_other_settings_are_refused_unless_the_folds_are_replaced(data: Path, tmp_path: Path, tiny_net: None) -> None:

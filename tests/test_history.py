@@ -23,7 +23,7 @@ BATCH = 64
 
 def row(epoch: int, **figures: float | None) -> dict[str, float | None]:
     """A line of metrics.jsonl: 10 steps of 64 pictures in 8 s, 2 s of validation, 1 s of waiting."""
-    known: dict[str, float | None] = {"epoch": epoch, "step": 10 * (epoch + 1), "lr": 0.1}
+    known: dict[str, float | None] = {"epoch": epoch, "step": 10 * epoch, "lr": 0.1}
     losses: dict[str, float | None] = {"train_loss": 2.0, "train_accuracy": 0.4, "val_loss": 3.0, "val_accuracy": 0.3}
     times: dict[str, float | None] = {"images_per_s": 80.0, "epoch_s": 10.0, "data_wait": 0.1}
     return known | losses | {"val_top5": 0.6, "val_macro_f1": 0.2} | times | figures
@@ -39,7 +39,7 @@ def write_run(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 def with_accuracies(path: Path, accuracies: Sequence[float | None]) -> History:
     """A run with these validation accuracies."""
-    write_run(path, [row(epoch, val_accuracy=value) for epoch, value in enumerate(accuracies)])
+    write_run(path, [row(epoch, val_accuracy=value) for epoch, value in enumerate(accuracies, start=1)])
     return read_history(path, path.name)
 
 
@@ -52,6 +52,18 @@ def test_a_run_folder_gives_its_figures_by_epoch_from_1(tmp_path: Path) -> None:
     assert (median(run.epoch_s), median(run.training_s), median(run.waited_s)) == (10, 8, 1)
 
 
+def test_a_log_of_an_earlier_version_counts_from_0(tmp_path: Path) -> None:
+    rows = [row(epoch, val_accuracy=value) | {"epoch": epoch - 1} for epoch, value in ((1, 0.2), (2, 0.5))]
+    run = read_history(write_run(tmp_path / "run", rows), "run")
+    assert (run.epochs.tolist(), run.best, median(run.training_s)) == ([1, 2], (0.5, 2), 8)
+
+
+def test_epochs_of_another_batch_size_have_no_training_time(tmp_path: Path) -> None:
+    halves = [row(1, step=20), row(2, step=40)]  # of 32 pictures a step, before a resumed run's were 64
+    folder = write_run(tmp_path / "run", [*halves, row(3, step=50), row(4, step=60)])
+    assert np.isnan(read_history(folder, "run").training_s).tolist() == [True, True, False, False]
+
+
 def test_what_was_not_measured_is_nan(tmp_path: Path) -> None:
     run = with_accuracies(tmp_path / "final", [None, None])
     assert np.isnan(run.val_accuracy).all()
@@ -60,19 +72,21 @@ def test_what_was_not_measured_is_nan(tmp_path: Path) -> None:
 
 
 def test_an_epoch_that_was_resumed_in_its_middle_has_no_training_time(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", [row(0), row(1, epoch_s=5.0), row(2)])  # 8 s of training are not in 5
+    folder = write_run(tmp_path / "run", [row(1), row(2, epoch_s=5.0), row(3)])  # 8 s of training are not in 5
     assert np.isnan(read_history(folder, "run").training_s).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("rest", ['{"epoch": 2, "tra', "\0\0\0", "\n"])
+@pytest.mark.parametrize("rest", ['{"epoch": 3, "tra', "\0\0\0", "\n"])
 def test_lines_that_were_cut_off_are_left_out(rest: str, tmp_path: Path) -> None:
-    folder = RunFolder(write_run(tmp_path / "run", [row(0), row(1)]))
+    folder = RunFolder(write_run(tmp_path / "run", [row(1), row(2)]))
     folder.metrics.write_text(folder.metrics.read_text() + rest)
     assert read_history(folder.path, "run").epochs.tolist() == [1, 2]
 
 
 def learning_rates(tmp_path: Path, lrs: Sequence[float]) -> History:
-    folder = write_run(tmp_path / f"{len(list(tmp_path.iterdir()))}", [row(e, lr=lr) for e, lr in enumerate(lrs)])
+    folder = write_run(
+        tmp_path / f"{len(list(tmp_path.iterdir()))}", [row(e, lr=lr) for e, lr in enumerate(lrs, start=1)]
+    )
     return read_history(folder, "run")
 
 
@@ -96,7 +110,7 @@ def test_a_smooth_schedule_has_no_drops(schedule: str, epochs: int, tmp_path: Pa
 def test_events_give_the_same_as_the_run_folder_that_wrote_them(tmp_path: Path) -> None:
     folder = RunFolder(write_run(tmp_path / "run", []))
     log = RunLog(folder, 0)
-    for epoch in range(3):
+    for epoch in range(1, 4):
         log.write(row(epoch, lr=0.1 / 10**epoch, val_accuracy=0.25 * epoch))
 
     expected = read_history(folder.path, "run")
@@ -156,7 +170,7 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 
 
 def test_names_are_as_long_as_tells_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    paths = [write_run(tmp_path / name, [row(0)]) for name in ("a/x/run", "b/x/run", "b/other")]
+    paths = [write_run(tmp_path / name, [row(1)]) for name in ("a/x/run", "b/x/run", "b/other")]
     monkeypatch.chdir(paths[2])
     runs = read_histories([*paths[:2], Path("."), paths[0] / ".." / "run"])
     assert [run.name for run in runs] == ["a/x/run", "b/x/run", "other"]

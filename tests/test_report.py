@@ -113,7 +113,7 @@ def test_the_page_loads_nothing(seed_report: Report) -> None:
 
 def test_names_are_shown_and_never_run(tmp_path: Path) -> None:
     names = ["<script>alert(1)<", '"><img src=x onerror=alert(1)>', "a & b", "$rows $x^2$"]
-    folders = [write_run(tmp_path / name, [row(0)]) for name in names]
+    folders = [write_run(tmp_path / name, [row(1)]) for name in names]
     page = Page(write_report(folders, tmp_path / "out").page)
     assert [tag for tag, _ in page.tags].count("script") == 1
     assert all("onerror" not in attributes for _, attributes in page.tags)
@@ -143,7 +143,7 @@ def test_runs_that_reach_an_accuracy_together_lead_together(tmp_path: Path) -> N
 
 
 def test_a_final_fit_has_curves(tmp_path: Path) -> None:
-    rows = [row(epoch, val_loss=None, val_accuracy=None, val_top5=None, val_macro_f1=None) for epoch in range(3)]
+    rows = [row(epoch, val_loss=None, val_accuracy=None, val_top5=None, val_macro_f1=None) for epoch in range(1, 4)]
     report = write_report([write_run(tmp_path / "final", rows)], tmp_path / "out")
     assert report.rows["final"]["best val accuracy"] is None
     assert report.rows["final"]["final train accuracy"] == 0.4
@@ -209,7 +209,7 @@ def test_throughput_is_drawn_where_there_are_results(tmp_path: Path) -> None:
         "model: a CPU, 2 cores, step": {name.removesuffix(", step"): 50 + place for place, name in enumerate(steps)},
         "": {},  # of the grid
     }
-    run = write_run(tmp_path / "run", [row(0)])
+    run = write_run(tmp_path / "run", [row(1)])
     write_report([run], tmp_path / "out", file)
     assert (tmp_path / "out" / "throughput.svg").is_file()
 
@@ -240,7 +240,7 @@ def test_runs_differ_in_lightness_and_in_marker(count: int) -> None:
 
 
 def test_learning_rate_drops_are_marked(tmp_path: Path) -> None:
-    rows = [row(epoch, lr=0.1 if epoch < 2 else 0.01) for epoch in range(4)]
+    rows = [row(epoch, lr=0.1 if epoch < 3 else 0.01) for epoch in range(1, 5)]
     (run,) = read_histories([write_run(tmp_path / "run", rows)])
     for axes in plot_curves([run]).axes:
         marks = [
@@ -255,7 +255,7 @@ def test_learning_rate_drops_are_marked(tmp_path: Path) -> None:
 
 
 def test_an_epochs_time_adds_up(tmp_path: Path) -> None:
-    (run,) = read_histories([write_run(tmp_path / "run", [row(0), row(1)])])
+    (run,) = read_histories([write_run(tmp_path / "run", [row(1), row(2)])])
     axes = plot_epoch_time([run]).axes[0]
     spans = [(patch.get_x(), patch.get_width()) for patch in axes.patches]  # type: ignore[attr-defined]
     assert spans == [(0, 8), (8, 2), (0, 1)]  # training, validation, waiting
@@ -305,9 +305,9 @@ addEventListener("load", async () => {
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="needs chromium")
 def test_a_browser_shows_the_pictures_and_sorts_the_table(tmp_path: Path) -> None:
-    a = write_run(tmp_path / "run10", [row(epoch, val_accuracy=0.3 + 0.1 * epoch) for epoch in range(12)])
-    b = write_run(tmp_path / "run9", [row(epoch, val_accuracy=0.25) for epoch in range(9)])
-    c = write_run(tmp_path / "final", [row(epoch, val_accuracy=None) for epoch in range(100)])
+    a = write_run(tmp_path / "run10", [row(epoch, val_accuracy=0.2 + 0.1 * epoch) for epoch in range(1, 13)])
+    b = write_run(tmp_path / "run9", [row(epoch, val_accuracy=0.25) for epoch in range(1, 10)])
+    c = write_run(tmp_path / "final", [row(epoch, val_accuracy=None) for epoch in range(1, 101)])
     report = write_report([a, b, c], tmp_path / "out")
     probed = tmp_path / "probed.html"
     probed.write_text(report.page.read_text().replace("</body>", f"{PROBE}</body>"))

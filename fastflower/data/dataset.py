@@ -20,7 +20,7 @@ from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import Engine, Normalization, View
 from fastflower.data.records import Records, concatenate, miscounted
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
-from fastflower.data.sources import class_list, join, leave_out, load_parts
+from fastflower.data.sources import class_list, is_listed, join, load_parts
 from fastflower.data.stats import pixel_statistics
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
@@ -55,7 +55,9 @@ class Dataset:
     train: Records
     val: Records | None  # None where training takes both splits
     classes: list[str]
-    left_out: int = 0  # records of both that data.skip lists
+    whole: Records  # what would train if data.skip listed nothing
+    kept: np.ndarray  # [n] bool, which of `whole` train
+    left_out: int = 0  # records of both splits that data.skip lists
 
 
 def open_dataset(data: Data, seed: int, progress: Progress | None = None) -> Dataset:
@@ -73,14 +75,14 @@ def open_dataset(data: Data, seed: int, progress: Progress | None = None) -> Dat
     train, val = join(train_parts, classes), join(val_parts, classes)
     for records in (train, val):
         records.require_classes(len(classes))
-    left_out = 0
-    if data.skip:
-        before = len(train) + len(val)
-        train, val = leave_out(train, data.skip), leave_out(val, data.skip)
-        left_out = before - len(train) - len(val)
+    train_kept, val_kept = (
+        ~is_listed(records, data.skip) if data.skip else np.ones(len(records), bool) for records in (train, val)
+    )
+    left_out = int((~train_kept).sum() + (~val_kept).sum())
     if data.train_on == "train+val":
-        return Dataset(concatenate([train, val]), None, classes, left_out)
-    return Dataset(train, val, classes, left_out)
+        whole, kept = concatenate([train, val]), np.concatenate([train_kept, val_kept])
+        return Dataset(whole.select(kept), None, classes, whole, kept, left_out)
+    return Dataset(train.select(train_kept), val.select(val_kept), classes, train, train_kept, left_out)
 
 
 def look_over(dataset: Dataset, progress: Progress | None = None) -> list[str]:
@@ -153,13 +155,18 @@ class TrainingBatches:
     seed: int
     global_batch: int
     ranks: Ranks
+    kept: np.ndarray  # [n] bool, which records of the whole table these are; it decides the order
     balanced: bool = False
     lighting: np.ndarray | None = None
 
     @property
     def steps(self) -> int:
         """Steps in an epoch; the incomplete last batch is dropped."""
-        return len(self.loader.records) // self.global_batch
+        return self.left(0)
+
+    def left(self, position: int) -> int:
+        """Steps in the rest of an epoch from `position` of its order, wherever that is."""
+        return max(len(self.loader.records) - position, 0) // self.global_batch
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches of `epoch` (from 0) from position `start` of its order."""
@@ -172,6 +179,7 @@ class TrainingBatches:
             start=start,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
+            kept=self.kept,
             labels=self.loader.records.labels if self.balanced else None,
             lighting=self.lighting,
         )
@@ -236,12 +244,13 @@ def training_batches(
     *,
     batch_size: int,
     seed: int,
+    kept: np.ndarray | None = None,
     lighting: np.ndarray | None = None,
     decoded: Decoded | None = None,
 ) -> TrainingBatches:
     """Random scale, crop and flip, and the color shift of `choose_lighting`, in an order that changes each epoch.
 
-    `decoded` has the pictures' pixels, where they are in memory.
+    `kept` ([n] bool) says which of a larger table the records are; `decoded` has their pixels, if they are in memory.
 
     A split smaller than `batch_size` (over all ranks) is trained in one batch of its size.
 
@@ -257,8 +266,9 @@ def training_batches(
             )
     view = View(data.crop, "random")
     loader = Loader(records, view, normalization, engine, device, share, read_ahead=data.prefetch, decoded=decoded)
+    kept = np.ones(len(records), bool) if kept is None else kept
     balanced = data.sampling == "balanced"
-    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, ranks, balanced, lighting)
+    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, ranks, kept, balanced, lighting)
 
 
 def evaluation_batches(

@@ -33,7 +33,11 @@ def identity(records: Records, progress: Callable[[int, int], None] | None = Non
     Raises:
         UserError: a record cannot be read.
     """
-    ids = os.fsencode("\0".join(records.ids.tolist()))
-    names = hashlib.blake2b(ids + records.labels.tobytes(), digest_size=8)
     content = hashlib.blake2b(content_digests(records, progress).tobytes(), digest_size=8)
-    return Identity(len(records), names.hexdigest(), content.hexdigest())
+    return Identity(len(records), names_digest(records), content.hexdigest())
+
+
+def names_digest(records: Records) -> str:
+    """The digest of their ids and classes, in their order, for which none is read."""
+    ids = os.fsencode("\0".join(records.ids.tolist()))
+    return hashlib.blake2b(ids + records.labels.tobytes(), digest_size=8).hexdigest()

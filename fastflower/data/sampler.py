@@ -44,6 +44,7 @@ def training_requests(
     start: int = 0,
     rank: int = 0,
     world_size: int = 1,
+    kept: np.ndarray | None = None,
     labels: np.ndarray | None = None,
     lighting: np.ndarray | None = None,
 ) -> Iterator[Request]:
@@ -60,14 +61,17 @@ def training_requests(
         start: position in the epoch.
         rank: whose batches.
         world_size: ranks.
+        kept: [n] bool, which of a larger table these records are; None = it is theirs alone.
         labels: [count] classes, for an order in which all classes come equally often; None = each record once.
         lighting: [3, 3], a column for each independent direction of the color shift, as long as its standard deviation
             in RGB of [0, 1]; None = colors as they are.
     """
-    if labels is None:
-        order = permutation(count, seed=seed, epoch=epoch)
-    else:
+    if labels is not None:
         order = balanced_order(labels, seed=seed, epoch=epoch)
+    elif kept is not None:
+        order = kept_order(kept, seed=seed, epoch=epoch)
+    else:
+        order = permutation(count, seed=seed, epoch=epoch)
     share = global_batch // world_size
     for position in range(start, count - global_batch + 1, global_batch):
         first = position + rank * share
@@ -124,6 +128,25 @@ def permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
     It sorts raw generator output, which numpy keeps the same over its versions (Generator.permutation is not).
     """
     return np.argsort(_raw(count, seed=seed, epoch=epoch, use=_ORDER), kind="stable")
+
+
+def kept_order(kept: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch of those records of a table that are `kept` ([n] bool): their numbers among themselves.
+
+    They come in the order that they have in the whole table's, whichever others are kept.
+    """
+    order = permutation(len(kept), seed=seed, epoch=epoch)
+    return (np.cumsum(kept) - 1)[order[kept[order]]]
+
+
+def moved_position(position: int, before: np.ndarray, now: np.ndarray, *, seed: int, epoch: int) -> int:
+    """Where an epoch goes on, in which other records of a table are kept `now` than were `before` (both [n] bool).
+
+    What had come does not come again, and the rest of the whole table's order does, as far as it is kept now.
+    """
+    order = permutation(len(before), seed=seed, epoch=epoch)
+    done = int(np.searchsorted(np.cumsum(before[order]), position)) + 1 if position else 0
+    return int(now[order[:done]].sum())
 
 
 def balanced_order(labels: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:

@@ -164,7 +164,12 @@ def load_pictures(data: Data, splits: Sequence[str], *, seed: int) -> Records:
 
 
 def leave_out(records: Records, skip: Path) -> Records:
-    """Without the records that a file of what `fastflower data check --json` printed lists.
+    """Without the records that data.skip lists; see `is_listed`."""
+    return records.select(~is_listed(records, skip))
+
+
+def is_listed(records: Records, skip: Path) -> np.ndarray:
+    """Which records a file of what `fastflower data check --json` printed lists, [n] bool.
 
     Raises:
         UserError: it is no such file, or it lists all of them.
@@ -177,7 +182,7 @@ def leave_out(records: Records, skip: Path) -> Records:
         bad[i] = (suspects[records.file[i]], records.number[i]) in listed
     if bad.all():
         raise UserError(f"{skip} lists every record of a split, which leaves nothing: shorten it or drop data.skip.")
-    return records.select(~bad)
+    return bad
 
 
 def _listed(skip: Path) -> set[tuple[Path, int]]:

@@ -20,12 +20,13 @@ from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
 from fastflower.engine.rehearsal import rehearse
+from fastflower.engine.resume import restore
 from fastflower.engine.run import RunFolder
 from fastflower.engine.scores import figures, score
-from fastflower.engine.setup import prepare, restore
+from fastflower.engine.setup import prepare
 from fastflower.engine.state import State
 from fastflower.engine.testing import Testing, load_split, session
-from fastflower.engine.train import complete, train
+from fastflower.engine.train import complete, train, why_ended
 from fastflower.engine.trained import Trained, open_trained
 from fastflower.environment import environment
 from fastflower.errors import UserError
@@ -83,13 +84,15 @@ def train_into(
     """Train in these processes, into a folder that is theirs (`own_folder`); see `train_run`.
 
     Raises:
-        UserError: see `prepare`, `restore` and `fastflower.engine.train.train`; or the folder cannot be written.
+        UserError: see `prepare`, `fastflower.engine.resume.restore` and `fastflower.engine.train.train`; or the folder
+            cannot be written.
     """
     display = Display(console, shown=ranks.is_main)
     saved = load_checkpoint(checkpoint, resumed=True) if checkpoint else None
     with display:
         setup, state = prepare(config, device, ranks, display, saved)
-    note = restore(state, setup, checkpoint, saved, display) if checkpoint and saved else None
+    note = restore(state, setup, folder, checkpoint, saved, display) if checkpoint and saved else None
+    end = why_ended(setup, state)
     with ranks.together(), folder.writing():
         if ranks.is_main:
             folder.clear_temporaries()
@@ -97,11 +100,12 @@ def train_into(
                 complete(folder, saved)
             else:
                 folder.clear()
-            folder.write_config(setup.config, note)
-            folder.write_environment(environment(device) | {"world_size": ranks.world_size, "step": state.step})
+            if not end:
+                folder.write_config(setup.config, note)
+                folder.write_environment(environment(device) | {"world_size": ranks.world_size, "step": state.step})
     display.say(f"Run folder: {folder.path}")
-    if state.epoch >= config.train.epochs:
-        display.say(f"All {config.train.epochs} epochs are done; give a larger --train.epochs to go on.")
+    if end:
+        display.say(end)
         return None
     with display:
         received = train(setup, state, folder, display)
@@ -115,7 +119,7 @@ def train_into(
 def _outcome(state: State, config: Config, folder: RunFolder) -> str:
     """What a run has come to, and where it is."""
     if state.best_epoch < 0:
-        return f"No epoch is complete yet: {folder.last}"
+        return f"Stopped before an epoch's end: {folder.last}"
     if state.best is None:
         return f"Last epoch: {folder.best}"
     return f"Best validation {config.train.best.replace('_', ' ')} {state.best:.4f}: {folder.best}"

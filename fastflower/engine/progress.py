@@ -113,7 +113,7 @@ class Display:
             self.say(_HEADER)
             self._header_due = False
         texts = {key: "-" if value is None else format(value, _FORMATS[key]) for key, value in row.items()}
-        self.say(_ROW.format(**texts | {"epoch": int(row["epoch"] or 0) + 1, "epoch_s": _clock(row["epoch_s"] or 0)}))
+        self.say(_ROW.format(**texts | {"epoch_s": _clock(row["epoch_s"] or 0)}))
 
 
 def _clock(seconds: float) -> str:

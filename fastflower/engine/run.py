@@ -163,19 +163,41 @@ def find_checkpoint(given: str, run: Path | None, name: str) -> Path | None:
     return checkpoint
 
 
+def read_rows(metrics: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, one for each epoch, by their epochs from 1; none where there is no file.
+
+    Lines that a kill or a full disk cut off are left out. Earlier versions counted epochs from 0.
+    """
+    text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            rows[row["epoch"]] = row
+    first = 1 if 0 in rows else 0
+    return [rows[epoch] | {"epoch": epoch + first} for epoch in sorted(rows)]
+
+
 class RunLog:
     """Writes an epoch's figures to metrics.jsonl and TensorBoard."""
 
-    def __init__(self, folder: RunFolder, first_epoch: int) -> None:
-        """Open the logs; rows of `first_epoch` and later, left by a run that was cut off, are taken back."""
+    def __init__(self, folder: RunFolder, epochs: int) -> None:
+        """Open the logs of a run that has done so many epochs; rows of later ones, left by a run that was cut off, are
+        taken back.
+        """
         self._metrics = folder.metrics
-        before = self._metrics.read_text(encoding="utf-8") if self._metrics.exists() else ""
-        kept = "".join(line for line in before.splitlines(keepends=True) if _epoch_of(line) < first_epoch)
+        before = self._metrics.read_bytes() if self._metrics.exists() else b""
+        rows = [row for row in read_rows(self._metrics) if row["epoch"] <= epochs]
+        kept = "".join(to_json(row) + "\n" for row in rows).encode()
         if kept != before:
             with atomic_write(self._metrics) as file:
-                file.write(kept.encode())
+                file.write(kept)
+        renumbered = before.startswith(b'{"epoch": 0,')  # by an earlier version
         # TensorBoard hides steps from here on that are already in its files
-        self._writer = EventFile(folder.path, purge_step=first_epoch if before else None)
+        self._writer = EventFile(folder.path, purge_step=0 if renumbered else epochs + 1 if before else None)
+        if renumbered:
+            for row in rows:
+                self._show(row)
 
     def write(self, row: Mapping[str, float | None]) -> None:
         """One epoch: a line, and TensorBoard's tags at the epoch's number; what was not measured is None."""
@@ -183,10 +205,12 @@ class RunLog:
             file.write(to_json(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        epoch = int(row["epoch"] or 0)
+        self._show(row)
+
+    def _show(self, row: Mapping[str, float | None]) -> None:
         for tag, key in _TAGS.items():
-            if (value := row[key]) is not None:
-                self._writer.add_scalar(tag, value, epoch)
+            if (value := row.get(key)) is not None:
+                self._writer.add_scalar(tag, value, int(row["epoch"] or 0))
         self._writer.flush()
 
 
@@ -214,10 +238,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
-
-
-def _epoch_of(line: str) -> float:
-    try:
-        return json.loads(line)["epoch"]
-    except ValueError:
-        return float("inf")  # cut off by a kill or a full disk

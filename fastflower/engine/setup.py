@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastflower.config import Config, Data, Model
@@ -27,15 +25,13 @@ from fastflower.data.dataset import (
     open_dataset,
     training_batches,
 )
+from fastflower.data.identity import identity, names_digest
 from fastflower.data.pipeline import Normalization
-from fastflower.data.records import Records
-from fastflower.engine.checkpoint import normalization_of, require_fit
+from fastflower.engine.checkpoint import normalization_of
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.loss import Criterion, balanced_weights
-from fastflower.engine.optimizer import require_fitting_state
 from fastflower.engine.precision import choose_precision
 from fastflower.engine.progress import Display
-from fastflower.engine.run import changes
 from fastflower.engine.state import Setup, State, new_state
 from fastflower.errors import UserError
 from fastflower.models import CLASSICS, create_model
@@ -99,8 +95,8 @@ def prepare(
         saved_with={
             "classes": loaders.dataset.classes,
             "normalization": {name: list(value) for name, value in asdict(loaders.normalization).items()},
-            "train_records": {"count": len(loaders.dataset.train), "digest": _digest(loaders.dataset.train)},
-        },
+        }
+        | _identities(loaders.dataset, ranks, display),
     )
     _introduce(setup, loaders.dataset, display)
     return setup, state
@@ -163,6 +159,7 @@ def build_loaders(
         *common,
         batch_size=batch_size,
         seed=config.seed,
+        kept=dataset.kept,
         lighting=lighting,
         decoded=decoded[0],
     )
@@ -207,10 +204,17 @@ def _build_criterion(config: Config, dataset: Dataset, device: torch.device) -> 
     return Criterion(config.train.label_smoothing, weights)
 
 
-def _digest(records: Records) -> str:
-    """Tells apart what is trained on, and in which order, wherever it is stored."""
-    ids = os.fsencode("\0".join(records.ids.tolist()))
-    return hashlib.blake2b(ids + records.labels.tobytes(), digest_size=8).hexdigest()
+def _identities(dataset: Dataset, ranks: Ranks, display: Display) -> dict[str, Any]:
+    """What a checkpoint says of the records: those that train, what of which was left out, and those that validate.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    with ranks.main_first():
+        train = asdict(identity(dataset.train, display.follow("read records for training")))
+        val = asdict(identity(dataset.val, display.follow("read records for validation"))) if dataset.val else None
+    whole = {"whole": names_digest(dataset.whole), "left_out": np.flatnonzero(~dataset.kept).tolist()}
+    return {"train_records": train | whole, "val_records": val}
 
 
 def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
@@ -254,40 +258,3 @@ def _norm_options(model: Model, device: torch.device, ranks: Ranks) -> dict[str,
         return {"norm": "torch" if model.norm == "auto" else model.norm, "sync_norm": model.sync_norm}
     norm = choose_norm(model.norm, device, sync=model.sync_norm)
     return {"norm": norm, "sync_norm": model.sync_norm and ranks.world_size > 1}
-
-
-def restore(state: State, setup: Setup, checkpoint: Path, saved: dict[str, Any], display: Display) -> str:
-    """Go on from a checkpoint that `load_checkpoint` read; the note to record beside the configuration.
-
-    Raises:
-        UserError: the network, the classes or the records are not those of the checkpoint.
-    """
-    config, before = setup.config, saved["config"]
-    if _architecture(before["model"]) != _architecture(asdict(config.model)):
-        raise UserError(
-            f"{checkpoint} holds another network ({before['model']}): a resumed run keeps its model settings."
-        )
-    for what, key in (("classes", "classes"), ("training records", "train_records")):
-        if saved[key] != setup.saved_with[key]:
-            raise UserError(
-                f"{checkpoint} was trained on other {what} than this would be: keep its data.root, data.val_share, "
-                "data.folds, data.fold, data.train_on, data.skip and seed."
-            )
-    if before["train"]["optimizer"] != config.train.optimizer:
-        raise UserError(
-            f"{checkpoint} was trained by {before['train']['optimizer']}: a resumed run keeps its train.optimizer."
-        )
-    for weights in (saved["model"], saved["ema"]):
-        if weights:
-            require_fit(state.network, weights, checkpoint)
-    require_fitting_state(state.optimizer, saved["optimizer"], checkpoint)
-    state.load(saved, setup.ranks, config)
-    changed = changes(before, config)
-    where = f"epoch {state.epoch + 1}, step {state.step}"
-    display.say(f"Resuming {checkpoint} at {where}" + (f"; changed: {', '.join(changed)}" if changed else ""))
-    return f"resumed at {where}" + (f": {', '.join(changed)}" if changed else "")
-
-
-def _architecture(model: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what the weights are, and not where they came from or how they are computed with."""
-    return {key: value for key, value in model.items() if key not in ("pretrained", "norm", "sync_norm")}

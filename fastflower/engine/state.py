@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastflower.config import Config
+from fastflower.config import Config, Train
 from fastflower.data.dataset import EvaluationBatches, TrainingBatches
 from fastflower.engine.distributed import Ranks
 from fastflower.engine.ema import Ema
@@ -51,8 +51,10 @@ class State:
     epoch: int = 0  # the epoch in progress, from 0
     position: int = 0  # pictures of its order that are done, over all ranks
     step: int = 0  # optimizer steps since the start
-    best: float | None = None  # the best of the validation figure that decides
-    best_epoch: int = -1  # the epoch that had it
+    best: float | None = None  # what the kept best has of the validation figure that decides
+    best_epoch: int = -1  # the epoch that it is of
+    improved_epoch: int = -1  # the last one that was better than those before it
+    comparable_from: int = 0  # the first epoch that was validated as they are now
 
     @property
     def validated(self) -> torch.nn.Module:
@@ -62,10 +64,9 @@ class State:
     def see(self, evaluation: Evaluation | None, figure: str) -> bool:
         """Whether the epoch's `figure` is the best so far, which is then noted; without validation the last one is."""
         value = getattr(evaluation, figure) if evaluation else None
-        sign = 1 if figure == "loss" else -1
-        better = value is None or self.best is None or sign * value < sign * self.best
+        better = value is None or self.best is None or is_better(value, self.best, figure)
         if better:
-            self.best, self.best_epoch = value, self.epoch
+            self.best, self.best_epoch, self.improved_epoch = value, self.epoch, self.epoch
         return better
 
     def to_dict(self, ranks: Ranks) -> dict[str, Any]:
@@ -83,25 +84,32 @@ class State:
             "step": self.step,
             "best": self.best,
             "best_epoch": self.best_epoch,
+            "improved_epoch": self.improved_epoch,
+            "comparable_from": self.comparable_from,
         }
 
     def load(self, saved: dict[str, Any], ranks: Ranks, config: Config) -> None:
-        """Go on from a checkpoint; where `config` differs from the checkpoint's, it is followed."""
-        before = saved["config"]["train"]
-        same_rates = (before["lr"], before["head_lr"]) == (config.train.lr, config.train.head_lr)
+        """Go on from what `fastflower.engine.resume.adapt` makes of a checkpoint."""
         self.network.load_state_dict(saved["model"])
         if self.ema:
             self.ema.network.load_state_dict(saved["ema"] or saved["model"])
-        load_optimizer(self.optimizer, saved["optimizer"], keep_lr=same_rates)
+        load_optimizer(self.optimizer, saved["optimizer"], keep_lr=_keeps_lr(saved["config"]["train"], config.train))
         self.schedule.load_state_dict(saved["schedule"])
-        self.scaler.load_state_dict(saved["scaler"])
-        self.sums.load_state(saved["sums"], ranks)
+        if saved["scaler"]:  # it is empty of a run that was not in fp16
+            self.scaler.load_state_dict(saved["scaler"])
+        if saved["sums"]:
+            self.sums.load_state(saved["sums"], ranks)
         torch.set_rng_state(saved["rng"]["cpu"])
         if len(saved["rng"]["cuda"]) == torch.cuda.device_count():
             torch.cuda.set_rng_state_all(saved["rng"]["cuda"])
         self.epoch, self.position, self.step = saved["epoch"], saved["position"], saved["step"]
-        if before["best"] == config.train.best:
-            self.best, self.best_epoch = saved["best"], saved["best_epoch"]
+        self.best, self.best_epoch = saved["best"], saved["best_epoch"]
+        self.improved_epoch, self.comparable_from = saved["improved_epoch"], saved["comparable_from"]
+
+
+def is_better(value: float, other: float, figure: str) -> bool:
+    """Whether a value of a validation figure is better than another one: a lower loss, or a higher share."""
+    return value < other if figure == "loss" else value > other
 
 
 def new_state(network: torch.nn.Module, config: Config, device: torch.device, precision: Precision) -> State:
@@ -119,6 +127,12 @@ def new_state(network: torch.nn.Module, config: Config, device: torch.device, pr
         sums=TrainingSums(device),
         ema=Ema(network, config.train.ema) if config.train.ema else None,
     )
+
+
+def _keeps_lr(before: dict[str, Any], train: Train) -> bool:
+    """Whether the learning rates go on as they were: plateau's, if they began the same; a curve sets its own."""
+    same = (before["schedule"], before["lr"], before["head_lr"]) == (train.schedule, train.lr, train.head_lr)
+    return train.schedule != "plateau" or same
 
 
 def _to_cpu(network: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -25,10 +25,15 @@ from fastflower.errors import UserError
 T = TypeVar("T")
 
 
+class DivergenceError(UserError):
+    """The loss is not finite, so that the weights are not worth keeping."""
+
+
 def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> int | None:
     """Train until the configured epochs or steps are done, nothing improves any more, or a signal comes.
 
-    After each epoch: validate, let the schedule see the loss, log, save. A signal saves at the next step.
+    After each epoch: validate, let the schedule see the loss, log, save. A signal saves at the next step, and so does a
+    record that cannot be read or decoded, in training or validation.
 
     Returns:
         None when the run has come to its end, else the number of the signal.
@@ -45,18 +50,16 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
     profiler = Profiler(folder, display) if config.profile and setup.ranks.is_main else None
     with Signals() as signals:
         try:
-            while state.epoch < config.epochs and not _out_of_steps(setup, state):
-                if config.early_stop and state.epoch - 1 - state.best_epoch >= config.early_stop:
-                    display.say(f"No better validation {config.best} in {config.early_stop} epochs: stopped early.")
-                    return None
+            while not (end := why_ended(setup, state)):
                 if state.epoch == config.freeze_epochs > 0:
                     network = training_network(setup, state)
                 watch = Stopwatch()
-                _train_epoch(setup, state, network, signals, display, watch, profiler)
-                if state.position < setup.train.steps * setup.train.global_batch:
-                    break  # out of steps
-                trained = state.sums.means(setup.ranks)
-                evaluation = _validate(setup, state, validated, signals, display, watch)
+                with _saving(setup, state, folder):
+                    _train_epoch(setup, state, network, signals, display, watch, profiler)
+                    if setup.train.left(state.position):
+                        continue  # out of steps
+                    trained = state.sums.means(setup.ranks)
+                    evaluation = _validate(setup, state, validated, signals, display, watch)
                 row = _row(state, trained, evaluation, watch)
                 improved = state.see(evaluation, config.best)
                 if evaluation:
@@ -66,21 +69,54 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
                 display.row(row)
             if state.position:
                 _save(setup, state, folder)
-                display.say(f"train.max_steps: stopped after {state.step} steps and saved.")
+            if state.epoch < config.epochs:
+                display.say(end)
             return None
         except Interrupted:
-            _refuse_bad_loss(setup, state)
-            _save(setup, state, folder)
             return max(setup.ranks.gather(signals.received or 0))
         finally:
             if profiler:
                 profiler.close()
 
 
-def _out_of_steps(setup: Setup, state: State) -> bool:
-    """Whether all steps are done that the configuration allows."""
-    limit = setup.config.train.max_steps
-    return limit is not None and state.step >= limit
+def why_ended(setup: Setup, state: State) -> str | None:
+    """Why nothing more is to be trained, and what would change that; None if something is."""
+    config = setup.config.train
+    if state.epoch >= config.epochs:
+        return f"All {config.epochs} epochs are done; give a larger --train.epochs to go on."
+    if config.early_stop and state.epoch - 1 - state.improved_epoch >= config.early_stop:
+        return (
+            f"No better validation {config.best} in {config.early_stop} epochs: stopped early; give a larger "
+            "--train.early_stop, or None, to go on."
+        )
+    if config.max_steps is not None and state.step >= config.max_steps and setup.train.left(state.position):
+        return (
+            f"train.max_steps: stopped after {state.step} steps and saved; give a larger --train.max_steps, or None, "
+            "to go on."
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _saving(setup: Setup, state: State, folder: RunFolder) -> Iterator[None]:
+    """Save what is trained of the epoch when a signal or a bad record ends it, which it does on all ranks together."""
+    try:
+        yield
+    except DivergenceError:
+        raise
+    except Interrupted:
+        _refuse_bad_loss(setup, state)
+        _save(setup, state, folder)
+        raise
+    except UserError as error:
+        if not state.position:
+            raise  # nothing that an earlier save has not
+        _refuse_bad_loss(setup, state)
+        _save(setup, state, folder)
+        raise UserError(
+            f"{error} Epoch {_trained_epoch(state)} is saved up to step {state.step}: then go on with --resume "
+            f"{folder.path}."
+        ) from error
 
 
 def _train_epoch(
@@ -96,9 +132,12 @@ def _train_epoch(
     data = setup.train
     epoch = _epoch_of(setup, state)
     freeze(state.network, frozen=is_frozen(setup, state))
-    display.task(f"{epoch} train", data.steps, state.position // data.global_batch)
+    done = state.position // data.global_batch
+    steps = done + data.left(state.position)
+    pictures = state.position + data.left(state.position) * data.global_batch  # of the whole epoch
+    display.task(f"{epoch} train", steps, done)
     for batch in setup.ranks.lockstep(watch.waiting_for(data.epoch(state.epoch, state.position)), signals):
-        state.schedule.before_step(state.epoch + (state.position / data.global_batch + 0.5) / data.steps)
+        state.schedule.before_step(state.epoch + (state.position + data.global_batch / 2) / pictures)
         training_step(setup, state, network, batch)
         watch.pictures += data.global_batch
         display.advance()
@@ -107,8 +146,8 @@ def _train_epoch(
         if state.step % setup.config.train.log_every == 0:
             _refuse_bad_loss(setup, state)
             step = state.position // data.global_batch
-            display.figures(epoch, step, data.steps, figures=_figures(setup, state, watch))
-        if _out_of_steps(setup, state):
+            display.figures(epoch, step, steps, figures=_figures(setup, state, watch))
+        if state.step == setup.config.train.max_steps:
             break
     _refuse_bad_loss(setup, state)  # also waits for the device, so that the epoch's time is the device's
     watch.training_s = watch.elapsed_s
@@ -125,9 +164,11 @@ def _validate(
     display.task(f"{_epoch_of(setup, state)} validate", setup.val.steps)
     evaluation = evaluate_in(setup, network, display.counted(watch.waiting_for(setup.val.once())), signals)
     if not math.isfinite(evaluation.loss):
-        raise UserError(
+        # the last checkpoint is no help where it holds these very weights
+        earlier = "the last checkpoint" if watch.pictures else "checkpoints/best.pt"
+        raise DivergenceError(
             f"the validation loss of epoch {state.epoch + 1} is {evaluation.loss}; nothing of it was saved. "
-            "Resume from the last checkpoint with a lower train.lr."
+            f"Resume from {earlier}, or start again, with a lower train.lr."
         )
     return evaluation
 
@@ -136,31 +177,39 @@ def _epoch_of(setup: Setup, state: State) -> str:
     return f"epoch {state.epoch + 1}/{setup.config.train.epochs}"
 
 
+def _trained_epoch(state: State) -> int:
+    """The epoch, from 1, of the last step."""
+    return state.epoch + 1 if state.position else state.epoch
+
+
 def _refuse_bad_loss(setup: Setup, state: State) -> None:
     """Raise UserError on every rank if the loss of any was not finite."""
     found = [bad for bad in setup.ranks.gather(state.sums.first_bad()) if bad]
     if found:
         step, lr = min(found)
-        raise UserError(
+        raise DivergenceError(
             f"the loss was not finite for the first time at step {step} (epoch {state.epoch + 1}, lr {lr:g}); nothing "
             "of it was saved. Resume from the last checkpoint, or start again, with a lower train.lr."
         )
 
 
 def _figures(setup: Setup, state: State, watch: Stopwatch) -> Figures:
-    data = setup.train
+    data, config = setup.train, setup.config.train
     rate = watch.pictures / watch.elapsed_s
-    to_do = (setup.config.train.epochs - state.epoch) * data.steps * data.global_batch - state.position
+    steps = (config.epochs - state.epoch - 1) * data.steps + data.left(state.position)
+    if config.max_steps is not None:
+        steps = min(steps, config.max_steps - state.step)
     loss, _ = state.sums.means()
-    return Figures(loss, state.schedule.lr, rate, watch.waited_s / watch.elapsed_s, to_do / rate)
+    return Figures(loss, state.schedule.lr, rate, watch.waited_s / watch.elapsed_s, steps * data.global_batch / rate)
 
 
 def _row(
     state: State, trained: tuple[float, float], evaluation: Evaluation | None, watch: Stopwatch
 ) -> dict[str, float | None]:
     """What metrics.jsonl holds of an epoch."""
+    rate = watch.pictures / watch.training_s if watch.pictures else None  # after a stop in validation
     return {
-        "epoch": state.epoch,
+        "epoch": state.epoch + 1,
         "step": state.step,
         "lr": state.schedule.lr,
         "train_loss": trained[0],
@@ -169,7 +218,7 @@ def _row(
         "val_accuracy": evaluation.accuracy if evaluation else None,
         "val_top5": evaluation.top5 if evaluation else None,
         "val_macro_f1": evaluation.macro_f1 if evaluation else None,
-        "images_per_s": watch.pictures / watch.training_s,
+        "images_per_s": rate,
         "epoch_s": watch.elapsed_s,
         "data_wait": watch.waited_s / watch.elapsed_s,
     }
@@ -193,7 +242,7 @@ def _save(
         weights = {"model": saved["model"], "ema": saved["ema"] or {}}
         if name := first_non_finite(weights | {"optimizer": saved["optimizer"]["state"]}):
             raise UserError(
-                f"{name} is not finite at step {state.step} (epoch {state.epoch + 1}, lr {state.schedule.lr:g}); "
+                f"{name} is not finite at step {state.step} (epoch {_trained_epoch(state)}, lr {state.schedule.lr:g}); "
                 "it was not saved. Resume from the last checkpoint, or start again, with a lower train.lr."
             )
         if not setup.ranks.is_main:

@@ -7,12 +7,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastflower.data.sampler import (
     Request,
     augmentation,
     balanced_order,
     evaluation_requests,
+    kept_order,
+    moved_position,
     normals,
     permutation,
     training_requests,
@@ -67,6 +71,54 @@ def test_permutation_is_a_function_of_seed_and_epoch() -> None:
     np.random.default_rng(0).random(5)  # other generators have no part in it
     for (seed, number), order in orders.items():
         assert permutation(200, seed=seed, epoch=number).tolist() == order
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+    """Which records of one table are kept, twice; at least one each time."""
+    count = draw(st.integers(1, 30))
+    both = draw(st.lists(st.lists(st.booleans(), min_size=count, max_size=count), min_size=2, max_size=2))
+    before, now = (np.array(each) for each in both)
+    before[draw(st.integers(0, count - 1))] = now[draw(st.integers(0, count - 1))] = True
+    return before, now
+
+
+@given(masks(), st.integers(0, 5))
+def test_leaving_records_out_does_not_move_the_others(kept: tuple[np.ndarray, np.ndarray], number: int) -> None:
+    whole = permutation(len(kept[0]), seed=3, epoch=number).tolist()
+    assert kept_order(np.ones(len(whole), bool), seed=3, epoch=number).tolist() == whole
+    for each in kept:
+        names = np.flatnonzero(each)  # of those that are kept, in the whole table
+        assert [names[i] for i in kept_order(each, seed=3, epoch=number)] == [name for name in whole if each[name]]
+
+
+@given(masks(), st.integers(0, 5), st.data())
+def test_an_epoch_goes_on_with_the_rest_of_what_is_kept_now(
+    kept: tuple[np.ndarray, np.ndarray], number: int, data: st.DataObject
+) -> None:
+    before, now = kept
+    orders = [np.flatnonzero(each)[kept_order(each, seed=3, epoch=number)].tolist() for each in kept]
+    position = data.draw(st.integers(0, len(orders[0])))
+    moved = moved_position(position, before, now, seed=3, epoch=number)
+    done, rest = orders[0][:position], orders[1][moved:]
+    assert not set(done) & set(rest)
+    assert set(orders[0][position:]) & set(np.flatnonzero(now)) <= set(rest)
+    # what was left out before comes if its turn is still to come
+    whole = permutation(len(before), seed=3, epoch=number).tolist()
+    turn = whole.index(done[-1]) + 1 if done else 0
+    assert rest == [name for name in whole[turn:] if now[name]]
+
+
+@given(st.integers(1, 60), st.lists(st.tuples(st.integers(1, 70), st.integers(0, 9)), min_size=1, max_size=5))
+def test_batches_of_changing_sizes_take_each_record_once(count: int, parts: list[tuple[int, int]]) -> None:
+    taken: list[int] = []
+    for number, (batch, steps) in enumerate(parts, start=1):
+        batch = min(batch, count)
+        requests = epoch(count, global_batch=batch, start=len(taken))
+        for request in requests if number == len(parts) else requests[:steps]:
+            taken += request.indices.tolist()
+    assert len(set(taken)) == len(taken) > count - batch
+    assert taken == permutation(count, seed=7, epoch=3)[: len(taken)].tolist()
 
 
 def test_every_index_comes_everywhere_equally_often() -> None:

@@ -19,6 +19,7 @@ from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
 from tests.conftest import TinyNet, example, fastflower, torchrun, train_arguments, write_dataset
 from tests.engine.test_choices import EVERYTHING
+from tests.engine.test_left_out import checked, spoil
 from tests.engine.test_run import assert_same_run, rows
 
 LIMIT_S = 150
@@ -123,6 +124,37 @@ def test_a_bad_record_on_one_rank_stops_all(tmp_path: Path) -> None:
     assert time.monotonic() - began < LIMIT_S / 2
     assert result.stderr.count("record 1 (id 000001) cannot be decoded") == 1
     assert "exitcode  : 2" in result.stderr
+
+
+def test_a_validation_record_that_fails_on_one_rank_leaves_the_epoch_saved_for_all(tmp_path: Path) -> None:
+    root = spoil(write_dataset(tmp_path / "data", {"train": 48, "val": 1}), "val", 9, 3)
+    run = tmp_path / "run"
+    result = train_in_ranks(*train_arguments(root, run), "--train.epochs", "1")
+    assert "exitcode  : 2" in result.stderr
+    assert result.stderr.count("Epoch 1 is saved up to step 6") == 1
+    result = train_in_ranks("train", "--resume", run, "--data.skip", checked(root, tmp_path / "bad.json"))
+    assert result.returncode == 0, result.stderr
+    assert [row["step"] for row in rows(run)] == [6]
+
+
+def test_a_run_goes_from_one_process_to_two_and_back_in_mid_epoch(uneven: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastflower.engine.setup.create_model", TinyNet)
+        options = ("--train.epochs", "2", "--train.schedule", "cosine", "--train.max_steps", "3")
+        assert fastflower(*train_arguments(uneven, run), *options).code == 0
+    result = train_in_ranks("train", "--resume", run, "--train.batch_size", "12", "--train.max_steps", "6")
+    assert result.returncode == 0, result.stderr
+    last = load_checkpoint(run / "checkpoints/last.pt")
+    assert (last["step"], last["position"]) == (6, 12)  # 3 of 8, 2 of 12; one of 12
+    assert [pictures for _, _, pictures in last["sums"]] == [6, 6]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastflower.engine.setup.create_model", TinyNet)
+        assert fastflower("train", "--resume", run, "--train.max_steps", "None").code == 0
+    assert [row["step"] for row in rows(run)] == [5, 9]
+    for row in rows(run):
+        hits = row["train_accuracy"] * 48  # of all pictures, whoever trained them
+        assert hits == pytest.approx(round(hits), abs=1e-9)
 
 
 def test_a_rank_that_dies_does_not_leave_the_other_waiting(uneven: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_a_full_disk_leaves_a_run_that_goes_on(little_disk: Path, tmp_path: Path
     assert (run / "checkpoints/last.pt").read_bytes() == last
     filler.unlink()
     assert fastflower("train", "--resume", run, "--train.epochs", "3").code == 0
-    assert [row["epoch"] for row in rows(run)] == [0, 1, 2]
+    assert [row["epoch"] for row in rows(run)] == [1, 2, 3]
 
 
 @pytest.mark.usefixtures("tiny_net")

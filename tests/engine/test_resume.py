@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastflower.engine.meters import EvaluationSums, TrainingSums
+from fastflower.engine import step
+from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.engine.meters import Evaluation, EvaluationSums, TrainingSums
 from fastflower.engine.run import RunFolder, find_checkpoint
+from fastflower.history import read_history
 from tests.conftest import fastflower, train_arguments, write_dataset
 from tests.engine.test_run import assert_same_run, rows, without_times
 
@@ -73,10 +78,10 @@ def test_going_on_from_an_older_checkpoint_takes_later_rows_and_steps_back(small
     older.write_bytes((run / "checkpoints/last.pt").read_bytes())
     for _ in range(2):
         assert fastflower("train", "--resume", older, "--train.epochs", "3").code == 0
-    assert [row["epoch"] for row in rows(run)] == [0, 1, 2]
+    assert [row["epoch"] for row in rows(run)] == [1, 2, 3]
     events = EventAccumulator(str(run))
     events.Reload()
-    assert [scalar.step for scalar in events.Scalars("loss/val")] == [0, 1, 2]
+    assert [scalar.step for scalar in events.Scalars("loss/val")] == [1, 2, 3]
     assert fastflower(*train_arguments(small, whole), "--train.epochs", "3").code == 0
     assert without_times(run) == without_times(whole)
 
@@ -91,6 +96,109 @@ def test_changed_settings_are_used_and_recorded(finished: Path) -> None:
     assert "# resumed at epoch 3, step 12: train.epochs 2 → 3, train.lr 0.02 → 0.004, train.patience 7 → 1" in text
     assert yaml.safe_load(text)["train"]["lr"] == 0.004
     assert len((finished / "environment.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_run_in_mixed_precision_goes_on_as_it_was(small: Path, tmp_path: Path, dtype: str) -> None:
+    options = ["--amp", "--amp_dtype", dtype, "--train.epochs", "2"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert fastflower(*train_arguments(small, whole), *options).code == 0
+    assert fastflower(*train_arguments(small, stopped), *options, "--train.max_steps", "8").code == 0
+    assert fastflower("train", "--resume", stopped, "--train.max_steps", "None").code == 0
+    assert_same_run(whole, stopped)
+    scalers = [load_checkpoint(run / "checkpoints/last.pt")["scaler"] for run in (whole, stopped)]
+    assert scalers[0] == scalers[1]
+    assert bool(scalers[0]) == (dtype == "fp16")
+
+
+@pytest.mark.parametrize("curve", ["cosine", "onecycle"])
+def test_plateau_after_a_curve_begins_with_the_rate_of_the_settings(small: Path, tmp_path: Path, curve: str) -> None:
+    run = tmp_path / "run"
+    options = ["--train.schedule", curve, "--train.warmup_epochs", "0", "--train.epochs", "1"]
+    assert fastflower(*train_arguments(small, run), *options).code == 0
+    assert rows(run)[0]["lr"] < 0.02
+    assert fastflower("train", "--resume", run, "--train.schedule", "plateau", "--train.epochs", "2").code == 0
+    assert rows(run)[1]["lr"] == 0.02
+
+
+def test_where_nothing_is_trained_nothing_is_written(small: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fastflower(*train_arguments(small, run), "--train.epochs", "2", "--train.max_steps", "8").code == 0
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for options, sentence in (
+        (["--train.epochs", "1"], "All 1 epochs are done; give a larger --train.epochs to go on."),
+        (["--train.lr", "1"], "stopped after 8 steps and saved; give a larger --train.max_steps"),
+    ):
+        result = fastflower("train", "--resume", run, *options)
+        assert result.code == 0
+        assert sentence in result.out
+        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("stopped", [False, True])  # in validation, so that no step is trained before it is over
+def test_a_validation_loss_that_is_not_finite_saves_nothing_and_names_where_to_go_on(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    if stopped:
+        with monkeypatch.context() as patch:
+            signal_at(patch, EvaluationSums, 1, signal.SIGTERM)
+            assert fastflower("train", "--resume", finished, "--train.epochs", "3").code == 128 + signal.SIGTERM
+    last = (finished / "checkpoints/last.pt").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(step, "evaluate", lambda *_, **__: Evaluation(20, float("nan"), 0.5, 1.0, 0.5))
+        result = fastflower("train", "--resume", finished, "--train.epochs", "3")
+    assert result.code == 2
+    assert "the validation loss of epoch 3 is nan; nothing of it was saved" in result.err
+    assert (finished / "checkpoints/last.pt").read_bytes() == last
+    assert len(rows(finished)) == 2
+    named = "checkpoints/best.pt" if stopped else "the last checkpoint"
+    assert f"Resume from {named}, or start again" in result.err
+    checkpoint = finished / "checkpoints" / ("best.pt" if stopped else "last.pt")
+    assert fastflower("train", "--resume", checkpoint, "--train.epochs", "3").code == 0
+    assert len(rows(finished)) == 3
+
+
+def test_after_a_stop_in_validation_no_rate_is_logged(small: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, EvaluationSums, 1, signal.SIGTERM)
+        assert fastflower(*train_arguments(small, run), "--train.epochs", "2").code == 128 + signal.SIGTERM
+    result = fastflower("train", "--resume", run)
+    assert [row["images_per_s"] is None for row in rows(run)] == [True, False]
+    line = next(line for line in result.out.splitlines() if line.startswith("    1 "))
+    assert line.split("│")[3].split()[0] == "-"
+    history = read_history(run, "run")
+    assert np.isnan(history.images_per_s).tolist() == [True, False]
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("images_per_s")] == [2]
+
+
+def test_steps_limited_to_those_of_an_epoch_whose_validation_was_stopped_do_not_leave_it_out(
+    small: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ["--train.epochs", "2", "--train.max_steps", "6"]
+    with pytest.MonkeyPatch.context() as patch:
+        signal_at(patch, EvaluationSums, 1, signal.SIGTERM)
+        assert fastflower(*train_arguments(small, run), *options).code == 128 + signal.SIGTERM
+    assert fastflower("train", "--resume", run).code == 0
+    assert [row["step"] for row in rows(run)] == [6]
+
+
+def test_a_log_that_counts_from_0_is_renumbered(small: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert fastflower(*train_arguments(small, run), "--train.epochs", "2").code == 0
+    before = without_times(run)
+    text = "".join(json.dumps(row | {"epoch": row["epoch"] - 1}) + "\n" for row in rows(run))
+    (run / "metrics.jsonl").write_text(text + '{"epoch": 2, "tra')  # and the last line is cut off
+    assert read_history(run, "run").epochs.tolist() == [1, 2]
+    assert fastflower("train", "--resume", run, "--train.epochs", "3").code == 0
+    assert without_times(run)[:2] == before
+    assert [row["epoch"] for row in rows(run)] == [1, 2, 3]
+    events = EventAccumulator(str(run))
+    events.Reload()
+    assert [scalar.step for scalar in events.Scalars("loss/val")] == [1, 2, 3]
 
 
 def test_resume_finds_or_names_what_is_missing(

@@ -64,7 +64,7 @@ def test_a_run_leaves_what_later_commands_need(finished: Path, small: Path) -> N
 
     written = rows(finished)
     assert [tuple(row) for row in written] == [ROW] * 2
-    assert [row["epoch"] for row in written] == [0, 1]
+    assert [row["epoch"] for row in written] == [1, 2]
     assert [row["step"] for row in written] == [6, 12]
     assert all(0 <= row["data_wait"] <= 1 and row["images_per_s"] > 0 for row in written)
 
@@ -112,7 +112,7 @@ def test_tensorboard_has_the_seeds_tags_with_the_epochs_figures(finished: Path) 
         "accuracy/val": "val_accuracy",
     }.items():
         scalars = events.Scalars(tag)
-        assert [scalar.step for scalar in scalars] == [0, 1]
+        assert [scalar.step for scalar in scalars] == [1, 2]
         assert [scalar.value for scalar in scalars] == pytest.approx([row[key] for row in rows(finished)])
 
 
@@ -186,7 +186,7 @@ def test_a_statistic_that_is_not_finite_is_never_saved(finished: Path, monkeypat
     monkeypatch.setattr(step, "evaluate", poisoned)
     result = fastflower("train", "--resume", finished, "--train.epochs", "3")
     assert result.code == 2
-    assert "model.bn1.running_var is not finite at step 18" in result.err
+    assert "model.bn1.running_var is not finite at step 18 (epoch 3, lr" in result.err
     assert (finished / "checkpoints/last.pt").read_bytes() == last
     assert len(rows(finished)) == 2
 
@@ -232,7 +232,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(finished: Path, monkeypatch
     assert (finished / "checkpoints/last.pt").read_bytes() == last
     assert not list((finished / "checkpoints").glob(".*tmp"))
     assert fastflower("train", "--resume", finished, "--train.epochs", "3").code == 0
-    assert [row["epoch"] for row in rows(finished)] == [0, 1, 2]
+    assert [row["epoch"] for row in rows(finished)] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""Going on from a checkpoint: what may have changed, what then begins anew, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastflower.data.sampler import moved_position
+from fastflower.engine.checkpoint import require_fit
+from fastflower.engine.optimizer import require_fitting_state
+from fastflower.engine.progress import Display
+from fastflower.engine.run import RunFolder, changes, read_rows
+from fastflower.engine.state import Setup, State, is_better
+from fastflower.errors import UserError
+
+Saved = dict[str, Any]  # a checkpoint's content, or some keys of it
+
+
+def restore(state: State, setup: Setup, folder: RunFolder, checkpoint: Path, saved: Saved, display: Display) -> str:
+    """Go on from a checkpoint that `load_checkpoint` read; the note to record beside the configuration.
+
+    Raises:
+        UserError: the network, the optimizer, the classes or the records are not those of the checkpoint.
+    """
+    rows = setup.ranks.gather(read_rows(folder.metrics) if setup.ranks.is_main else [])[0]
+    saved = _completed(saved)
+    _refuse_another(saved, setup, checkpoint)
+    changed = changes(saved["config"], setup.config)
+    adapted, sentences = adapt(saved, setup, rows)
+    for weights in (saved["model"], saved["ema"]):
+        if weights:
+            require_fit(state.network, weights, checkpoint)
+    require_fitting_state(state.optimizer, saved["optimizer"], checkpoint)
+    state.load(adapted, setup.ranks, setup.config)
+    where = f"epoch {state.epoch + 1}, step {state.step}"
+    display.say(f"Resuming {checkpoint} at {where}" + (f"; changed: {', '.join(changed)}" if changed else ""))
+    for sentence in sentences:
+        display.say(sentence)
+    return f"resumed at {where}" + (f": {', '.join(changed)}" if changed else "")
+
+
+def adapt(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]]) -> tuple[Saved, list[str]]:
+    """What the present data and settings make of a checkpoint, and a sentence for each thing that is not as it was.
+
+    Args:
+        saved: the checkpoint.
+        setup: data and settings to go on with.
+        rows: of the run's metrics.jsonl (`read_rows`).
+    """
+    sentences: list[str] = []
+    saved = saved | _follow_records(saved, setup, sentences)
+    saved = saved | _follow_validation(saved, setup, sentences)
+    saved = saved | _follow_figure(saved, setup, rows, sentences)
+    return saved, sentences
+
+
+def _completed(saved: Saved) -> Saved:
+    """With what earlier versions did not save."""
+    records = dict(saved["train_records"])
+    if "digest" in records:
+        records["names"] = records.pop("digest")
+        if not saved["config"]["data"].get("skip"):
+            records |= {"whole": records["names"], "left_out": []}
+    return {"improved_epoch": saved["best_epoch"], "comparable_from": 0} | saved | {"train_records": records}
+
+
+def _refuse_another(saved: Saved, setup: Setup, checkpoint: Path) -> None:
+    """Raise UserError where what was trained cannot be trained on."""
+    config, before = setup.config, saved["config"]
+    if _architecture(before["model"]) != _architecture(asdict(config.model)):
+        raise UserError(
+            f"{checkpoint} holds another network ({before['model']}): a resumed run keeps its model settings."
+        )
+    old, now = saved["train_records"], setup.saved_with["train_records"]
+    names, skip = ("whole", "") if "whole" in old else ("names", "data.skip, ")
+    for what, same in (
+        ("classes", saved["classes"] == setup.saved_with["classes"]),
+        ("training records", old[names] == now[names]),
+    ):
+        if not same:
+            raise UserError(
+                f"{checkpoint} was trained on other {what} than this would be: keep its data.root, data.sizes, "
+                f"data.val_share, data.folds, data.fold, data.train_on, {skip}and seed."
+            )
+    if before["train"]["optimizer"] != config.train.optimizer:
+        raise UserError(
+            f"{checkpoint} was trained by {before['train']['optimizer']}: a resumed run keeps its train.optimizer."
+        )
+
+
+def _architecture(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what the weights are, and not where they came from or how they are computed with."""
+    return {key: value for key, value in model.items() if key not in ("pretrained", "norm", "sync_norm")}
+
+
+def _follow_records(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
+    """Where the epoch in progress goes on, if other records are left out than before or its order is another one."""
+    config, before = setup.config, saved["config"]
+    old, now = saved["train_records"], setup.saved_with["train_records"]
+    if "content" in old and old["names"] == now["names"] and old["content"] != now["content"]:
+        sentences.append("The training records have other bytes than before, under the same names.")
+    position, epoch = saved["position"], saved["epoch"]
+    same_order = (before["seed"], before["data"]["sampling"]) == (config.seed, config.data.sampling)
+    if same_order and "left_out" in old:
+        if old["left_out"] == now["left_out"]:
+            return {}
+        sentences.append(f"Trains on {now['count']} records; there were {old['count']} before.")
+        kept = np.ones(len(setup.train.kept), bool)
+        kept[old["left_out"]] = False
+        return {"position": moved_position(position, kept, setup.train.kept, seed=config.seed, epoch=epoch)}
+    if not position or not setup.train.left(position):
+        return {}
+    sentences.append(f"Epoch {epoch + 1} begins anew, since its records come in another order than before.")
+    return {"position": 0, "sums": None}
+
+
+def _follow_validation(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
+    """Without what earlier epochs' figures decided, if they are not comparable with those to come."""
+    data, before = setup.config.data, saved["config"]["data"]
+    now = setup.saved_with["val_records"]
+    same_view = (before["crop"], before["val_resize"]) == (data.crop, data.val_resize)
+    if saved.get("val_records", now) == now and same_view:
+        return {}
+    if saved["best_epoch"] >= 0:
+        what = "is of another data.crop or data.val_resize" if not same_view else "is on other records"
+        sentences.append(f"Validation {what} than before: what is best, train.early_stop and plateau begin anew.")
+    return _anew(saved) | {"schedule": {}, "comparable_from": saved["epoch"]}
+
+
+def _follow_figure(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]], sentences: list[str]) -> Saved:
+    """What later epochs have to beat, if another figure decides than before: the kept best's, by metrics.jsonl."""
+    figure, epoch = setup.config.train.best, saved["best_epoch"]
+    if saved["config"]["train"]["best"] == figure or epoch < 0 or not setup.val:
+        return {}
+    values = {row["epoch"] - 1: row[f"val_{figure}"] for row in rows}
+    comparable = range(saved["comparable_from"], saved["epoch"])
+    if any(values.get(each) is None for each in comparable):
+        sentences.append("metrics.jsonl lacks epochs: what is best by another train.best begins anew.")
+        return _anew(saved)
+    sentences.append(f"The best checkpoint is of epoch {epoch + 1}, whose validation {figure} is {values[epoch]:.4f}.")
+    improved = comparable[0]
+    for each in comparable:
+        if is_better(values[each], values[improved], figure):
+            improved = each
+    return {"best": values[epoch], "improved_epoch": improved}
+
+
+def _anew(saved: Saved) -> Saved:
+    return {"best": None, "best_epoch": -1, "improved_epoch": saved["epoch"] - 1}
