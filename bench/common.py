@@ -20,8 +20,9 @@ from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes
 from fastflower.environment import environment
 from fastflower.errors import UserError
 from fastflower.files import to_json
+from fastflower.machine import cpus
 
-CORES = len(os.sched_getaffinity(0))
+CORES = cpus()
 
 
 class MissingError(Exception):

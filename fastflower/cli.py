@@ -21,6 +21,7 @@ from rich.text import Text
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from fastflower import config as configuration
+from fastflower import machine
 from fastflower.config import Config, Data
 from fastflower.errors import UserError
 from fastflower.files import to_json
@@ -367,7 +368,7 @@ def _check(command: CheckCommand) -> int:
     from fastflower.engine.progress import Display
 
     with Display(Console(stderr=command.json), shown=True) as display:
-        report = check(command.root, threads=len(os.sched_getaffinity(0)), follow=display.follow)
+        report = check(command.root, threads=machine.cpus(), follow=display.follow)
     if command.json:
         print(to_json(report.to_plain()))
     else:
@@ -383,7 +384,7 @@ def _stats(command: StatsCommand) -> int:
     from fastflower.data.stats import pixel_statistics
 
     records = load_pictures(Data(root=command.root, sizes=command.sizes), command.split.split("+"), seed=0)
-    found = pixel_statistics(records, Engine(threads=len(os.sched_getaffinity(0))))
+    found = pixel_statistics(records, Engine(threads=machine.cpus()))
     settings = {"data": {"mean": list(found.normalization.mean), "std": list(found.normalization.std)}}
     print(yaml.safe_dump(settings, default_flow_style=None, width=120), end="")
     print("  # covariance, which data.lighting uses:")

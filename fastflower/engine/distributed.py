@@ -18,6 +18,7 @@ import torch.distributed as dist
 # as Python ended.
 import torch.distributed.nn
 
+from fastflower import machine
 from fastflower.errors import UserError
 
 T = TypeVar("T")
@@ -154,14 +155,23 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun started, if it did, until the block ends."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if not all(name in os.environ for name in names):
+        _limit_threads(Ranks())
         yield Ranks()
         return
     ranks = Ranks(*(int(os.environ[name]) for name in names))
+    _limit_threads(ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield ranks
     dist.destroy_process_group()  # only after success: after a failure it could wait for a process that is gone
+
+
+def _limit_threads(ranks: Ranks) -> None:
+    """Torch takes a thread for each core that it sees; under a smaller quota they would wait for each other."""
+    if machine.cpu_quota() is not None and "OMP_NUM_THREADS" not in os.environ:
+        allowed = max(1, machine.cpus() // ranks.local_world_size)
+        torch.set_num_threads(min(torch.get_num_threads(), allowed))
 
 
 class Signals:

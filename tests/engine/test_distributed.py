@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastflower import machine
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.engine.checkpoint import load_checkpoint
-from fastflower.engine.distributed import Ranks
+from fastflower.engine.distributed import Ranks, _limit_threads, processes
 from fastflower.errors import UserError
 from tests.conftest import TinyNet, example, fastflower, jpeg, torchrun, train_arguments, write_dataset
 from tests.engine.test_choices import EVERYTHING
@@ -128,6 +129,31 @@ def test_a_batch_that_cannot_be_split_is_refused_with_what_fits() -> None:
     with pytest.raises(UserError, match="4 would fit"):
         Ranks(world_size=4).share_of(3)
     assert Ranks(world_size=4).share_of(12) == 3
+
+
+def test_torch_keeps_to_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(machine, "cpus", lambda: 3)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 2.5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    try:
+        torch.set_num_threads(6)
+        _limit_threads(Ranks())
+        assert torch.get_num_threads() == 6, "the user has said how many"
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        for share, expected in ((1, 3), (2, 1), (8, 1)):
+            torch.set_num_threads(6)
+            _limit_threads(Ranks(world_size=share, local_world_size=share))
+            assert torch.get_num_threads() == expected
+        torch.set_num_threads(6)
+        with processes(torch.device("cpu")):
+            assert torch.get_num_threads() == 3
+        monkeypatch.setattr(machine, "cpu_quota", lambda: None)
+        torch.set_num_threads(6)
+        _limit_threads(Ranks())
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow
