@@ -58,8 +58,9 @@ def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_pa
         assert figures[key] == pytest.approx(best[f"val_{key}"], abs=1e-5)
 
     # a signal to one rank stops both at the same step
-    result = train_in_ranks(*train_arguments(uneven, stopped), *options, TINY_SIGNAL="1:8")
-    assert "Stopped by SIGTERM and saved" in result.stdout
+    result = train_in_ranks(*train_arguments(uneven, stopped), *options, TINY_SIGNAL="1:8:10")
+    assert "Stopped by SIGUSR1 and saved" in result.stdout
+    assert f"exitcode  : {128 + 10}" in result.stderr
     assert load_checkpoint(stopped / "checkpoints/last.pt")["step"] == 9
     result = train_in_ranks("train", "--resume", stopped)
     assert result.returncode == 0, result.stderr
