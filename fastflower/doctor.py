@@ -22,7 +22,7 @@ from rich.text import Text
 from fastflower import machine
 from fastflower.config import Config
 from fastflower.errors import UserError
-from fastflower.files import cache_dir
+from fastflower.files import cache_dir, existing_part, home_cache, is_writable
 
 GIB = 2**30
 LOW_DISK_GIB = 2  # the cached index and synthetic flowers are small; a checkpoint of resnet152 takes 0.5
@@ -173,8 +173,8 @@ def _jpeg_decoder() -> str:
 
 def _free(path: Path) -> str:
     """A folder, which may not be there yet, and the space for it."""
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+    existing = existing_part(path)
+    if not is_writable(path):
         raise UserError(f"{path} cannot be written: change the permissions of {existing}, or name another folder")
     free = shutil.disk_usage(existing).free / GIB
     if free < LOW_DISK_GIB:
@@ -183,8 +183,9 @@ def _free(path: Path) -> str:
 
 
 def _cache() -> str:
+    known = os.environ.get("FASTFLOWER_CACHE") or home_cache()
     try:
-        return _free(cache_dir())
+        return _free(cache_dir()) + ("" if known else "; at home none can be written")
     except UserError as error:
         raise UserError(f"{error} by FASTFLOWER_CACHE.") from error
 

@@ -97,8 +97,8 @@ def test_a_closed_pipe_ends_with_its_signal(stream: str, small: Path, tmp_path: 
     for words in cases[stream]:
         reader, writer = os.pipe()
         os.close(reader)
-        others = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
-        process = command(*words, **others)
+        streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
+        process = command(*words, **streams)  # type: ignore[misc]  # mypy takes words for an int
         os.close(writer)
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out or b"", err or b"") == (CLOSED, b"", b""), words

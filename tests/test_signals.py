@@ -77,7 +77,7 @@ def test_a_terminal_that_closes_stops_and_saves(small: Path, tmp_path: Path) -> 
     process = worker(
         *train_arguments(small, tmp_path / "run"),
         *("--train.epochs", 10_000),
-        preexec_fn=lambda: (os.setsid(), os.close(os.open(os.ttyname(theirs), os.O_RDWR))),  # it controls the process
+        preexec_fn=lambda: os.login_tty(os.dup(theirs)),  # so that it controls the process
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastflower import machine
 from fastflower.data.records import Records, fingerprint, read_image
 from fastflower.files import atomic_write, cache_dir, code_digest
 
@@ -59,7 +60,7 @@ def content_digests(records: Records, progress: Callable[[int, int], None] | Non
         return [digest(read_image(records, index)) for index in range(start, min(start + CHUNK, len(records)))]
 
     found: list[int] = []
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # hashing and reading leave Python's lock
+    with ThreadPoolExecutor(machine.cpus()) as threads:  # hashing and reading leave Python's lock
         for part in threads.map(read, range(0, len(records), CHUNK)):
             for value in part:
                 found.append(value)
