@@ -6,6 +6,7 @@ Nothing heavy (torch, DALI) is imported before a command runs, so that help answ
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ from fastflower.options import (
     TestOptions,
     TrainCommand,
 )
-from fastflower.output import Console, discard, tolerant_output
+from fastflower.output import Console, discard, tolerant_output, without_decoders
 from fastflower.signals import Interrupted, handling, interrupt
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ Command = (
     | DoctorCommand
     | DataCommand
 )
+
+
+DECODING = (TrainCommand, EvalCommand, PredictCommand, EnsembleCommand, CvCommand, CheckCommand, StatsCommand)
 
 
 def main() -> None:
@@ -178,6 +182,7 @@ def _run_name(config: str | Path | None, root: object) -> str:
 def run(command: Command) -> int:
     """Carry out a command; the exit code."""
     chosen = command.command if isinstance(command, DataCommand) else command
+    decodes = isinstance(chosen, DECODING) and not chosen.debug
     carry_out: dict[type, Callable[[Any], int]] = {
         TrainCommand: _train,
         EvalCommand: _eval,
@@ -191,7 +196,8 @@ def run(command: Command) -> int:
         CheckCommand: _check,
         StatsCommand: _stats,
     }
-    return carry_out[type(chosen)](chosen)
+    with without_decoders() if decodes else contextlib.nullcontext():
+        return carry_out[type(chosen)](chosen)
 
 
 def _train(command: TrainCommand) -> int:

@@ -5,11 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 import rich.console
+
+from fastflower import decoder_lines
+
+WAIT_S = 1  # at most, for lines that are on their way
 
 
 class Tolerant:
@@ -65,6 +70,48 @@ def tolerant_output() -> Iterator[None]:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+@contextlib.contextmanager
+def without_decoders() -> Iterator[None]:
+    """Leave out what decoders write to standard error until the block ends: no line names a file, as our sentences do.
+
+    They cannot all be told not to write. So what libraries write there goes through a process, which passes all else
+    on. A thread would not do: the last words of a crash would be lost with it. Python's own text goes where it went.
+    """
+    try:
+        real = os.dup(2)
+        # in a session of its own, so that the terminal's signals do not end it first
+        program = [sys.executable, "-I", "-S", decoder_lines.__file__]
+        process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=real, start_new_session=True)
+    except OSError:  # there is no standard error, or there may be no more processes: nothing is left out
+        yield
+        return
+    before = sys.stderr
+    if _descriptor(before) == 2:
+        before.flush()
+        direct = open(os.dup(real), "w", buffering=1, encoding=before.encoding, errors=before.errors)  # noqa: SIM115
+        sys.stderr = cast(TextIO, Tolerant(direct))
+    pipe = cast(BinaryIO, process.stdin)
+    os.dup2(pipe.fileno(), 2)
+    pipe.close()
+    try:
+        yield
+    finally:
+        if sys.stderr is not before:
+            sys.stderr.close()
+            sys.stderr = before
+        os.dup2(real, 2)
+        os.close(real)
+        with contextlib.suppress(subprocess.TimeoutExpired):  # a process that was started meanwhile still writes there
+            process.wait(WAIT_S)
+
+
+def _descriptor(stream: TextIO | None) -> int | None:
+    try:
+        return stream.fileno() if stream else None
+    except OSError:  # it has none
+        return None
 
 
 class Console(rich.console.Console):
