@@ -20,8 +20,9 @@ from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes
 from fastflower.environment import environment
 from fastflower.errors import UserError
 from fastflower.files import to_json
+from fastflower.machine import cpus
 
-CORES = len(os.sched_getaffinity(0))
+CORES = cpus()
 
 
 class MissingError(Exception):
@@ -91,6 +92,6 @@ def start(
     try:
         return run(tyro.cli(commands, description=description, args=argv, use_underscores=True, config=conf), Console())
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # the other processes of a run fail with the same sentence
+        if not error.said_elsewhere:
             Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
         return 2

@@ -13,7 +13,7 @@ from bench.loaders import Work, reads_ahead
 from bench.timing import Contender
 from fastflower.config import Config
 from fastflower.data.dataset import EvaluationBatches, TrainingBatches
-from fastflower.engine.distributed import Ranks, Signals
+from fastflower.engine.distributed import Ranks
 from fastflower.engine.evaluate import outputs
 from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import Precision
@@ -24,6 +24,7 @@ from fastflower.engine.step import compiled, evaluate_in, training_network, trai
 from fastflower.engine.train import Stopwatch
 from fastflower.errors import UserError
 from fastflower.flops import count
+from fastflower.signals import Signals
 
 
 @dataclass(frozen=True)

@@ -57,13 +57,14 @@ from fastflower.curves import plot_throughput, write_picture
 from fastflower.data.cache import open_cache
 from fastflower.data.dataset import choose_engine
 from fastflower.data.sources import load_pictures
-from fastflower.engine.distributed import local_rank, processes
+from fastflower.engine.distributed import processes
 from fastflower.engine.precision import choose_device, choose_precision
 from fastflower.engine.progress import Display
 from fastflower.engine.setup import with_data
 from fastflower.engine.state import Setup, State
 from fastflower.environment import package_versions
 from fastflower.errors import UserError
+from fastflower.launcher import local_rank
 from fastflower.report import read_throughput
 
 Row = dict[str, Any]

@@ -4,6 +4,8 @@ from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
+from fastflower.files import lend_cache as _lend_cache
+
 if _TYPE_CHECKING:
     from fastflower.errors import UserError
     from fastflower.library import build_model, evaluate, load_config, load_data, train
@@ -15,6 +17,9 @@ __all__ = ["UserError", "build_model", "evaluate", "load_config", "load_data", "
 _checkout = _Path(__file__).resolve().parent.parent
 if (_checkout / "setup.py").is_file() and (_checkout / "kernels" / "__init__.py").is_file():
     __path__.append(str(_checkout))
+
+
+_lend_cache()  # before anything is imported that looks for a place
 
 
 def __getattr__(name: str) -> _Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from io import StringIO
@@ -14,6 +13,7 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
+from fastflower import machine
 from fastflower.data.pictures import thumbnails
 from fastflower.data.pipeline import Engine
 from fastflower.engine.commands import Evaluated
@@ -76,7 +76,7 @@ def write_run(evaluated: Evaluated, analysis: Analysis, folder: Path | None) -> 
     trained = evaluated.trained
     folder = folder or trained.result(RunFolder(trained.folder).evaluation(evaluated.split))
     shown = [mistake.index for mistake in analysis.mistakes[:PICTURES]]
-    pictures = thumbnails(evaluated.records, shown, SIDE, Engine(threads=len(os.sched_getaffinity(0))))
+    pictures = thumbnails(evaluated.records, shown, SIDE, Engine(threads=machine.cpus()))
     write_analysis(folder, analysis, {"split": evaluated.split, **asdict(evaluated.figures)}, pictures)
     return folder
 

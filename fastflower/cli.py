@@ -6,7 +6,7 @@ Nothing heavy (torch, DALI) is imported before a command runs, so that help answ
 from __future__ import annotations
 
 import argparse
-import os
+import contextlib
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,14 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 import yaml
-from rich.console import Console
 from rich.text import Text
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from fastflower import config as configuration
+from fastflower import machine
 from fastflower.config import Config, Data
 from fastflower.errors import UserError
 from fastflower.files import to_json
+from fastflower.launcher import is_main
 from fastflower.options import (
     CheckCommand,
     CvCommand,
@@ -39,6 +40,8 @@ from fastflower.options import (
     TestOptions,
     TrainCommand,
 )
+from fastflower.output import Console, discard, tolerant_output, without_decoders
+from fastflower.signals import Interrupted, handling, interrupt
 
 if TYPE_CHECKING:
     from fastflower.engine.testing import Testing
@@ -59,34 +62,47 @@ Command = (
 )
 
 
+DECODING = (TrainCommand, EvalCommand, PredictCommand, EnsembleCommand, CvCommand, CheckCommand, StatsCommand)
+
+
 def main() -> None:
-    """Entry point. Exit code 2 for a user's mistake, 128 + n after signal n (or where the output is cut off)."""
-    argv = sys.argv[1:]
+    """Entry point. Exit code 2 for a user's mistake, 128 + n after signal n, 141 where the output's pipe is closed."""
+    with tolerant_output():
+        try:
+            with handling(interrupt):
+                code = _exit_code(sys.argv[1:])
+                if sys.stdout:
+                    sys.stdout.flush()  # here, where it is known what to do if nobody reads it
+        except BrokenPipeError:  # whoever read the output has seen enough
+            for stream in filter(None, (sys.stdout, sys.stderr)):
+                discard(stream)
+            code = 128 + signal.SIGPIPE
+        except KeyboardInterrupt as error:
+            code = 128 + (error.number if isinstance(error, Interrupted) else signal.SIGINT)
+    sys.exit(code)
+
+
+def _exit_code(argv: Sequence[str]) -> int | str | None:
+    """Carry out the command line; says what is wrong with it."""
     try:
-        sys.exit(run(parse(argv)))
-    except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        return run(parse(argv))
+    except SystemExit as end:  # by help, or by an option that there is not
+        return end.code
+    except BrokenPipeError:
+        raise
     except (UserError, OSError) as error:
         if "--debug" in argv:
             raise
-        if _is_main():  # the other processes of a run fail with the same sentence
+        if not (isinstance(error, UserError) and error.said_elsewhere):
             sentence = _sentence(error) if isinstance(error, OSError) else str(error)
             Console(stderr=True).print(Text.assemble(("error: ", "bold red"), sentence), soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        return 2
 
 
 def _sentence(error: OSError) -> str:
     """What the system refused, where nobody had more to say about it."""
     what = error.filename or "a file"
     return f"{what}: {error.strerror or error}; check the path, its permissions and the free space."
-
-
-def _is_main() -> bool:
-    """Whether this process speaks for those that torchrun started."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def parse(argv: Sequence[str]) -> Command:
@@ -166,6 +182,7 @@ def _run_name(config: str | Path | None, root: object) -> str:
 def run(command: Command) -> int:
     """Carry out a command; the exit code."""
     chosen = command.command if isinstance(command, DataCommand) else command
+    decodes = isinstance(chosen, DECODING) and not chosen.debug
     carry_out: dict[type, Callable[[Any], int]] = {
         TrainCommand: _train,
         EvalCommand: _eval,
@@ -179,7 +196,8 @@ def run(command: Command) -> int:
         CheckCommand: _check,
         StatsCommand: _stats,
     }
-    return carry_out[type(chosen)](chosen)
+    with without_decoders() if decodes else contextlib.nullcontext():
+        return carry_out[type(chosen)](chosen)
 
 
 def _train(command: TrainCommand) -> int:
@@ -208,7 +226,7 @@ def _eval(command: EvalCommand) -> int:
     from fastflower.engine.commands import evaluate_run
 
     evaluated = evaluate_run(command.run, command.split, _testing(command), Console(stderr=True), command.names)
-    if not _is_main():
+    if not is_main():
         return 0
     analysis = analyse_run(evaluated)
     figures = {"split": command.split, **asdict(evaluated.figures)}
@@ -238,7 +256,7 @@ def _predict(command: PredictCommand) -> int:
     if command.submission or command.sample or command.root or command.sizes:
         raise UserError("--submission, --sample, --data.root and --sizes are about a split: drop them, or --images.")
     predictions = predict_pictures(command.run, command.images, testing, Console(stderr=True), out=command.out)
-    if _is_main():
+    if is_main():
         for line in likeliest(predictions, command.names):
             print(line)
     return 0
@@ -285,7 +303,7 @@ def _cv(command: CvCommand) -> int:
     )
     if isinstance(found, int):
         return 128 + found
-    if _is_main():
+    if is_main():
         Console().print(summary(found))
     return 0
 
@@ -367,7 +385,7 @@ def _check(command: CheckCommand) -> int:
     from fastflower.engine.progress import Display
 
     with Display(Console(stderr=command.json), shown=True) as display:
-        report = check(command.root, threads=len(os.sched_getaffinity(0)), follow=display.follow)
+        report = check(command.root, threads=machine.cpus(), follow=display.follow)
     if command.json:
         print(to_json(report.to_plain()))
     else:
@@ -383,7 +401,7 @@ def _stats(command: StatsCommand) -> int:
     from fastflower.data.stats import pixel_statistics
 
     records = load_pictures(Data(root=command.root, sizes=command.sizes), command.split.split("+"), seed=0)
-    found = pixel_statistics(records, Engine(threads=len(os.sched_getaffinity(0))))
+    found = pixel_statistics(records, Engine(threads=machine.cpus()))
     settings = {"data": {"mean": list(found.normalization.mean), "std": list(found.normalization.std)}}
     print(yaml.safe_dump(settings, default_flow_style=None, width=120), end="")
     print("  # covariance, which data.lighting uses:")

@@ -22,7 +22,7 @@ from fastflower.data.records import SPLITS
 from fastflower.data.sources import class_list, join, load_pool, load_records
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.commands import train_into
-from fastflower.engine.distributed import Ranks, Signals, local_rank, processes
+from fastflower.engine.distributed import Ranks, processes
 from fastflower.engine.lock import own_folder
 from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device
@@ -35,8 +35,10 @@ from fastflower.engine.views import Views
 from fastflower.ensemble import Member, combine, figures
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, remove_temporaries, require_writable, to_json
+from fastflower.launcher import local_rank
 from fastflower.predict import hand_in, predictions_of
 from fastflower.predictions import Predictions, sort_by_id, write_predictions
+from fastflower.signals import Signals
 
 FIGURES = ("loss", "accuracy", "top5", "macro_f1")
 # Settings that may differ between the folds, and from call to call: what is computed stays the same, but for records

@@ -19,9 +19,10 @@ from typing import Literal
 from rich.table import Table
 from rich.text import Text
 
+from fastflower import machine
 from fastflower.config import Config
 from fastflower.errors import UserError
-from fastflower.files import cache_dir
+from fastflower.files import cache_dir, existing_part, home_cache, is_writable
 
 GIB = 2**30
 LOW_DISK_GIB = 2  # the cached index and synthetic flowers are small; a checkpoint of resnet152 takes 0.5
@@ -94,18 +95,16 @@ def _processor() -> str:
     return next(names, platform.machine())
 
 
-def _cores() -> str:
-    return f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} may be used"
+def _cores(sources: machine.Sources = machine.LINUX) -> str:
+    quota = machine.cpu_quota(sources)
+    limited = "" if quota is None else f" (affinity {len(os.sched_getaffinity(0))}, quota {quota:g})"
+    return f"{machine.cpus(sources)} of {os.cpu_count()} may be used{limited}"
 
 
-def _memory() -> str:
-    lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    kib = {line.partition(":")[0]: int(line.split()[1]) for line in lines}
-    text = f"{kib['MemTotal'] * 1024 / GIB:.1f} GiB, {kib['MemAvailable'] * 1024 / GIB:.1f} GiB free"
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container's
-    if limit.is_file() and (allowed := limit.read_text().strip()).isdigit():
-        text += f", limited to {int(allowed) / GIB:.1f} GiB"
-    return text
+def _memory(sources: machine.Sources = machine.LINUX) -> str:
+    found = machine.memory(sources)
+    limited = f", limited to {found.limit / GIB:.1f} GiB" if found.limit else ""
+    return f"{found.total / GIB:.1f} GiB{limited}, {found.free / GIB:.1f} GiB free"
 
 
 def _cpu_bf16() -> str:
@@ -174,8 +173,8 @@ def _jpeg_decoder() -> str:
 
 def _free(path: Path) -> str:
     """A folder, which may not be there yet, and the space for it."""
-    existing = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+    existing = existing_part(path)
+    if not is_writable(path):
         raise UserError(f"{path} cannot be written: change the permissions of {existing}, or name another folder")
     free = shutil.disk_usage(existing).free / GIB
     if free < LOW_DISK_GIB:
@@ -184,8 +183,9 @@ def _free(path: Path) -> str:
 
 
 def _cache() -> str:
+    known = os.environ.get("FASTFLOWER_CACHE") or home_cache()
     try:
-        return _free(cache_dir())
+        return _free(cache_dir()) + ("" if known else "; at home none can be written")
     except UserError as error:
         raise UserError(f"{error} by FASTFLOWER_CACHE.") from error
 

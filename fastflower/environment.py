@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from fastflower import machine
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "dali": dali.__version__,
         "apex": find_apex(),
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": machine.cpus(),
         "torch_threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "cuda": torch.version.cuda if device.type == "cuda" else None,

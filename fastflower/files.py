@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,17 +18,79 @@ from typing import IO, Any
 
 from fastflower.errors import UserError
 
+# Where other libraries keep what they make, below the home folder, and the variable that names another place.
+_KEPT_AT_HOME = {"MPLCONFIGDIR": ".config/matplotlib", "TORCH_HOME": ".cache/torch", "TRITON_HOME": ".triton"}
+
 
 def cache_dir() -> Path:
-    """The user's cache folder: $FASTFLOWER_CACHE, else $XDG_CACHE_HOME/fastflower, else ~/.cache/fastflower."""
+    """The user's cache folder: $FASTFLOWER_CACHE, else $XDG_CACHE_HOME/fastflower, else ~/.cache/fastflower.
+
+    What is named is taken as it is. Where the others cannot be written, as in a container without a home folder, it is
+    a private folder among the temporary files.
+
+    Raises:
+        UserError: $FASTFLOWER_CACHE is below a home folder that nobody knows.
+    """
     if named := os.environ.get("FASTFLOWER_CACHE"):
-        return Path(named).expanduser()
-    if base := os.environ.get("XDG_CACHE_HOME"):
-        return Path(base) / "fastflower"
+        try:
+            return Path(named).expanduser()
+        except RuntimeError as error:
+            raise UserError(f"FASTFLOWER_CACHE is {named}, but there is no such home folder: give a path.") from error
+    return home_cache() or _private_folder()
+
+
+def home_cache() -> Path | None:
+    """The cache folder at home; None where it cannot be written."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        return Path.home() / ".cache" / "fastflower"
-    except RuntimeError:  # a user without a home folder, as containers have
-        return Path(tempfile.gettempdir()) / f"fastflower-{os.getuid()}"
+        folder = (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "fastflower"
+    except RuntimeError:  # neither a variable nor the system knows a home
+        return None
+    return folder if is_writable(folder) else None
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a folder can be written, or made where it is not there yet."""
+    return os.access(existing_part(folder), os.W_OK | os.X_OK) and existing_part(folder).is_dir()
+
+
+def existing_part(folder: Path) -> Path:
+    """The folder itself, or the one above it that is there."""
+    return next(part for part in (folder.absolute(), *folder.absolute().parents) if os.path.exists(part))
+
+
+def _private_folder() -> Path:
+    """A folder of this user's among the temporary files; it is another one where somebody made it for them.
+
+    It will hold code to run, so that nobody else may write there.
+    """
+    folder = Path(tempfile.gettempdir()) / f"fastflower-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077:
+        return folder
+    return Path(_folder_of_process().name)
+
+
+@functools.cache
+def _folder_of_process() -> tempfile.TemporaryDirectory[str]:
+    """A new one, which goes when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="fastflower-")
+
+
+def lend_cache() -> None:
+    """Where the home folder cannot be written, name places in our cache to the libraries that would write there.
+
+    What the user has named, or is there already, stays as it is.
+    """
+    if home_cache():
+        return
+    with contextlib.suppress(UserError, OSError):  # whoever needs a place will say that there is none
+        ours = cache_dir() if is_writable(cache_dir()) else _private_folder()
+        for variable, usual in _KEPT_AT_HOME.items():
+            if not os.environ.get(variable) and not os.path.isdir(os.path.expanduser(f"~/{usual}")):
+                os.environ[variable] = str(ours / Path(usual).name.removeprefix("."))
 
 
 @functools.cache

@@ -5,12 +5,12 @@ Everything runs in this process and on its own; many GPUs are the command line's
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from fastflower import config as configuration
 from fastflower.config import Config, find_config
@@ -23,6 +23,8 @@ from fastflower.engine.setup import Loaders, build_loaders, build_network, with_
 from fastflower.engine.testing import Testing
 from fastflower.engine.views import Views
 from fastflower.models.pretrained import load_pretrained, open_pretrained
+from fastflower.output import Console, Tolerant
+from fastflower.signals import Interrupted
 
 
 def load_config(source: str | Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:
@@ -48,7 +50,7 @@ def load_data(config: Config) -> Loaders:
         UserError: bad data, settings that do not fit it or this machine, or pretrained weights that cannot be had.
     """
     ranks = Ranks()
-    display = Display(Console(), shown=False)
+    display = Display(_console(quiet=True), shown=False)
     config = with_data(config, ranks, display)
     pretrained = open_pretrained(config.model, lambda _: None)
     inherited = pretrained.normalization if pretrained else None
@@ -78,11 +80,11 @@ def train(config: Config, run: str | Path, *, overwrite: bool = False, quiet: bo
 
     Raises:
         UserError: the folder holds a run, bad data, settings that do not fit it, or a loss that is not finite.
-        KeyboardInterrupt: by Ctrl-C; all steps until then are saved.
+        KeyboardInterrupt: by Ctrl-C or another signal to stop; all steps until then are saved.
     """
-    console = Console(quiet=quiet)
-    if train_run(config, name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=console):
-        raise KeyboardInterrupt
+    console = _console(quiet)
+    if received := train_run(config, name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=console):
+        raise Interrupted(received)
     return Path(run)
 
 
@@ -107,4 +109,10 @@ def evaluate(
         UserError: no such run, or data or views that do not fit it.
     """
     testing = Testing((Path(root),) if root else None, views=Views(crops, tuple(scales)))
-    return evaluate_run(Path(run), split, testing, Console(quiet=True)).figures
+    return evaluate_run(Path(run), split, testing, _console(quiet=True)).figures
+
+
+def _console(quiet: bool) -> Console:
+    """Where progress is shown, in whatever encoding that is."""
+    stream: Any = sys.stdout and Tolerant(sys.stdout)
+    return Console(file=stream, quiet=quiet)

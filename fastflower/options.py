@@ -49,7 +49,7 @@ class TrainCommand:
     """Build everything, train two steps, validate one batch, and say what time and memory they took; no run folder is
     made."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +93,7 @@ class EvalCommand(TestOptions):
     json: bool = False
     """Print one JSON object: split, n, loss, accuracy, top5, macro_f1."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class PredictCommand(TestOptions):
     names: str | None = None
     """Names of the classes for --images: a JSON list, a text file with one a line, or kaggle104; None = the data's."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class EnsembleCommand:
     json: bool = False
     """Print the figures as one JSON list of objects: name, weight, n, loss, accuracy, top5, macro_f1."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class CvCommand:
     submission: Path | None = None
     """Write the competition's CSV, id,label, of that."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class CheckCommand:
     json: bool = False
     """Print one JSON object: root, splits, classes, problems."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ class StatsCommand:
     sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
     """Stored sizes to measure (pixels), as data.sizes."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ if not torch.cuda.is_available():  # then Triton's kernels are interpreted, whic
     os.environ.setdefault("TRITON_INTERPRET", "1")
 import triton  # noqa: F401
 
+from fastflower.files import cache_dir
+
+# Code that was compiled stays, unlike all else: each process of a test would compile it anew, for seconds.
+os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
+
 from fastflower import cli
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.models import Norm

@@ -1,4 +1,4 @@
-"""atomic_write: whole or absent, whatever happens meanwhile; and JSON that every reader takes."""
+"""Files that are whole or absent, whatever happens meanwhile; JSON that every reader takes; the cache folder."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ import errno
 import json
 import math
 import os
+import pwd
 import stat
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +21,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastflower.files import atomic_write, cache_dir, code_digest, remove_temporaries, to_json
-from tests.conftest import ROOT
+from fastflower import files
+from fastflower.errors import UserError
+from fastflower.files import atomic_write, cache_dir, code_digest, lend_cache, remove_temporaries, to_json
+from tests.conftest import ROOT, train_arguments
 
 
 @pytest.fixture
@@ -223,6 +229,103 @@ def test_cache_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTFLOWER_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_dir() == Path("/home/someone/.cache/fastflower")
+
+
+@pytest.fixture
+def no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A user whose home folder is a file, so that it cannot be written; the folder for temporary files."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "temporary").mkdir()
+    for name in ("FASTFLOWER_CACHE", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TORCH_HOME", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return tmp_path / "temporary"
+
+
+def test_without_a_home_the_cache_is_private(no_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_: int) -> NoReturn:
+        raise KeyError("no entry in the list of users")
+
+    private = no_home / f"fastflower-{os.getuid()}"
+    assert cache_dir() == private
+    assert stat.S_IMODE(private.stat().st_mode) == 0o700
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    monkeypatch.delenv("HOME")
+    assert cache_dir() == private
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # which does not count, by its specification
+    assert cache_dir() == private
+    monkeypatch.setenv("XDG_CACHE_HOME", str(no_home / "xdg"))
+    assert cache_dir() == no_home / "xdg/fastflower"
+    monkeypatch.setenv("FASTFLOWER_CACHE", "~/named")
+    with pytest.raises(UserError, match="FASTFLOWER_CACHE is ~/named, but there is no such home folder"):
+        cache_dir()
+    monkeypatch.setenv("FASTFLOWER_CACHE", "/dev/null/named")
+    assert cache_dir() == Path("/dev/null/named"), "what is named is taken as it is"
+
+
+@pytest.mark.parametrize("planted", ["link", "file", "writable", "readable", "anothers"])
+def test_a_private_folder_that_is_not_ours_is_not_used(
+    planted: str, no_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    private = no_home / f"fastflower-{os.getuid()}"
+    if planted == "link":
+        (tmp_path / "elsewhere").mkdir(mode=0o700)
+        private.symlink_to(tmp_path / "elsewhere")
+    elif planted == "file":
+        private.write_text("")
+    else:
+        private.mkdir(mode=0o700)
+        private.chmod({"writable": 0o777, "readable": 0o755}.get(planted, 0o700))
+    if planted == "anothers":
+        me = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: me + 1)
+        private.rename(no_home / f"fastflower-{me + 1}")
+        private = no_home / f"fastflower-{me + 1}"
+    files._folder_of_process.cache_clear()
+    found = cache_dir()
+    assert found.is_dir()
+    assert found != private
+    assert found == cache_dir(), "the same while the process lives"
+    assert stat.S_IMODE(found.stat().st_mode) == 0o700
+    files._folder_of_process().cleanup()
+    files._folder_of_process.cache_clear()
+
+
+def test_other_libraries_get_a_place_where_home_has_none(no_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = ("MPLCONFIGDIR", "TORCH_HOME", "TRITON_HOME")
+    monkeypatch.setenv("TORCH_HOME", "/named")
+    lend_cache()
+    private = no_home / f"fastflower-{os.getuid()}"
+    assert [os.environ[name] for name in variables] == [f"{private}/matplotlib", "/named", f"{private}/triton"]
+    for name in variables:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("FASTFLOWER_CACHE", "/dev/null/named")  # cannot be written either
+    lend_cache()
+    assert os.environ["TORCH_HOME"] == f"{private}/torch"
+    for name in variables:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(no_home))
+    lend_cache()
+    assert not set(variables) & set(os.environ)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_commands_work_where_no_home_can_be_written(named: bool, no_home: Path, small: Path, tmp_path: Path) -> None:
+    """As in a container whose user has no home: with a cache folder, or with one that cannot be written either."""
+    (tmp_path / "here").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(no_home)}
+    if named:
+        environment["FASTFLOWER_CACHE"] = "/dev/null/cache"
+    worker = [sys.executable, str(ROOT / "tests/engine/tiny_worker.py")]
+    run = tmp_path / "run"
+    for words in ([*train_arguments(small, run), "--train.epochs", 1], ["eval", run], ["data", "check", small]):
+        command = [*worker, *map(str, words)]
+        options = {"capture_output": True, "text": True, "env": environment, "cwd": tmp_path / "here"}
+        done = subprocess.run(command, **options, timeout=120, check=False)  # type: ignore[call-overload]
+        assert (done.returncode, done.stderr) == (0, "")
+    assert not list((tmp_path / "here").iterdir()), "such as a folder named ~"
+    assert (no_home / f"fastflower-{os.getuid()}/index").is_dir() != named
 
 
 def test_the_digest_of_code_changes_with_each_of_its_files(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from nvidia.dali.pipeline import DataNode
 
+from fastflower import machine
 from fastflower.data.pictures import decoded_pictures
 from fastflower.data.pipeline import Engine
 from fastflower.data.records import Records
@@ -27,7 +28,6 @@ from fastflower.errors import UserError
 Choice = Literal["off", "ram", "gpu", "auto"]
 Place = Literal["ram", "gpu"]
 
-GROUP = Path("/sys/fs/cgroup")  # a container's limits (version 2)
 SHARED = Path("/dev/shm")  # where Linux keeps memory that processes share
 MOST, MOST_AUTO = 0.8, 0.5  # share of the free memory that a cache takes at most
 
@@ -84,22 +84,11 @@ def _free(place: Place, engine: Engine, ranks: Ranks) -> int:
     """Bytes that can still be taken."""
     if place == "gpu":
         return torch.cuda.mem_get_info(engine.device_id)[0]
-    free = _meminfo()
+    free = machine.memory().free
     if ranks.local_world_size > 1:
         status = os.statvfs(SHARED)
         free = min(free, status.f_bavail * status.f_frsize)
     return free
-
-
-def _meminfo() -> int:
-    """Available host memory, within the limit of a container."""
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    try:
-        limit, used = ((GROUP / name).read_text(encoding="ascii") for name in ("memory.max", "memory.current"))
-        return min(free, int(limit) - int(used))
-    except (OSError, ValueError):  # no such limit, or "max"
-        return free
 
 
 def open_cache(

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from nvidia import nvimgcodec
 
+from fastflower import machine
 from fastflower.data import decoding
 from fastflower.data.decoding import is_sound, undecodable
 from fastflower.data.records import Records, read_image
@@ -96,7 +97,7 @@ def _read(records: Records, indices: np.ndarray, progress: Progress | None) -> t
 
     digests, sound = np.zeros(len(indices), np.uint64), np.zeros(len(indices), bool)
     done = 0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:  # hashing and reading leave Python's lock
+    with ThreadPoolExecutor(machine.cpus()) as threads:  # hashing and reading leave Python's lock
         for part in threads.map(read, range(0, len(indices), CHUNK)):
             for each in part:
                 digests[done], sound[done] = each

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from nvidia.dali import backend
 
+from fastflower import machine
 from fastflower.config import Data
 from fastflower.data import demo
 from fastflower.data.cache import Decoded
@@ -114,12 +114,11 @@ def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
     gpu = device.type == "cuda" and backend.GetCUDADeviceCount() > 0  # type: ignore[attr-defined]
     if data.decoder == "gpu" and not gpu:
         raise UserError("data.decoder is gpu, but the network does not run on a GPU that DALI finds: give auto or cpu.")
-    cores = len(os.sched_getaffinity(0))
     on_gpu = gpu and data.decoder != "cpu"
     return Engine(
         device="gpu" if on_gpu else "cpu",
         device_id=device.index if on_gpu else None,
-        threads=data.threads or max(1, cores // ranks.local_world_size),
+        threads=data.threads or max(1, machine.cpus() // ranks.local_world_size),
         prefetch=data.prefetch,
         hw_decoder_load=data.hw_decoder_load,
     )

@@ -9,19 +9,21 @@ those pixels differ from PIL's by 0.1 to 0.6 levels on average, and by 16 at mos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import njit, types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from fastflower.data.memory import Memory
 from fastflower.data.pipeline import Normalization, View
 from fastflower.data.sampler import Request
+from fastflower.files import cache_dir, is_writable
 
 AT_ONCE = 8  # pictures of a task for a thread: few enough to spread a batch, and so many that tasks cost nothing
 
@@ -113,7 +115,27 @@ class Resampler:
             yield images, alike
 
 
-@njit(nogil=True, cache=True)
+def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Compile a function when it is first called; the code is kept where NUMBA_CACHE_DIR says, else in the user's cache
+    folder, or not at all where that cannot be written.
+    """
+
+    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+        settings: Any = config
+        named = settings.CACHE_DIR
+        folder = Path(named or cache_dir() / "numba")
+        settings.CACHE_DIR = str(folder)
+        try:
+            return njit(nogil=True, cache=is_writable(folder), **options)(function)
+        except RuntimeError:  # it could not be written after all
+            return njit(nogil=True, **options)(function)
+        finally:
+            settings.CACHE_DIR = named  # since it is for all that this process compiles
+
+    return compiled
+
+
+@_compiled()
 def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignore[no-untyped-def]
     """Write a part of a resized picture.
 
@@ -166,7 +188,7 @@ def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignor
 # Rows are passed as arrays and numbers: a view for each would be counted, at a tenth of the time.
 
 
-@njit(nogil=True, cache=True)
+@_compiled()
 def _mix_rows(rows, first, weights, row, line):  # type: ignore[no-untyped-def]
     """Sum of rows from the first on by a row of weights, into `line`; two at once, which halves the passes over it."""
     last = len(rows) - 1
@@ -181,7 +203,7 @@ def _mix_rows(rows, first, weights, row, line):  # type: ignore[no-untyped-def]
                 line[0, i] = line[0, i] + a * rows[one, i] + b * rows[other, i]
 
 
-@njit(nogil=True, cache=True)
+@_compiled()
 def _resize_row(line, first, weights, resized, row):  # type: ignore[no-untyped-def]
     """Row `row` of `resized`: of each column the weighted sum of pixels of `line` from its first on."""
     for column in range(len(first)):
@@ -230,14 +252,14 @@ def _sum_pixels(typing, line, first, weights, resized, row, column):  # type: ig
     return types.void(line, first, weights, resized, row, column), code
 
 
-@njit(nogil=True, cache=True, error_model="numpy")  # Python's looks for zeros, one by one
+@_compiled(error_model="numpy")  # Python's looks for zeros, one by one
 def _normalize(resized, means, stds, levels, row):  # type: ignore[no-untyped-def]
     """Row `row` of `levels`: those of `resized`, rounded, less their means, by their deviations."""
     for i in range(len(means)):
         levels[row, i] = (np.float32(np.int32(resized[0, i] + np.float32(0.5))) - means[i]) / stds[i]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@_compiled(error_model="numpy")
 def _taps(size, resized, start, count):  # type: ignore[no-untyped-def]
     """What `count` pixels from `start` on, of an axis that is resized from `size` pixels, are made of.
 

@@ -14,7 +14,7 @@ from fastflower.config import Config, resolve
 from fastflower.data.names import display_names
 from fastflower.data.records import Records
 from fastflower.engine.checkpoint import load_checkpoint
-from fastflower.engine.distributed import Ranks, local_rank, processes
+from fastflower.engine.distributed import Ranks, processes
 from fastflower.engine.lock import own_folder
 from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device
@@ -30,6 +30,7 @@ from fastflower.engine.train import complete, train, why_ended
 from fastflower.engine.trained import Trained, open_trained
 from fastflower.environment import environment
 from fastflower.errors import UserError
+from fastflower.launcher import local_rank
 
 
 def dry_run(config: Config, console: Console) -> None:

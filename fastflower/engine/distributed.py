@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -18,16 +16,14 @@ import torch.distributed as dist
 # as Python ended.
 import torch.distributed.nn
 
+from fastflower import launcher, machine
 from fastflower.errors import UserError
+from fastflower.signals import Interrupted, Signals
 
 T = TypeVar("T")
 
 # What a process says before each step; the highest value over the ranks is what all do.
 _END, _GO, _STOP, _FAILED = range(4)
-
-
-class Interrupted(KeyboardInterrupt):
-    """Some rank was asked to stop (Ctrl-C or SIGTERM); every rank raises this at the same step."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ class Ranks:
         """Yield batches while every rank can go on; ranks may have unequal numbers of them.
 
         Raises:
-            Interrupted: some rank got a signal.
+            Interrupted: some rank got a signal; every rank raises this at the same step, with the same number.
             UserError: some rank's batches failed; its sentence, on every rank.
         """
         iterator = iter(batches)
@@ -130,7 +126,7 @@ class Ranks:
             if verdict == _FAILED:
                 self._raise_first(failure)
             if verdict == _STOP:
-                raise Interrupted
+                raise Interrupted(self.max(signals.received or 0))
             if verdict == _END:
                 return
             if batch is not None:
@@ -138,25 +134,25 @@ class Ranks:
 
     def _raise_first(self, failure: UserError | None) -> None:
         sentences = [sentence for sentence in self.gather(str(failure) if failure else None) if sentence]
-        if failure:
-            raise failure
         if sentences:
-            raise UserError(sentences[0])
-
-
-def local_rank() -> int:
-    """Which of this machine's processes this is, as torchrun says."""
-    return int(os.environ.get("LOCAL_RANK", 0))
+            error = failure or UserError(sentences[0])
+            error.said_elsewhere = not self.is_main
+            raise error
 
 
 @contextlib.contextmanager
 def processes(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that torchrun started, if it did, until the block ends."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not all(name in os.environ for name in names):
-        yield Ranks()
+    """Join the processes that torchrun started, if it did, until the block ends.
+
+    Raises:
+        UserError: the launcher's variables are not complete.
+    """
+    place = launcher.place()
+    ranks = Ranks(*place) if place else Ranks()
+    _limit_threads(ranks)
+    if not place:
+        yield ranks
         return
-    ranks = Ranks(*(int(os.environ[name]) for name in names))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
@@ -164,21 +160,8 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     dist.destroy_process_group()  # only after success: after a failure it could wait for a process that is gone
 
 
-class Signals:
-    """Notes Ctrl-C and SIGTERM while its `with` block runs; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> Signals:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
+def _limit_threads(ranks: Ranks) -> None:
+    """Torch takes a thread for each core that it sees; under a smaller quota they would wait for each other."""
+    if machine.cpu_quota() is not None and "OMP_NUM_THREADS" not in os.environ:
+        allowed = max(1, machine.cpus() // ranks.local_world_size)
+        torch.set_num_threads(min(torch.get_num_threads(), allowed))

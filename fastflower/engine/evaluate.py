@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 
 from fastflower.data.loader import Batch
-from fastflower.engine.distributed import Ranks, Signals
+from fastflower.engine.distributed import Ranks
 from fastflower.engine.meters import Evaluation, EvaluationSums
 from fastflower.engine.precision import Precision
+from fastflower.signals import Signals
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ import time
 
 import torch
 
-from fastflower.engine.distributed import Signals
 from fastflower.engine.progress import Display
 from fastflower.engine.state import Setup, State
 from fastflower.engine.step import compiled, evaluate_in, training_network, training_step
+from fastflower.signals import Signals
 
 STEPS = 2  # the first compiles and allocates
 

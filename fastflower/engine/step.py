@@ -10,12 +10,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fastflower.data.loader import Batch
-from fastflower.engine.distributed import Signals
 from fastflower.engine.evaluate import evaluate
 from fastflower.engine.loss import mix
 from fastflower.engine.meters import Evaluation
 from fastflower.engine.optimizer import freeze
 from fastflower.engine.state import Setup, State
+from fastflower.signals import Signals
 
 
 def training_network(setup: Setup, state: State) -> torch.nn.Module:

@@ -16,11 +16,13 @@ from fastflower.data.contents import require_pictures
 from fastflower.data.records import Records, miscounted
 from fastflower.data.selection import largest_of_each
 from fastflower.data.sources import leave_out, load_records
-from fastflower.engine.distributed import Ranks, Signals, local_rank, processes
+from fastflower.engine.distributed import Ranks, processes
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
 from fastflower.engine.trained import TestSizes, Trained
 from fastflower.engine.views import Views
+from fastflower.launcher import local_rank
+from fastflower.signals import Signals
 
 SHOWN = 5  # ids that are there twice, on screen
 

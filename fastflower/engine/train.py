@@ -12,7 +12,6 @@ import torch
 
 from fastflower.config import to_plain
 from fastflower.engine.checkpoint import first_non_finite, load_checkpoint, save_checkpoint, save_weights, weights_of
-from fastflower.engine.distributed import Interrupted, Signals
 from fastflower.engine.meters import Evaluation, TrainingSums
 from fastflower.engine.optimizer import freeze
 from fastflower.engine.profile import Profiler
@@ -21,6 +20,7 @@ from fastflower.engine.run import RunFolder, RunLog
 from fastflower.engine.state import Setup, State
 from fastflower.engine.step import compiled, evaluate_in, is_frozen, training_network, training_step
 from fastflower.errors import UserError
+from fastflower.signals import Interrupted, Signals
 
 T = TypeVar("T")
 
@@ -72,8 +72,8 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
             if state.epoch < config.epochs:
                 display.say(end)
             return None
-        except Interrupted:
-            return max(setup.ranks.gather(signals.received or 0))
+        except Interrupted as interrupted:
+            return interrupted.number
         finally:
             if profiler:
                 profiler.close()

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastflower import machine
 from fastflower.config import Data
 from fastflower.data import cache
 from fastflower.data.cache import Decoded, choose_place, open_cache
@@ -19,6 +20,7 @@ from fastflower.data.pipeline import IMAGENET, Engine
 from fastflower.data.records import Records, load_split
 from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
+from fastflower.machine import Memory
 from tests.conftest import READABLE, ROOT, fastflower, torchrun, train_arguments, write_folders
 from tests.engine.test_run import without_times
 
@@ -72,7 +74,7 @@ def test_real_photographs_at_all_sizes(flowers5: Path) -> None:
 def test_what_does_not_fit_is_said(
     choice: Any, needed: int, place: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache, "_meminfo", lambda: 1000)
+    monkeypatch.setattr(machine, "memory", lambda: Memory(total=2000, free=1000, limit=None))
     found, sentence = choose_place(choice, needed, Engine(), ALONE)
     assert found == place
     assert words in sentence
@@ -90,20 +92,9 @@ def test_a_gpu_comes_first_and_must_be_there(monkeypatch: pytest.MonkeyPatch) ->
 def test_shared_memory_counts_between_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     two = Ranks(rank=0, world_size=2, local_rank=0, local_world_size=2)
     free = os.statvfs("/dev/shm")
-    monkeypatch.setattr(cache, "_meminfo", lambda: 10**15)
+    monkeypatch.setattr(machine, "memory", lambda: Memory(total=10**15, free=10**15, limit=None))
     assert cache._free("ram", Engine(), two) == free.f_bavail * free.f_frsize
     assert cache._free("ram", Engine(), ALONE) == 10**15
-
-
-def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = cache._meminfo()
-    assert 10**8 < whole < 10**14
-    (tmp_path / "memory.max").write_text("70000\n")
-    (tmp_path / "memory.current").write_text("50000\n")
-    monkeypatch.setattr(cache, "GROUP", tmp_path)
-    assert cache._meminfo() == 20000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert cache._meminfo() > 10**8
 
 
 @pytest.fixture

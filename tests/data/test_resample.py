@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
+import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -19,7 +21,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from fastflower.data.pipeline import IMAGENET, Engine, Inputs, Normalization, View, build_decoder, build_pipeline
 from fastflower.data.records import load_split, read_image
-from fastflower.data.resample import Frame, Region, Resampler, frame, resample
+from fastflower.data.resample import Frame, Region, Resampler, _compiled, frame, resample
 from fastflower.data.sampler import Request
 from tests.conftest import READABLE, ROOT, jpeg
 
@@ -320,10 +322,33 @@ def test_read_only_pictures_are_taken(threads: Executor) -> None:
     assert image[5, 5].tolist() == [1, 2, 3]
 
 
-def test_it_works_where_its_code_cannot_be_kept(tmp_path: Path) -> None:
-    """Compiled anew in each process, where neither the package nor the home folder can be written."""
+def test_it_works_where_its_code_cannot_be_kept() -> None:
+    """Compiled anew in each process."""
     code = "import numpy as np; from tests.data.test_resample import Frame, resize"
     code += "; resize(np.zeros((4, 4, 3), np.uint8), Frame(4, 4, 0, 0, 4, 4))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "HOME": "/proc", "XDG_CACHE_HOME": "/proc"}
+    nowhere = {"FASTFLOWER_CACHE": "/dev/null/cache", "NUMBA_CACHE_DIR": "/dev/null/code", "HOME": "/dev/null"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | nowhere
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_its_code_is_kept_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(number: int) -> int:
+        return 2 * number
+
+    def files(folder: Path) -> int:
+        return sum(path.is_file() for path in folder.rglob("*"))
+
+    for named in ("", str(tmp_path / "named")):
+        monkeypatch.setattr("numba.core.config.CACHE_DIR", named)
+        monkeypatch.setenv("FASTFLOWER_CACHE", str(tmp_path / "cache"))
+        assert _compiled()(twice)(3) == 6
+        assert vars(numba.core.config)["CACHE_DIR"] == named, "of all others, where it was"
+    assert files(tmp_path / "cache" / "numba") == files(tmp_path / "named") == 2  # an index and the code
+    monkeypatch.setattr("numba.core.config.CACHE_DIR", "")
+    for place in (tmp_path / "cache" / "numba", tmp_path / "named"):
+        shutil.rmtree(place)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FASTFLOWER_CACHE", str(tmp_path / "file"))
+    assert _compiled(error_model="numpy")(twice)(3) == 6
+    assert not list(tmp_path.rglob("*.nb*"))

@@ -13,9 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastflower import machine
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.engine.checkpoint import load_checkpoint
-from fastflower.engine.distributed import Ranks
+from fastflower.engine.distributed import Ranks, _limit_threads, processes
 from fastflower.errors import UserError
 from tests.conftest import TinyNet, example, fastflower, torchrun, train_arguments, write_dataset
 from tests.engine.test_choices import EVERYTHING
@@ -60,8 +61,9 @@ def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_pa
         assert figures[key] == pytest.approx(best[f"val_{key}"], abs=1e-5)
 
     # a signal to one rank stops both at the same step
-    result = train_in_ranks(*train_arguments(uneven, stopped), *options, TINY_SIGNAL="1:8")
-    assert "Stopped by SIGTERM and saved" in result.stdout
+    result = train_in_ranks(*train_arguments(uneven, stopped), *options, TINY_SIGNAL="1:8:10")
+    assert "Stopped by SIGUSR1 and saved" in result.stdout
+    assert f"exitcode  : {128 + 10}" in result.stderr
     assert load_checkpoint(stopped / "checkpoints/last.pt")["step"] == 9
     result = train_in_ranks("train", "--resume", stopped)
     assert result.returncode == 0, result.stderr
@@ -169,6 +171,31 @@ def test_a_batch_that_cannot_be_split_is_refused_with_what_fits() -> None:
     with pytest.raises(UserError, match="4 would fit"):
         Ranks(world_size=4).share_of(3)
     assert Ranks(world_size=4).share_of(12) == 3
+
+
+def test_torch_keeps_to_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(machine, "cpus", lambda: 3)
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 2.5)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    try:
+        torch.set_num_threads(6)
+        _limit_threads(Ranks())
+        assert torch.get_num_threads() == 6, "the user has said how many"
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        for share, expected in ((1, 3), (2, 1), (8, 1)):
+            torch.set_num_threads(6)
+            _limit_threads(Ranks(world_size=share, local_world_size=share))
+            assert torch.get_num_threads() == expected
+        torch.set_num_threads(6)
+        with processes(torch.device("cpu")):
+            assert torch.get_num_threads() == 3
+        monkeypatch.setattr(machine, "cpu_quota", lambda: None)
+        torch.set_num_threads(6)
+        _limit_threads(Ranks())
+        assert torch.get_num_threads() == 6
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastflower.data.loader import decodable, has_header, is_cut_off
+from fastflower.data.decoding import decodable, has_header, is_cut_off
 from fastflower.data.sampler import permutation
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.engine.checkpoint import load_checkpoint, save_checkpoint

@@ -1,6 +1,7 @@
 """The command line with a TinyNet, for processes that torchrun starts; says afterwards what each rank ended with.
 
-TINY_SIGNAL="rank:step" sends that rank SIGTERM in that step; TINY_CRASH="rank:step" raises there.
+TINY_SIGNAL="rank:step:number" sends that rank the signal in that step, SIGTERM without a number; TINY_CRASH="rank:step"
+raises there.
 TINY_WEIGHTS=URL is where IMAGENET1K_V1 of resnet18 comes from.
 """
 
@@ -23,13 +24,14 @@ RANK = int(os.environ.get("RANK", "0"))
 
 
 def at_step(variable: str) -> int:
-    rank, _, step = os.environ.get(variable, "-1:-1").partition(":")
+    rank, step, *_ = os.environ.get(variable, "-1:-1").split(":")
     return int(step) if int(rank) == RANK else -1
 
 
 def add(self: TrainingSums, loss: Any, logits: Any, labels: Any, step: int, lr: float) -> None:
     if step == at_step("TINY_SIGNAL"):
-        os.kill(os.getpid(), signal.SIGTERM)
+        _, _, *number = os.environ["TINY_SIGNAL"].split(":")
+        os.kill(os.getpid(), int(number[0]) if number else signal.SIGTERM)
     if step == at_step("TINY_CRASH"):
         raise RuntimeError("crash for the test")
     original_add(self, loss, logits, labels, step, lr)

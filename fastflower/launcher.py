@@ -1,0 +1,62 @@
+"""What a launcher such as torchrun tells each process that it starts, in environment variables."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+from fastflower.errors import UserError
+
+
+class Place(NamedTuple):
+    """One process among those that were started."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+_NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_MEETING = ("MASTER_ADDR", "MASTER_PORT")  # where they find each other; a machine may name one without any launcher
+
+
+def place() -> Place | None:
+    """The place of this process; None where it is on its own. An empty variable is as good as none.
+
+    Raises:
+        UserError: some of the variables are missing, or they do not fit together.
+    """
+    given = {name: value for name in (*_NUMBERS, *_MEETING) if (value := os.environ.get(name, "").strip())}
+    if not any(name in given for name in _NUMBERS):
+        return None
+    found = ", ".join(f"{name}={value}" for name, value in given.items())
+    start = "start the processes by torchrun, which sets them all, or unset them to run on one"
+    if missing := [name for name in (*_NUMBERS, *_MEETING) if name not in given]:
+        raise UserError(f"{found} without {', '.join(missing)}: {start}.")
+    if not all(given[name].isdecimal() for name in (*_NUMBERS, "MASTER_PORT")):
+        raise UserError(f"{found}: these are not whole numbers from 0; {start}.")
+    its = Place(*(int(given[name]) for name in _NUMBERS))
+    if not (its.rank < its.world_size and its.local_rank < its.local_world_size <= its.world_size):
+        raise UserError(f"{found}: ranks are below the numbers of processes, here and in all; {start}.")
+    return its
+
+
+def is_main() -> bool:
+    """Whether this process writes files and speaks for all.
+
+    Raises:
+        UserError: see `place`.
+    """
+    its = place()
+    return its is None or its.rank == 0
+
+
+def local_rank() -> int:
+    """Which of this machine's processes this is.
+
+    Raises:
+        UserError: see `place`.
+    """
+    its = place()
+    return its.local_rank if its else 0

@@ -1,0 +1,66 @@
+"""Being asked to stop: by Ctrl-C, `kill`, a scheduler, or a terminal that closes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+# SIGHUP comes when the terminal closes; SIGUSR1 is what schedulers are told to send when time is nearly up.
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process, or one that it works with, to stop. A command ends with 128 + its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextlib.contextmanager
+def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Have `handler` called for each of these signals until the block ends.
+
+    One that is ignored already stays so, as SIGHUP under nohup; but Ctrl-C's, which shells have their background jobs
+    ignore, is still meant where it is sent by `kill`. Only Python's main thread can choose handlers: in another thread
+    this changes nothing.
+    """
+    previous = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in ASKING:
+            known = signal.getsignal(number)  # None: a handler that is not Python's
+            if known is not None and (known != signal.SIG_IGN or number == signal.SIGINT):
+                previous[number] = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, known in previous.items():
+            signal.signal(number, known)
+
+
+def interrupt(number: int, _: FrameType | None) -> None:
+    """The handler that ends whatever runs."""
+    raise Interrupted(number)
+
+
+class Signals:
+    """Notes such signals while its `with` block runs; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> Signals:
+        self._handling = handling(self._note)
+        self._handling.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._handling.__exit__(None, None, None)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
+            raise KeyboardInterrupt  # and nothing is saved: `Interrupted` is for what all ranks know
+        self.received = number
