@@ -26,7 +26,8 @@ from fastflower.engine.trained import open_trained
 from fastflower.errors import UserError
 from fastflower.files import require_writable
 from fastflower.predict import hand_in, predictions_of
-from fastflower.predictions import Predictions, check_sample, read_predictions, refuse_repeated, some, sort_by_id
+from fastflower.predictions import Predictions, in_order_of, read_predictions, refuse_repeated, some, sort_by_id
+from fastflower.submission import labels_of
 
 Method = Literal["vote", "mean", "weighted"]
 
@@ -97,7 +98,7 @@ def ensemble_runs(
     members = [find_member(path, split, roots, console) for path in paths]
     joined, weights, notes = _join(members), None, []
     if sample:
-        check_sample(sample, joined[0].ids.tolist())
+        labels_of(joined[0].classes, joined[0].ids.tolist(), sample)
     if method == "weighted":
         labelled = bool((_labels(joined) != NO_LABEL).all())
         if not (fit_on or labelled):
@@ -119,7 +120,7 @@ def ensemble_runs(
         rows.append(Row(method, figures(combined)))
         if method == "vote":
             notes.append("The vote's loss is that of (votes + mean probability) / (members + 1).")
-    notes += hand_in(combined, out=out, submission=submission)
+    notes += hand_in(combined, out=out, submission=submission, sample=sample)
     return Ensembled(combined, rows, notes)
 
 
@@ -265,17 +266,15 @@ def _join(members: Sequence[Member]) -> list[Predictions]:
                 f"{one.name} and {other.name} are the predictions of one network, which would count twice: "
                 "name one of them."
             )
-    first = members[0]
     for member in members:
         refuse_repeated(member.predictions.ids, member.name)
-        _require_same_classes(first, member)
     every = set().union(*(member.predictions.ids.tolist() for member in members))
     for member in members:
         if missing := every.difference(member.predictions.ids.tolist()):
             raise UserError(
                 f"{member.name} lacks {some(missing)}, which other members have: predict the same pictures with each."
             )
-    joined = [sort_by_id(member.predictions) for member in members]
+    joined = [sort_by_id(each) for each in _of_one_order(members)]
     for (one, a), (other, b) in combinations(zip(members, joined, strict=True), 2):
         if (differ := (a.labels != b.labels) & (a.labels != NO_LABEL) & (b.labels != NO_LABEL)).any():
             raise UserError(
@@ -294,15 +293,30 @@ def _same(a: Predictions, b: Predictions) -> bool:
     return bool(a.source) and a.source == b.source and np.array_equal(a.probabilities, b.probabilities)
 
 
-def _require_same_classes(first: Member, member: Member) -> None:
-    a, b = first.predictions.classes, member.predictions.classes
+def _of_one_order(members: Sequence[Member]) -> list[Predictions]:
+    """The members' predictions with their classes in one order, which no order of the members has a say in.
+
+    Raises:
+        UserError: the classes are not the same.
+    """
+    lists = [member.predictions.classes for member in members]
+    classes = min(lists, key=lambda names: (sum(map(len, names)), names))  # 7 rather than 007
+    found = []
+    for member in members:
+        predictions = in_order_of(classes, member.predictions)
+        if predictions is None:
+            raise UserError(
+                f"{_difference(members[lists.index(classes)], member)}: combine networks of the same classes."
+            )
+        found.append(predictions)
+    return found
+
+
+def _difference(one: Member, other: Member) -> str:
+    a, b = one.predictions.classes, other.predictions.classes
     if len(a) != len(b):
-        how = f"{first.name} has {len(a)} classes and {member.name} {len(b)}"
-    elif different := [k for k in range(len(a)) if a[k] != b[k]]:
-        how = f"class {different[0]} is {a[different[0]]!r} in {first.name} and {b[different[0]]!r} in {member.name}"
-    else:
-        return
-    raise UserError(f"{how}: combine networks that were trained on the same classes.")
+        return f"{one.name} has {len(a)} classes and {other.name} {len(b)}"
+    return f"{one.name} has the class {next(name for name in a if name not in b)!r}, which {other.name} lacks"
 
 
 def _labels(joined: Sequence[Predictions]) -> np.ndarray:

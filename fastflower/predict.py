@@ -18,14 +18,8 @@ from fastflower.engine.testing import Session, Testing, load_split, session
 from fastflower.engine.trained import Trained, open_trained, weights_digest
 from fastflower.errors import UserError
 from fastflower.files import require_writable
-from fastflower.predictions import (
-    Predictions,
-    check_sample,
-    read_predictions,
-    sort_by_id,
-    write_predictions,
-    write_submission,
-)
+from fastflower.predictions import Predictions, read_predictions, sort_by_id, write_predictions
+from fastflower.submission import labels_of, meaning, write_submission
 
 SHOWN = 3  # classes of a single picture
 
@@ -51,10 +45,11 @@ def predict_run(
         console: where progress is shown.
         out: the predictions file; None = predictions-SPLIT.parquet in the run folder.
         submission: the competition's CSV; None = none is written.
-        sample: a sample submission, whose ids must be those of the records.
+        sample: a sample submission, whose ids must be those of the records, and its labels names or numbers of the
+            classes.
 
     Raises:
-        UserError: no such run, data or views that do not fit it, or other ids than the sample's.
+        UserError: no such run, data or views that do not fit it, or a sample that does not fit both.
         Interrupted: a signal came.
     """
     trained = open_trained(run)
@@ -67,7 +62,7 @@ def predict_run(
         data, records = load_pictures(trained, split, testing, within, sample=sample)
         predictions = _predict(trained, split, data, records, testing, within)
         if within.ranks.is_main:
-            for note in hand_in(predictions, out=out, submission=submission):
+            for note in hand_in(predictions, out=out, submission=submission, sample=sample):
                 within.display.say(note)
     return predictions
 
@@ -78,13 +73,13 @@ def load_pictures(
     """The records to predict, each id once (see `load_split`).
 
     Raises:
-        UserError: bad data, an id that is missing or no text, or other ids than the sample's.
+        UserError: bad data, an id that is missing or no text, or a sample that does not fit.
     """
     data, records = load_split(trained, split, testing, within, once=True)
     with within.ranks.together():
         _require_ids(records)
         if sample:
-            check_sample(sample, records.ids.tolist())
+            labels_of(trained.classes, records.ids.tolist(), sample)
     return data, records
 
 
@@ -140,13 +135,21 @@ def source(trained: Trained, records: Records, testing: Testing) -> dict[str, ob
     }
 
 
-def hand_in(predictions: Predictions, *, out: Path | None = None, submission: Path | None = None) -> list[str]:
-    """Write the files that are asked for; sentences that say so."""
-    notes = []
+def hand_in(
+    predictions: Predictions, *, out: Path | None = None, submission: Path | None = None, sample: Path | None = None
+) -> list[str]:
+    """Write the files that are asked for, the submission in the form of the sample; sentences that say so.
+
+    Raises:
+        UserError: see `fastflower.submission.labels_of`.
+    """
+    notes: list[str] = []
     if submission:
-        labels = dict(zip(predictions.ids.tolist(), predictions.likeliest.tolist(), strict=True))
-        write_submission(submission, labels, set(predictions.ids.tolist()), len(predictions.classes))
-        notes.append(f"Submission: {submission}")
+        ids, classes = predictions.ids.tolist(), predictions.classes
+        labels = labels_of(classes, ids, sample)
+        found = [labels[place] for place in predictions.likeliest.tolist()]
+        write_submission(submission, dict(zip(ids, found, strict=True)), set(ids), labels)
+        notes += filter(None, (f"Submission: {submission}", meaning(classes, labels)))
     if out:
         write_predictions(out, predictions)
         notes.append(f"Predictions of {len(predictions.ids)} pictures: {out}")

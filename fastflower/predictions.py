@@ -1,32 +1,33 @@
-"""What networks say of pictures: class probabilities by id in one Parquet file, and a competition's submission.
+"""What networks say of pictures: class probabilities by id in one Parquet file.
 
-The file has a row for each id, sorted: `id` (text), `class` (the true one's number, empty where it is unknown), `label`
-(the likeliest one's number) and `p0`, `p1`, ... (probability of each class, float32). pandas.read_parquet reads it.
+It has a row for each id, sorted: `id` (text); `class`, the true class (empty where it is unknown), and `label`, the
+likeliest, as places in the run's list of classes, from 0; `class_name` and `label_name`, what these are called; and
+`p0`, `p1`, ..., the probability (float32) of the class at each place. pandas.read_parquet reads it, and has the list of
+classes in `.attrs["classes"]`.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastflower.data.names import places
 from fastflower.data.records import NO_LABEL
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, to_json
 
-HEADER = ("id", "label")  # of a submission
 NAMED = 5  # ids that a message names
 SUM_TOLERANCE = 1e-3  # of a picture's probabilities, whose sum is 1
-_METADATA = b"fastflower"
+_METADATA = b"PANDAS_ATTRS"  # which pandas shows as a table's attrs, and writes again
+_METADATA_BEFORE = b"fastflower"  # where it was in files of earlier versions
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Predictions:
     """Class probabilities of a split's pictures."""
 
     split: str
-    classes: list[str]  # names by number
+    classes: list[str]  # what each column and label stands for
     ids: np.ndarray  # [n] str, each once, sorted
     probabilities: np.ndarray  # [n, C] float32
     labels: np.ndarray  # [n] int64, the true classes; NO_LABEL where unknown
@@ -58,13 +59,31 @@ def sort_by_id(predictions: Predictions) -> Predictions:
     return Predictions(predictions.split, predictions.classes, *columns, predictions.source)
 
 
+def in_order_of(classes: list[str], predictions: Predictions) -> Predictions | None:
+    """The same with columns and labels in another order of the classes; None where those are others.
+
+    Names count, or numbers where the names are numbers (see `fastflower.data.names.places`).
+    """
+    place = places(classes, predictions.classes)
+    if place is None:
+        return None
+    known = predictions.labels != NO_LABEL
+    labels = np.full(len(known), NO_LABEL)
+    labels[known] = np.argsort(place)[predictions.labels[known]]
+    return replace(predictions, classes=classes, probabilities=predictions.probabilities[:, place], labels=labels)
+
+
 def write_predictions(path: Path, predictions: Predictions) -> None:
     """Write the Parquet file, atomically."""
     found = predictions
+    names = pa.array([name.encode(errors="replace").decode() for name in found.classes], pa.string())
+    unknown = found.labels == NO_LABEL
     columns = {
         "id": pa.array(found.ids.tolist(), pa.string()),
-        "class": pa.array(found.labels, mask=found.labels == NO_LABEL),
-        "label": pa.array(found.likeliest),
+        "class": (true := pa.array(found.labels, mask=unknown)),
+        "label": (likeliest := pa.array(found.likeliest)),
+        "class_name": names.take(true),
+        "label_name": names.take(likeliest),
     }
     columns |= {f"p{k}": pa.array(found.probabilities[:, k], pa.float32()) for k in range(len(found.classes))}
     metadata = {"split": found.split, "classes": found.classes, "source": found.source}
@@ -77,7 +96,8 @@ def read_predictions(path: Path) -> Predictions:
     """Read what `write_predictions` wrote, or Parquet with such columns; without our metadata classes are numbers.
 
     Raises:
-        UserError: no such file, of another kind, an id that is there twice, or probabilities that are none.
+        UserError: no such file, of another kind, an id that is there twice, probabilities that are none, or class names
+            that the metadata has lost.
     """
     try:
         table = pq.read_table(path)
@@ -93,8 +113,15 @@ def read_predictions(path: Path) -> Predictions:
             f"{path} has no column {(missing or ['p0'])[0]!r}: a predictions file has id, p0, p1, ... "
             "as `fastflower predict` writes them."
         )
-    metadata = json.loads((table.schema.metadata or {}).get(_METADATA, b"{}"))
+    kept = table.schema.metadata or {}
+    metadata = json.loads(kept.get(_METADATA, kept.get(_METADATA_BEFORE, b"{}")))
     classes = metadata.get("classes", [str(k) for k in range(count)])
+    named = "classes" not in metadata and {"label", "label_name"} <= set(table.column_names)
+    if named and [str(label) for label in table["label"].to_pylist()] != table["label_name"].to_pylist():
+        raise UserError(
+            f"{path} has lost what its classes are called, which `fastflower predict` keeps in its metadata: give the "
+            "file as it was written."
+        )
     try:
         ids = table["id"].cast(pa.string())
         columns = [table[f"p{k}"].cast(pa.float32()).to_numpy() for k in range(count)]
@@ -124,7 +151,7 @@ def _refuse_damage(found: Predictions, path: Path) -> None:
             f"{path} is damaged (of id {str(found.ids[np.argmin(sound)])!r} the class or the probabilities are none): "
             "predict again."
         )
-    if found.probabilities.shape[1] != len(found.classes):
+    if not found.probabilities.shape[1] == len(found.classes) == len(set(found.classes)):
         raise UserError(f"{path} is damaged (it names {len(found.classes)} classes): predict again.")
 
 
@@ -139,67 +166,3 @@ def some(ids: Iterable[str]) -> str:
     names = sorted(ids)
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return f"id{'s' * (len(names) > 1)} {', '.join(names[:NAMED])}{more}"
-
-
-def write_submission(path: Path, labels: Mapping[str, int], wanted: Collection[str], classes: int) -> None:
-    """Write the competition's CSV, `id,label`, sorted by id: ids as they are, labels as class numbers.
-
-    It is read again and checked before it takes the name `path`.
-
-    Args:
-        path: where to.
-        labels: class number of each id.
-        wanted: the ids that the records have.
-        classes: how many there are.
-
-    Raises:
-        UserError: it would lack an id, have one too many or a label out of range; an earlier file is as it was.
-    """
-    with atomic_write(path) as file:
-        rows = [HEADER, *sorted(labels.items())]
-        file.write("".join(f"{_field(name)},{label}\n" for name, label in rows).encode())
-        _check_submission(file, path, wanted, classes)
-
-
-def _field(text: str) -> str:
-    """A field of a CSV file: as it is, in quotes where it must be."""
-    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
-
-
-def _check_submission(file: IO[bytes], path: Path, wanted: Collection[str], classes: int) -> None:
-    file.seek(0)
-    header, *rows = csv.reader(io.StringIO(file.read().decode(), newline=""))
-    refuse_repeated(np.array([row[0] for row in rows]), str(path))
-    misplaced = {row[0] for row in rows} ^ set(wanted)
-    misplaced |= {row[0] for row in rows if not (row[1].isdecimal() and int(row[1]) < classes)}
-    if tuple(header) != HEADER or misplaced:
-        raise UserError(
-            f"{path} was not written: {some(misplaced)} would be missing, too many or without a class of "
-            f"0..{classes - 1}; predict the same records again."
-        )
-
-
-def check_sample(sample: Path, ids: Iterable[str]) -> None:
-    """Compare a competition's sample submission with the ids that would be handed in.
-
-    Raises:
-        UserError: it cannot be read, or has other ids; names those that are missing and those that are too many.
-    """
-    try:
-        with sample.open(encoding="utf-8-sig", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
-    except OSError as error:
-        raise UserError(f"{sample} cannot be read ({error.strerror}): give the sample submission.") from error
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{sample} is not CSV ({error}): give the sample submission.") from error
-    if not rows or rows[0][0] != HEADER[0]:
-        raise UserError(f"{sample} does not begin with the header {','.join(HEADER)}: give the sample submission.")
-    wanted = np.array([row[0] for row in rows[1:]], np.str_)
-    refuse_repeated(wanted, str(sample))
-    missing, extra = set(wanted.tolist()) - set(ids), set(ids) - set(wanted.tolist())
-    if missing or extra:
-        parts = [f"the records lack {some(missing)}"] * bool(missing) + [f"it lacks {some(extra)}"] * bool(extra)
-        raise UserError(
-            f"{sample} has other ids than the records: {', and '.join(parts)}. "
-            "Give the data and the sample of one competition."
-        )

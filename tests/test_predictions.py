@@ -1,8 +1,7 @@
-"""The predictions file and the submission: what is written is what is read, and nothing else is taken."""
+"""The predictions file: what is written is what is read, and nothing else is taken."""
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,7 @@ import pytest
 
 from fastflower.data.records import NO_LABEL
 from fastflower.errors import UserError
-from fastflower.predictions import (
-    Predictions,
-    check_sample,
-    read_predictions,
-    sort_by_id,
-    write_predictions,
-    write_submission,
-)
+from fastflower.predictions import Predictions, in_order_of, read_predictions, sort_by_id, write_predictions
 
 
 def predictions(ids: list[str], labels: list[int] | None = None, classes: int = 3, seed: int = 0) -> Predictions:
@@ -49,16 +41,47 @@ def test_pandas_reads_it_and_what_pandas_writes_is_read(tmp_path: Path) -> None:
     made = predictions(["b", "0001", "a"])
     write_predictions(tmp_path / "p.parquet", made)
     frame = pd.read_parquet(tmp_path / "p.parquet")
-    assert list(frame.columns) == ["id", "class", "label", "p0", "p1", "p2"]
+    assert list(frame.columns) == ["id", "class", "label", "class_name", "label_name", "p0", "p1", "p2"]
+    assert frame.attrs["classes"] == made.classes
+    assert frame["label_name"].tolist() == [made.classes[k] for k in made.likeliest]
     assert frame["id"].tolist() == ["0001", "a", "b"]
     assert frame["class"].isna().all()
     assert frame["label"].tolist() == made.likeliest.tolist()
     np.testing.assert_array_equal(frame[["p0", "p1", "p2"]].to_numpy(), made.probabilities)
     frame[["p2", "p0", "p1", "id"]].iloc[::-1].to_parquet(tmp_path / "other.parquet", index=False)
     found = read_predictions(tmp_path / "other.parquet")
-    assert found.classes == ["0", "1", "2"]
+    assert found.classes == made.classes
     np.testing.assert_array_equal(found.probabilities, made.probabilities)
     assert not found.labelled
+    frame.attrs = {}
+    frame[["id", "p0", "p1", "p2"]].to_parquet(tmp_path / "other.parquet", index=False)
+    assert read_predictions(tmp_path / "other.parquet").classes == ["0", "1", "2"]
+    frame.to_parquet(tmp_path / "other.parquet", index=False)
+    with pytest.raises(UserError, match="has lost what its classes are called"):
+        read_predictions(tmp_path / "other.parquet")
+
+
+def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    made = predictions(["a", "b"], [1, 0])
+    write_predictions(tmp_path / "p.parquet", made)
+    table = pq.read_table(tmp_path / "p.parquet")
+    kept = table.schema.metadata[b"PANDAS_ATTRS"]
+    table = table.drop_columns(["class_name", "label_name"]).replace_schema_metadata({b"fastflower": kept})
+    pq.write_table(table, tmp_path / "p.parquet")
+    found = read_predictions(tmp_path / "p.parquet")
+    assert (found.split, found.classes, found.source) == (made.split, made.classes, made.source)
+    np.testing.assert_array_equal(found.labels, made.labels)
+
+
+def test_columns_and_labels_follow_their_classes_into_another_order() -> None:
+    made = predictions(["a", "b", "c", "d"], [2, 0, 1, NO_LABEL])
+    found = in_order_of(["kind 2", "kind 0", "kind 1"], made)
+    assert found
+    np.testing.assert_array_equal(found.probabilities, made.probabilities[:, [2, 0, 1]])
+    assert [found.classes[k] for k in found.labels[:3]] == [made.classes[k] for k in made.labels[:3]]
+    assert found.labels[3] == NO_LABEL
+    for other in (["kind 0", "kind 1"], ["kind 0", "kind 1", "rose"], [*made.classes, "rose"], ["0", "1", "2"]):
+        assert in_order_of(other, made) is None
 
 
 def _table(**columns: Any) -> pa.Table:
@@ -95,44 +118,3 @@ def test_missing_and_cut_files_are_sentences(tmp_path: Path) -> None:
     for name in ("none.parquet", "cut.parquet", "text.parquet", "."):
         with pytest.raises(UserError, match="cannot be read as a predictions file"):
             read_predictions(tmp_path / name)
-
-
-def test_a_submission_has_exact_ids_sorted_and_the_header(tmp_path: Path) -> None:
-    path = tmp_path / "submission.csv"
-    write_submission(path, {"b": 1, "000123": 103, "a,b": 0, 'q"\n': 2}, {"b", "000123", "a,b", 'q"\n'}, 104)
-    assert path.read_bytes().startswith(b"id,label\n000123,103\n")
-    with path.open(newline="") as file:
-        assert list(csv.reader(file)) == [["id", "label"], ["000123", "103"], ["a,b", "0"], ["b", "1"], ['q"\n', "2"]]
-
-
-@pytest.mark.parametrize("wanted", [{"a"}, {"a", "b", "c"}, {"a", "x"}])
-def test_a_submission_with_other_ids_than_the_records_is_not_written(wanted: set[str], tmp_path: Path) -> None:
-    path = tmp_path / "submission.csv"
-    path.write_text("earlier")
-    with pytest.raises(UserError, match="was not written"):
-        write_submission(path, {"a": 0, "b": 1}, wanted, 2)
-    with pytest.raises(UserError, match="id b would be"):
-        write_submission(path, {"a": 0, "b": 2}, {"a", "b"}, 2)
-    assert path.read_text() == "earlier"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_sample_must_have_the_records_ids(tmp_path: Path) -> None:
-    sample = tmp_path / "sample.csv"
-    sample.write_bytes("\ufeffid,label\r\n01,0\r\n2,0\r\n".encode())
-    check_sample(sample, ["2", "01"])
-    with pytest.raises(UserError, match="the records lack id 01, and it lacks ids 1, 3"):
-        check_sample(sample, ["1", "2", "3"])
-    names = [f"{i:02}" for i in range(9)]
-    with pytest.raises(UserError, match="it lacks ids 00, 02, 03, 04, 05 and 3 more"):
-        check_sample(sample, [*names, "2"])
-    for text, words in [
-        ("", "does not begin with the header"),
-        ("name,label\na,0\n", "does not begin with the header"),
-        ("id,label\na,0\na,1\n", "has id a more than once"),
-    ]:
-        sample.write_text(text)
-        with pytest.raises(UserError, match=words):
-            check_sample(sample, ["a"])
-    with pytest.raises(UserError, match="cannot be read"):
-        check_sample(tmp_path / "none.csv", ["a"])

@@ -1,39 +1,115 @@
-"""Names to show for classes: their own, those of the Kaggle competition, or a file's."""
+"""Names of classes: which of them are numbers, which stand for the same class, and what to show for them."""
 
 from __future__ import annotations
 
 import importlib.resources
 import json
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
+from typing import TypeVar
 
 from fastflower.errors import UserError
 
+T = TypeVar("T")
+
 KAGGLE = "kaggle104"
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+
+
+def number_of(name: str) -> Decimal | None:
+    """The number that a class is called by, such as 7, 007, -1 or 0.5; None where it is called otherwise."""
+    return Decimal(name) if _NUMBER.fullmatch(name) else None
+
+
+def numbers_of(classes: Sequence[str]) -> list[Decimal] | None:
+    """The numbers that classes are called by; None where one is called otherwise, or two are one number (7 and 007)."""
+    numbers = [number for name in classes if (number := number_of(name)) is not None]
+    return numbers if len(set(numbers)) == len(classes) else None
+
+
+def are_places(classes: Sequence[str]) -> bool:
+    """Whether a label that is a mere number means a place in this list: its names are no numbers, or the places'."""
+    numbers = [number_of(name) for name in classes]
+    return not any(number is not None for number in numbers) or numbers == [*range(len(classes))]
+
+
+def class_index(classes: Sequence[str]) -> dict[str | Decimal, int]:
+    """Where each class is, by its name, and by its number if that is no other's; see `find`."""
+    numbers = [number_of(name) for name in classes]
+    times = Counter(numbers)
+    index: dict[str | Decimal, int] = {name: k for k, name in enumerate(classes)}
+    return index | {number: k for k, number in enumerate(numbers) if number is not None and times[number] == 1}
+
+
+def find(index: Mapping[str | Decimal, int], name: str, missing: T) -> int | T:
+    """Where the class of that name is, or else of that number: 7 finds 007, if there is no 7; `missing` without one."""
+    if name in index:
+        return index[name]
+    number = number_of(name)
+    return missing if number is None else index.get(number, missing)
+
+
+def places(wanted: Sequence[str], own: Sequence[str]) -> list[int] | None:
+    """Where in `own` each class of `wanted` is (see `find`); None where they are not the same classes."""
+    index = class_index(own)
+    found = [place for name in wanted if (place := find(index, name, None)) is not None]
+    return found if len(found) == len(wanted) and sorted(found) == [*range(len(own))] else None
 
 
 def display_names(classes: list[str], given: str | None) -> list[str]:
-    """Names to show for classes, by number.
+    """Names to show for classes, in their order.
 
     Args:
-        classes: what the data calls them; mere numbers where it has no names.
+        classes: what the data calls them.
         given: None for the classes' own names (the Kaggle competition's where they are its numbers, 0 to 103),
-            "kaggle104" for those of its first classes, else a file with a name for each class: a JSON list (*.json) or
-            text with one name a line.
+            "kaggle104" for those of its numbers that they are (of its first classes, where none is a number), else a
+            file with a name for each class, in the order of their numbers where they are numbers: a JSON list (*.json)
+            or text with one name a line.
 
     Raises:
-        UserError: more classes than the competition has, or the file does not have a name of its own for each class.
+        UserError: classes that the competition does not have, or the file has no name of its own for each class.
     """
-    kaggle = kaggle_names()
+    numbers = numbers_of(classes)
     if given is None:
-        return kaggle if classes == [str(number) for number in range(len(kaggle))] else classes
-    if given != KAGGLE:
-        return _read_names(Path(given), len(classes))
+        is_kaggles = numbers is not None and set(numbers) == set(range(len(kaggle_names())))
+        return _kaggle_names_of(classes) if is_kaggles else classes
+    if given == KAGGLE:
+        return _kaggle_names_of(classes)
+    names = _read_names(Path(given), len(classes))
+    if numbers is None:
+        return names
+    return [names[place] for place in _ranks(numbers)]
+
+
+def _ranks(numbers: Sequence[Decimal]) -> list[int]:
+    """Of each number how many are smaller."""
+    order = {number: rank for rank, number in enumerate(sorted(numbers))}
+    return [order[number] for number in numbers]
+
+
+def _kaggle_names_of(classes: Sequence[str]) -> list[str]:
+    kaggle, numbers = kaggle_names(), numbers_of(classes)
     if len(classes) > len(kaggle):
         raise UserError(
             f"{KAGGLE} names {len(kaggle)} classes, and there are {len(classes)}: give a file with a name for each."
         )
-    return kaggle[: len(classes)]
+    if numbers is None:
+        if any(number_of(name) is not None for name in classes):
+            raise UserError(
+                f"{KAGGLE} goes by number, but of the classes ({', '.join(classes)}) some have no number, or two the "
+                "same: give a file with a name for each."
+            )
+        numbers = [Decimal(place) for place in range(len(classes))]
+    known = {Decimal(number): name for number, name in enumerate(kaggle)}
+    if unknown := [name for name, number in zip(classes, numbers, strict=True) if number not in known]:
+        raise UserError(
+            f"{KAGGLE} names the classes 0 to {len(kaggle) - 1}, and there is a class {unknown[0]}: give a file with a "
+            "name for each."
+        )
+    return [known[number] for number in numbers]
 
 
 def kaggle_names() -> list[str]:

@@ -13,6 +13,7 @@ from fastflower.config import Data
 from fastflower.data.contents import Progress
 from fastflower.data.folder import LAYOUTS, load_folder
 from fastflower.data.folds import assign_folds, hold_out
+from fastflower.data.names import are_places, class_index, find
 from fastflower.data.records import (
     NO_LABEL,
     Records,
@@ -242,19 +243,22 @@ def _load(data: Data, root: Path, split: str) -> Part:
 
 
 def _relabel(part: Part, classes: list[str]) -> Records:
-    if part.names is None or part.names == classes:
+    if part.names == classes or (part.names is None and are_places(classes)):
         return part.records
-    index = {name: label for label, name in enumerate(classes)}
     labelled = part.records.labels != NO_LABEL
-    table = np.array([index.get(name, NO_LABEL) for name in part.names], np.int64)
     labels = part.records.labels.copy()
-    labels[labelled] = table[labels[labelled]]
+    found, place = np.unique(labels[labelled], return_inverse=True)
+    names = [part.names[label] if part.names else str(label) for label in found.tolist()]
+    index = class_index(classes)
+    labels[labelled] = np.array([find(index, name, NO_LABEL) for name in names], np.int64)[place]
     unknown = labelled & (labels == NO_LABEL)
     if unknown.any() and part.split != "test":
         first = int(np.argmax(unknown))
+        label = part.records.labels[first]
+        name = part.names[label] if part.names else str(label)
         some = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
         raise UserError(
-            f"{part.root} has pictures of class {part.names[part.records.labels[first]]!r} in {part.split} "
+            f"{part.root} has pictures of class {name!r} in {part.split} "
             f"({part.records.describe(first)}), which is none of the {len(classes)} classes of training ({some}): "
             "correct the name or take them away."
         )

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from random import Random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fastflower.data.names import display_names, kaggle_names
+from fastflower.data.names import display_names, kaggle_names, places
 from fastflower.errors import UserError
 
 
@@ -30,7 +33,10 @@ def test_kaggles_names_are_104_different_ones_at_their_numbers() -> None:
         (numbers(104), kaggle_names()),
         (numbers(102), numbers(102)),
         (numbers(105), numbers(105)),
-        (numbers(104)[::-1], numbers(104)[::-1]),
+        (numbers(104)[::-1], kaggle_names()[::-1]),
+        (sorted(numbers(104)), [kaggle_names()[int(number)] for number in sorted(numbers(104))]),  # as folders sort
+        ([f"{k:03}" for k in range(104)], kaggle_names()),
+        (numbers(105)[1:], numbers(105)[1:]),
         (["tulip", "rose"], ["tulip", "rose"]),
     ],
 )
@@ -41,8 +47,49 @@ def test_own_names_are_shown_and_kaggles_for_exactly_its_numbers(classes: list[s
 def test_kaggles_names_can_be_asked_for() -> None:
     assert display_names(numbers(102), "kaggle104") == kaggle_names()[:102]
     assert display_names(["a", "b"], "kaggle104") == ["pink primrose", "hard-leaved pocket orchid"]
-    with pytest.raises(UserError, match="names 104 classes, and there are 105"):
-        display_names(numbers(105), "kaggle104")
+    assert display_names(["10", "2", "073"], "kaggle104") == [kaggle_names()[k] for k in (10, 2, 73)]
+    for classes, words in [
+        (numbers(105), "names 104 classes, and there are 105"),
+        (["1", "104"], "names the classes 0 to 103, and there is a class 104"),
+        (["-1", "1"], "there is a class -1"),
+        (["1", "0.5"], "there is a class 0.5"),
+        (["1", "rose"], "goes by number"),
+        (["1", "01"], "goes by number"),
+    ]:
+        with pytest.raises(UserError, match=words):
+            display_names(classes, "kaggle104")
+
+
+@pytest.mark.parametrize(
+    ("classes", "shown"),
+    [
+        (["10", "2", "30"], ["b", "a", "c"]),
+        (["1", "10", "-2"], ["b", "c", "a"]),
+        (["007", "08", "6"], ["b", "c", "a"]),
+        (["b", "c", "a"], ["a", "b", "c"]),
+        (["10", "2", "other"], ["a", "b", "c"]),
+    ],
+)
+def test_names_of_a_file_are_in_the_order_of_numbers_where_the_classes_are_numbers(
+    classes: list[str], shown: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    assert display_names(classes, str(tmp_path / "names.txt")) == shown
+
+
+@given(st.lists(st.integers(-50, 50), min_size=1, unique=True), st.lists(st.integers(0, 3), min_size=101), st.randoms())
+def test_classes_are_the_same_by_name_or_by_number(numbers: list[int], zeros: list[int], random: Random) -> None:
+    own = [str(number) for number in numbers]
+    padded = [f"{'-' * (number < 0)}{'0' * zeros[number]}{abs(number)}" for number in numbers]
+    wanted = random.sample(padded, len(padded))
+    found = places(wanted, own)
+    assert found
+    assert [int(own[place]) for place in found] == [int(name) for name in wanted]
+    assert places(wanted, [*own, "rose"]) is None
+    assert places([*wanted, "rose"], own) is None
+    assert places([*wanted, "51"], [*own, "52"]) is None
+    assert places(["7", "07"], ["07", "7"]) == [1, 0]
+    assert places(["7", "07"], ["7", "007"]) is None
 
 
 @pytest.mark.parametrize(
