@@ -255,9 +255,11 @@ def _predict(command: PredictCommand) -> int:
         return 0
     if command.submission or command.sample or command.root or command.sizes:
         raise UserError("--submission, --sample, --data.root and --sizes are about a split: drop them, or --images.")
-    predictions = predict_pictures(command.run, command.images, testing, Console(stderr=True), out=command.out)
+    predictions, shown = predict_pictures(
+        command.run, command.images, testing, Console(stderr=True), names=command.names, out=command.out
+    )
     if is_main():
-        for line in likeliest(predictions, command.names):
+        for line in likeliest(predictions, shown):
             print(line)
     return 0
 

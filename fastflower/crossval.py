@@ -16,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fastflower.config import Config, resolve
-from fastflower.data.dataset import open_dataset
 from fastflower.data.folds import duplicates
+from fastflower.data.identity import identity
 from fastflower.data.records import SPLITS
-from fastflower.data.sources import class_list, join, load_pool, load_records
+from fastflower.data.sources import class_list, join, leave_out, load_pool
 from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.engine.commands import train_into
 from fastflower.engine.distributed import Ranks, processes
@@ -28,16 +28,16 @@ from fastflower.engine.meters import Evaluation
 from fastflower.engine.precision import choose_device
 from fastflower.engine.progress import Display
 from fastflower.engine.run import RunFolder, changes
-from fastflower.engine.setup import with_data
+from fastflower.engine.setup import prepare, with_data
 from fastflower.engine.testing import SHOWN, Session, Testing
-from fastflower.engine.trained import Trained, open_trained
+from fastflower.engine.trained import Planned, Trained, open_trained
 from fastflower.engine.views import Views
-from fastflower.ensemble import Member, combine, figures
+from fastflower.ensemble import figures, of_folds
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, remove_temporaries, require_writable, to_json
 from fastflower.launcher import local_rank
-from fastflower.predict import hand_in, predictions_of
-from fastflower.predictions import Predictions, sort_by_id, write_predictions
+from fastflower.predict import hand_in, predictions_of, require_predictable
+from fastflower.predictions import write_predictions
 from fastflower.signals import Signals
 
 FIGURES = ("loss", "accuracy", "top5", "macro_f1")
@@ -48,6 +48,16 @@ HARMLESS = (
     *("device", "data.decoder", "data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load"),
     *("train.compile", "train.compile_mode", "train.log_every", "train.profile"),
 )
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A part that validates the network that the others train."""
+
+    folder: RunFolder
+    settings: Config
+    checkpoint: Path | None  # to go on from
+    finished: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,56 +115,92 @@ def cross_validate(
         UserError: as training and prediction; or `run` holds folds of other settings.
         Interrupted: a signal came while it predicted.
     """
-    config, testing = resolve(config), Testing(views=views)
-    folds = range(config.data.folds or 0)
+    config, testing, test = resolve(config), Testing(views=views), test or submission is not None
     device = choose_device(config.device, local_rank())
     with processes(device) as ranks, own_folder(run, name, ranks) as whole:
         path = whole.path
         display = Display(console, shown=ranks.is_main)
         config = with_data(config, ranks, display)
-        settings = [replace(config, data=replace(config.data, fold=fold)) for fold in folds]
         with ranks.main_first():
-            if whole.config.exists() or whole.checkpoint:
-                raise UserError(f"{path} holds a run, and no folds: name another --run.")
-            classes = _check_data(config, display)
-            testing.views.check(config.data, config.model.name)
-            if test or submission:
-                _check_test(config, classes)
+            data = _look_at(config, display)
+            folds = _plan(whole, config, data, overwrite)
             if submission and ranks.is_main:
                 require_writable(submission)
-            checkpoints = [None if overwrite else _checkpoint(path, each) for each in settings]
+        silent = Display(console, shown=False)
+        _require_all(folds, data["classes"], test, testing, Session(device, ranks, Signals(), silent))
+        with ranks.main_first():
             if ranks.is_main:
                 for file in _results(path):
                     remove_temporaries(file)
                 if overwrite:
                     _clear(path)
-        for each, checkpoint in zip(settings, checkpoints, strict=True):
-            folder = _folder(path, each)
-            if _mark(folder).is_file():
-                display.say(f"Fold {each.data.fold} is finished: {folder.path}")
+                with atomic_write(_data(path)) as file:
+                    file.write(to_json(data).encode())
+        for fold in folds:
+            if fold.finished:
+                display.say(f"Fold {fold.settings.data.fold} is finished: {fold.folder.path}")
                 continue
-            with own_folder(folder.path, "", ranks):
-                if received := train_into(folder, each, checkpoint, device, ranks, console):
+            with own_folder(fold.folder.path, "", ranks):
+                if received := train_into(fold.folder, fold.settings, fold.checkpoint, device, ranks, console):
                     display.say(f"Go on with the same command and --run {path}")
                     return received
                 if ranks.is_main:
-                    _mark(folder).touch()
+                    _mark(fold.folder).touch()
         with Signals() as signals, display:
             within = Session(device, ranks, signals, display)
-            trained = [open_trained(_folder(path, each).path) for each in settings]
+            trained = [open_trained(fold.folder.path) for fold in folds]
             found = _validate(path, trained, testing, within)
-            if test or submission:
+            if test:
                 _predict_test(path, trained, testing, within, submission)
         return found
 
 
-def _folder(path: Path, settings: Config) -> RunFolder:
-    return RunFolder(path / f"fold-{settings.data.fold}")
+def _plan(whole: RunFolder, config: Config, data: dict[str, Any], overwrite: bool) -> list[Fold]:
+    """The folds, as far as an earlier call came.
+
+    Raises:
+        UserError: the folder holds a run, or folds of other settings, pictures or classes.
+    """
+    path = whole.path
+    if whole.config.exists() or whole.checkpoint:
+        raise UserError(f"{path} holds a run, and no folds: name another --run.")
+    folds = []
+    for number in range(config.data.folds or 0):
+        settings = replace(config, data=replace(config.data, fold=number))
+        folder = RunFolder(path / f"fold-{number}")
+        folds.append(Fold(folder, settings, None if overwrite else _checkpoint(folder, settings)))
+    if not any(fold.checkpoint for fold in folds) or not _data(path).is_file():
+        return folds  # nothing is known of what is there: training goes through its own checks
+    if json.loads(_data(path).read_bytes()) != data:
+        raise UserError(f"{path} was trained on other pictures or classes: give --overwrite or another --run.")
+    return [replace(fold, finished=bool(fold.checkpoint) and _mark(fold.folder).is_file()) for fold in folds]
+
+
+def _checkpoint(folder: RunFolder, settings: Config) -> Path | None:
+    """Where a fold goes on from; None where it begins.
+
+    Raises:
+        UserError: it was trained with other settings.
+    """
+    if not folder.checkpoint:
+        return None
+    before = load_checkpoint(folder.checkpoint)["config"]
+    if changed := [change for change in changes(before, settings) if change.split()[0] not in HARMLESS]:
+        raise UserError(
+            f"{folder.path} was trained with other settings ({', '.join(changed)}): give the same, --overwrite or "
+            "another --run."
+        )
+    return folder.checkpoint
 
 
 def _mark(folder: RunFolder) -> Path:
     """A file that says that the fold is trained to its end."""
     return folder.path / "finished"
+
+
+def _data(path: Path) -> Path:
+    """A file that says what the folds are trained on."""
+    return path / "data.json"
 
 
 def _clear(path: Path) -> None:
@@ -169,45 +215,46 @@ def _clear(path: Path) -> None:
 
 def _results(path: Path) -> tuple[Path, ...]:
     """What is written of all folds together."""
-    return (path / "cv.json", *map(RunFolder(path).predictions, SPLITS))
+    return (path / "cv.json", _data(path), *map(RunFolder(path).predictions, SPLITS))
 
 
-def _checkpoint(path: Path, settings: Config) -> Path | None:
-    """Where a fold goes on from; None where it begins.
+def _require_all(folds: Sequence[Fold], classes: list[str], test: bool, testing: Testing, within: Session) -> None:
+    """Raise UserError, before the first fold, for whatever would be refused in a later one or after them."""
+    for fold in folds:
+        if not fold.finished:
+            _require_trainable(fold.settings, fold.checkpoint, within)
+        require_predictable(Planned(fold.settings, classes), "val", testing, within)
+    if test:
+        require_predictable(Planned(folds[0].settings, classes), "test", testing, within)
+
+
+def _require_trainable(settings: Config, checkpoint: Path | None, within: Session) -> None:
+    """Build all that a fold's training needs, and leave it again.
 
     Raises:
-        UserError: it was trained with other settings.
+        UserError: see `prepare`; or the training would end without a network to predict by.
     """
-    checkpoint = _folder(path, settings).checkpoint
-    if not checkpoint:
-        return None
-    if changed := [
-        change
-        for change in changes(load_checkpoint(checkpoint)["config"], settings)
-        if change.split()[0] not in HARMLESS
-    ]:
+    settings = replace(settings, data=replace(settings.data, cache="off"))
+    saved = load_checkpoint(checkpoint, resumed=True) if checkpoint else None
+    setup, _ = prepare(settings, within.device, within.ranks, within.display, saved)
+    steps = settings.train.max_steps
+    if steps is not None and steps < setup.train.steps:
         raise UserError(
-            f"{checkpoint.parents[1]} was trained with other settings ({', '.join(changed)}): give the same, "
-            "--overwrite or another --run."
+            f"train.max_steps is {steps}, and an epoch of fold {settings.data.fold} has {setup.train.steps} steps: "
+            "allow at least one epoch, after which there is a network to predict by."
         )
-    return checkpoint
 
 
-def _check_test(config: Config, classes: list[str]) -> None:
-    """Raise UserError where the test split could not be predicted after all the training."""
-    load_records(config.data, "test", classes, config.seed).require("id")
-
-
-def _check_data(config: Config, display: Display) -> list[str]:
-    """Say which ids are the same picture; the classes.
+def _look_at(config: Config, display: Display) -> dict[str, Any]:
+    """The classes, and what tells the pictures from others, as JSON has it. Says which ids are the same picture.
 
     Raises:
-        UserError: bad data, or data that cannot be divided so.
+        UserError: bad data.
     """
-    open_dataset(config.data, config.seed)
     pool = load_pool(replace(config.data, sizes="all"))
     classes = class_list(pool)
-    found = duplicates(join(pool, classes))
+    records = join(pool, classes)
+    found = duplicates(records)
     if found:
         display.say(f"{len(found)} pictures stand under several ids, which are kept in one fold:")
     for each in found[:SHOWN]:
@@ -215,22 +262,14 @@ def _check_data(config: Config, display: Display) -> list[str]:
         display.say(f"  {' = '.join(each.ids)}{conflict}")
     if len(found) > SHOWN:
         display.say(f"  … and {len(found) - SHOWN} more (fastflower data check names them).")
-    return classes
+    kept = leave_out(records, config.data.skip) if config.data.skip else records
+    return {"classes": classes, "records": asdict(identity(kept, display.follow("read the pictures")))}
 
 
 def _validate(path: Path, trained: Sequence[Trained], testing: Testing, within: Session) -> CrossValidation:
     """Each fold's part by its own network; writes cv.json and the predictions of all."""
     parts = [predictions_of(each, "val", testing, within) for each in trained]
-    together = sort_by_id(
-        Predictions(
-            "val",
-            parts[0].classes,
-            np.concatenate([part.ids for part in parts]),
-            np.concatenate([part.probabilities for part in parts]),
-            np.concatenate([part.labels for part in parts]),
-            {"folds": [part.source for part in parts]},
-        )
-    )
+    together = of_folds(parts, "val")
     found = CrossValidation([figures(part) for part in parts], figures(together))
     if within.ranks.is_main:
         with atomic_write(path / "cv.json") as file:
@@ -243,9 +282,9 @@ def _predict_test(
     path: Path, trained: Sequence[Trained], testing: Testing, within: Session, submission: Path | None
 ) -> None:
     """The test split by the mean of all networks."""
-    members = [Member(each.folder.name, predictions_of(each, "test", testing, within)) for each in trained]
+    together = of_folds([predictions_of(each, "test", testing, within) for each in trained], "test")
     if within.ranks.is_main:
-        for note in hand_in(combine(members, "mean"), out=RunFolder(path).predictions("test"), submission=submission):
+        for note in hand_in(together, out=RunFolder(path).predictions("test"), submission=submission):
             within.display.say(note)
 
 

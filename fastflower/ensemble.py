@@ -5,6 +5,7 @@ No result depends on the order in which the members are given: numbers are added
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -95,19 +96,13 @@ def ensemble_runs(
     for path in (out, submission):
         if path:
             require_writable(path)
-    members = [find_member(path, split, roots, console) for path in paths]
+    members, _ = _find_all(paths, method, split, roots, fit_on, console, ahead=True)  # refuses before hours of work
     joined, weights, notes = _join(members), None, []
     if sample:
         labels_of(joined[0].classes, joined[0].ids.tolist(), sample)
-    if method == "weighted":
-        labelled = bool((_labels(joined) != NO_LABEL).all())
-        if not (fit_on or labelled):
-            _refuse_files(paths, split)
-        others = members
-        if fit_on or not labelled:
-            others = [find_member(path, "val", roots, console) for path in fit_on or paths]
-        if len(others) != len(members):
-            raise UserError(f"--fit_on names {len(others)} predictions for {len(members)} members: give one for each.")
+    members, others = _find_all(paths, method, split, roots, fit_on, console)
+    joined = _join(members)
+    if others:
         weights = fit_weights(others)
         if others is members:
             notes.append("The weights were fitted on these very pictures, which flatters the ensemble's figures.")
@@ -124,24 +119,89 @@ def ensemble_runs(
     return Ensembled(combined, rows, notes)
 
 
-def find_member(path: Path, split: str, roots: tuple[Path, ...] | None, console: Console) -> Member:
-    """A run's predictions of a split, made now where they are missing or of other weights or records; or a file's.
+def _find_all(
+    paths: Sequence[Path],
+    method: Method,
+    split: str,
+    roots: tuple[Path, ...] | None,
+    fit_on: Sequence[Path],
+    console: Console,
+    *,
+    ahead: bool = False,
+) -> tuple[list[Member], list[Member]]:
+    """The members, and what their weights are fitted on, if any are; see `ensemble_runs` and, for `ahead`,
+    `predictions_of`.
+
+    Raises:
+        UserError: one of them cannot be had, or they do not belong together.
+    """
+    members = [find_member(path, split, roots, console, ahead=ahead) for path in paths]
+    joined = _join(members)
+    if method != "weighted":
+        return members, []
+    others, labelled = members, bool((_labels(joined) != NO_LABEL).all())
+    if fit_on or not labelled:
+        if len(fit_on or paths) != len(members):
+            raise UserError(f"--fit_on names {len(fit_on)} predictions for {len(members)} members: give one for each.")
+        if not fit_on:
+            _refuse_files(paths)
+        others = [find_member(path, "val", roots, console, ahead=ahead) for path in fit_on or paths]
+    _join_labelled(others)
+    return members, others
+
+
+def find_member(
+    path: Path, split: str, roots: tuple[Path, ...] | None, console: Console, *, ahead: bool = False
+) -> Member:
+    """A run's predictions of a split, made now where they are missing or of other weights or pictures; or a file's.
+
+    For `ahead` see `fastflower.predict.predictions_of`.
 
     Raises:
         UserError: there is nothing of the kind, or predicting fails.
     """
-    kept = RunFolder(path).predictions(split)
     if path.is_file() and path.suffix != ".pt":
         return Member(str(path), read_predictions(path))
-    if not path.is_file() and not RunFolder(path).best.is_file() and kept.is_file():
-        return Member(str(path), read_predictions(kept))  # of folds
-    trained = open_trained(path)
-    testing = Testing(roots)
-    with session(trained, testing, console) as within:
-        return Member(str(path), predictions_of(trained, split, testing, within, any_views=True))
+
+    def predicted(run: Path) -> Predictions:
+        trained = open_trained(run)
+        testing = Testing(roots)
+        with session(trained, testing, console) as within:
+            return predictions_of(trained, split, testing, within, any_views=True, ahead=ahead)
+
+    folds = [] if RunFolder(path).best.is_file() else folds_of(path)
+    return Member(str(path), of_folds([predicted(fold) for fold in folds], split) if folds else predicted(path))
 
 
-def _refuse_files(paths: Sequence[Path], split: str) -> None:
+def folds_of(path: Path) -> list[Path]:
+    """The runs of a folder of cross-validation, in their order; none where it is no such folder, or not finished."""
+    found = path / "cv.json"
+    return [path / f"fold-{k}" for k in range(len(json.loads(found.read_bytes())["folds"]))] if found.is_file() else []
+
+
+def of_folds(parts: Sequence[Predictions], split: str) -> Predictions:
+    """What the folds' networks say together: of their own parts of train and val, or of test their mean.
+
+    Raises:
+        UserError: of train there is nothing, since each trained on most of it.
+    """
+    if split == "train":
+        raise UserError("folds leave predictions of val, which is all of train and val, and of test: give one of them.")
+    if split == "test":
+        return combine([Member(f"fold-{k}", part) for k, part in enumerate(parts)], "mean")
+    return sort_by_id(
+        Predictions(
+            split,
+            parts[0].classes,
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.probabilities for part in parts]),
+            np.concatenate([part.labels for part in parts]),
+            {"folds": [part.source for part in parts]},
+        )
+    )
+
+
+def _refuse_files(paths: Sequence[Path]) -> None:
     """Raise UserError for a file, of which it is not known where its val is."""
     if files := [path for path in paths if path.is_file() and path.suffix != ".pt"]:
         raise UserError(
@@ -205,9 +265,7 @@ def fit_weights(members: Sequence[Member]) -> np.ndarray:
     Raises:
         UserError: as `combine`; or a picture's true class is unknown.
     """
-    joined = _join(members)
-    labels = _labels(joined)
-    _require_labels(joined[0].ids, labels, len(joined[0].classes))
+    joined, labels = _join_labelled(members)
     true = np.stack([each.probabilities[np.arange(len(labels)), labels] for each in joined]).astype(np.float64)
     # members by value: whatever order they are given in, the sums below are the same
     order = sorted(range(len(joined)), key=lambda k: true[k].tolist())
@@ -288,9 +346,19 @@ def _join(members: Sequence[Member]) -> list[Predictions]:
     return joined
 
 
+def _join_labelled(members: Sequence[Member]) -> tuple[list[Predictions], np.ndarray]:
+    """The same, and the true classes [n], all of which must be known."""
+    joined = _join(members)
+    labels = _labels(joined)
+    _require_labels(joined[0].ids, labels, len(joined[0].classes))
+    return joined, labels
+
+
 def _same(a: Predictions, b: Predictions) -> bool:
-    """Whether two files hold what one network, by one kind of views, says: copies of a file, or a run and its file."""
-    return bool(a.source) and a.source == b.source and np.array_equal(a.probabilities, b.probabilities)
+    """Whether two hold what one network, by one kind of views, says: copies of a file, or a run and its file."""
+    if not a.source or a.source != b.source:
+        return False
+    return bool(np.isnan(a.probabilities - b.probabilities).any()) or np.array_equal(a.probabilities, b.probabilities)
 
 
 def _of_one_order(members: Sequence[Member]) -> list[Predictions]:

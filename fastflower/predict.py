@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -11,11 +13,10 @@ from fastflower.config import Data
 from fastflower.data.folder import picture_files
 from fastflower.data.names import display_names
 from fastflower.data.records import NO_LABEL, Records
-from fastflower.data.selection import digest_of
 from fastflower.engine.run import RunFolder
-from fastflower.engine.scores import probabilities, score
-from fastflower.engine.testing import Session, Testing, load_split, session
-from fastflower.engine.trained import Trained, open_trained, weights_digest
+from fastflower.engine.scores import probabilities, ready, score
+from fastflower.engine.testing import Session, Testing, load_split, session, source
+from fastflower.engine.trained import Planned, Trained, open_trained
 from fastflower.errors import UserError
 from fastflower.files import require_writable
 from fastflower.predictions import Predictions, read_predictions, sort_by_id, write_predictions
@@ -60,7 +61,9 @@ def predict_run(
                 if path and within.ranks.is_main:
                     require_writable(path)
         data, records = load_pictures(trained, split, testing, within, sample=sample)
-        predictions = _predict(trained, split, data, records, testing, within)
+        made_from = source(trained, data, records, testing, within)
+        found = _score(trained, data, records, testing, within)
+        predictions = _predictions(trained, split, records, found, made_from)
         if within.ranks.is_main:
             for note in hand_in(predictions, out=out, submission=submission, sample=sample):
                 within.display.say(note)
@@ -68,25 +71,34 @@ def predict_run(
 
 
 def load_pictures(
-    trained: Trained, split: str, testing: Testing, within: Session, *, sample: Path | None = None
+    planned: Planned, split: str, testing: Testing, within: Session, *, sample: Path | None = None
 ) -> tuple[Data, Records]:
     """The records to predict, each id once (see `load_split`).
 
     Raises:
         UserError: bad data, an id that is missing or no text, or a sample that does not fit.
     """
-    data, records = load_split(trained, split, testing, within, once=True)
+    data, records = load_split(planned, split, testing, within, once=True)
     with within.ranks.together():
         _require_ids(records)
         if sample:
-            labels_of(trained.classes, records.ids.tolist(), sample)
+            labels_of(planned.classes, records.ids.tolist(), sample)
     return data, records
 
 
+def require_predictable(planned: Planned, split: str, testing: Testing, within: Session) -> None:
+    """Find out, before a run is trained, what would be refused when it is to predict.
+
+    Raises:
+        UserError: as `predict_run`.
+    """
+    ready(planned, *load_pictures(planned, split, testing, within), testing, within)
+
+
 def predictions_of(
-    trained: Trained, split: str, testing: Testing, within: Session, *, any_views: bool = False
+    trained: Trained, split: str, testing: Testing, within: Session, *, any_views: bool = False, ahead: bool = False
 ) -> Predictions:
-    """What `predict_run` left in the run folder, if it is of these weights and records; else predicted and left there.
+    """What `predict_run` left in the run folder, if it is of these weights and pictures; else predicted and left there.
 
     Args:
         trained: the run.
@@ -94,6 +106,7 @@ def predictions_of(
         testing: which data, and by which views.
         within: where.
         any_views: take what is there also if it was made by other views.
+        ahead: predict nothing, but only refuse what would be refused; probabilities that are not there are NaN.
 
     Raises:
         UserError: as `predict_run`.
@@ -102,37 +115,38 @@ def predictions_of(
     path = trained.result(RunFolder(trained.folder).predictions(split))
     with within.ranks.together():
         found = read_predictions(path) if path.is_file() else None
-    wanted = source(trained, records, testing)
-    if any_views and found:
-        wanted["views"] = found.source.get("views")
-    if all(within.ranks.gather(found is not None and found.source == wanted)):
+    wanted = source(trained, data, records, testing, within)
+    may_differ = ("precision", "views") if any_views else ("precision",)
+    if all(within.ranks.gather(found is not None and _same_but_for(may_differ, found.source, wanted))):
         assert found
         return found
-    predictions = _predict(trained, split, data, records, testing, within)
+    if ahead:
+        ready(trained, data, records, testing, within)
+        unknown = np.full((len(records), len(trained.classes)), np.nan, np.float32)
+        return _predictions(trained, split, records, unknown, wanted)
+    predictions = _predictions(trained, split, records, _score(trained, data, records, testing, within), wanted)
     if within.ranks.is_main:
         write_predictions(path, predictions)
     return predictions
 
 
-def _predict(
-    trained: Trained, split: str, data: Data, records: Records, testing: Testing, within: Session
+def _same_but_for(keys: Iterable[str], a: Mapping[str, object], b: Mapping[str, object]) -> bool:
+    anything = dict.fromkeys(keys)
+    return {**a, **anything} == {**b, **anything}
+
+
+def _score(trained: Trained, data: Data, records: Records, testing: Testing, within: Session) -> np.ndarray:
+    """Class probabilities [n, num_classes] float32, on every rank."""
+    return probabilities(score(trained, data, records, testing, within))
+
+
+def _predictions(
+    trained: Trained, split: str, records: Records, found: np.ndarray, made_from: dict[str, Any]
 ) -> Predictions:
-    """Class probabilities, sorted by id, on every rank."""
-    found = probabilities(score(trained, data, records, testing, within))
+    """Sorted by id, with the true classes that the network has."""
     known = (records.labels >= 0) & (records.labels < len(trained.classes))
     labels = np.where(known, records.labels, NO_LABEL)
-    made_from = source(trained, records, testing)
     return sort_by_id(Predictions(split, trained.classes, records.ids, found, labels, made_from))
-
-
-def source(trained: Trained, records: Records, testing: Testing) -> dict[str, object]:
-    """What a predictions file says of where it comes from."""
-    return {
-        "run": trained.folder.name,
-        "weights": weights_digest(trained),
-        "records": digest_of(records),
-        "views": {"crops": testing.views.crops, "scales": list(testing.views.scales)},
-    }
 
 
 def hand_in(
@@ -157,36 +171,41 @@ def hand_in(
 
 
 def predict_pictures(
-    run: Path, paths: tuple[Path, ...], testing: Testing, console: Console, *, out: Path | None = None
-) -> Predictions:
+    run: Path,
+    paths: tuple[Path, ...],
+    testing: Testing,
+    console: Console,
+    *,
+    names: str | None = None,
+    out: Path | None = None,
+) -> tuple[Predictions, list[str]]:
     """Class probabilities of picture files, in their order; a path is the id. A file of them where `out` names one.
 
+    Returns:
+        The predictions, and the names to show for the classes (`fastflower.data.names.display_names`).
+
     Raises:
-        UserError: no such run, or a file that is no picture that can be decoded.
+        UserError: no such run, a file that is no picture that can be decoded, or names that are not the classes'.
         Interrupted: a signal came.
     """
     trained = open_trained(run)
+    shown = display_names(trained.classes, names)
     with session(trained, testing, console) as within:
         with within.ranks.together():
             if out and within.ranks.is_main:
                 require_writable(out)
             records = picture_files(paths)
-        found = probabilities(score(trained, trained.data(None, None), records, testing, within))
-        predictions = Predictions(
-            "", trained.classes, records.ids, found, records.labels, source(trained, records, testing)
-        )
+        data = trained.data(None, None)
+        made_from = source(trained, data, records, testing, within)
+        found = _score(trained, data, records, testing, within)
+        predictions = Predictions("", trained.classes, records.ids, found, records.labels, made_from)
         if out and within.ranks.is_main:
             write_predictions(out, predictions)
-    return predictions
+    return predictions, shown
 
 
-def likeliest(predictions: Predictions, names: str | None) -> list[str]:
-    """A line for each picture: its id, and the SHOWN likeliest classes with their probabilities.
-
-    Raises:
-        UserError: `names` are not those of the classes (`fastflower.data.names.display_names`).
-    """
-    shown = display_names(predictions.classes, names)
+def likeliest(predictions: Predictions, shown: list[str]) -> list[str]:
+    """A line for each picture: its id, and the SHOWN likeliest classes with their probabilities."""
     order = np.argsort(-predictions.probabilities, axis=1, kind="stable")[:, :SHOWN]
     return [
         f"{name}  " + "  ".join(f"{shown[k]} {row[k]:.1%}" for k in best)

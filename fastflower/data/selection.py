@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import numpy as np
 from nvidia import nvimgcodec
 
@@ -33,12 +31,6 @@ def largest_of_each(records: Records) -> tuple[Records, list[str]]:
         again = "; ".join(records.describe(index) for index in twice[1:])
         notes.append(f"{records.describe(chosen[number])} is taken for its id, which is there again: {again}")
     return records.select(chosen[np.argsort(first)]), notes
-
-
-def digest_of(records: Records) -> str:
-    """Changes with the records' ids, classes or sizes in bytes; not with where they are stored."""
-    ids = "\0".join(records.ids.tolist()).encode(errors="surrogateescape")
-    return hashlib.blake2b(ids + records.labels.tobytes() + records.length.tobytes(), digest_size=8).hexdigest()
 
 
 def shapes_of(records: Records) -> np.ndarray:

@@ -22,7 +22,7 @@ from fastflower.engine.meters import Evaluation, EvaluationSums
 from fastflower.engine.precision import Precision, choose_precision
 from fastflower.engine.setup import build_network
 from fastflower.engine.testing import Session, Testing
-from fastflower.engine.trained import Trained
+from fastflower.engine.trained import Planned, Trained
 from fastflower.engine.views import Scorer, Views
 from fastflower.errors import UserError
 
@@ -43,26 +43,16 @@ def score(trained: Trained, data: Data, records: Records, testing: Testing, with
         within: where; the processes share the records.
 
     Raises:
-        UserError: views that do not fit the pictures, a record that cannot be read or decoded, or weights or scores
-            that are not finite.
+        UserError: see `ready`; or a record cannot be decoded, or scores are not finite.
         Interrupted: a rank got a signal.
     """
     views, device, ranks = testing.views, within.device, within.ranks
     config = trained.config
-    views.check(data, config.model.name)
+    network, shapes = ready(trained, data, records, testing, within)
     precision = choose_precision(config.amp, config.amp_dtype, device)
-    if name := first_non_finite(trained.weights):
-        raise UserError(f"{trained.checkpoint} holds weights that are not finite ({name}): {OTHER}.")
-    network = build_network(config, len(trained.classes), device, ranks)
-    require_fit(network, trained.weights, trained.checkpoint)
-    network.load_state_dict(trained.weights)
     scorer = views.scorer(network.eval(), data.crop, compiled=testing.compiled)
     common = (trained.normalization, choose_engine(data, device, ranks), device, ranks)
     size = testing.batch_size or config.train.batch_size
-    shapes = None
-    if views.whole:
-        with ranks.together():
-            shapes = _shapes(data, records, views)
     tables = []
     for geometry in views.passes(data):
         batches: EvaluationBatches | WholePictures
@@ -82,6 +72,39 @@ def score(trained: Trained, data: Data, records: Records, testing: Testing, with
             )
         tables.append(table)
     return tables[0] if len(tables) == 1 else _log_mean(tables)
+
+
+def ready(
+    planned: Planned, data: Data, records: Records, testing: Testing, within: Session
+) -> tuple[torch.nn.Module, np.ndarray | None]:
+    """What scoring needs and can be refused before the first picture is: the network, and [n, 2] the heights and widths
+    of the pictures where the views need them.
+
+    Args:
+        planned: the run; one that is not trained yet has seeded weights.
+        data: geometry and resources of the loader.
+        records: what to score.
+        testing: how.
+        within: where.
+
+    Raises:
+        UserError: views that do not fit the network or the pictures, a record that cannot be read, or weights that are
+            not finite.
+    """
+    views, config = testing.views, planned.config
+    views.check(data, config.model.name)
+    choose_engine(data, within.device, within.ranks)
+    shapes = None
+    with within.ranks.together():
+        if views.whole:
+            shapes = _shapes(data, records, views)
+    network = build_network(config, len(planned.classes), within.device, within.ranks)
+    if isinstance(planned, Trained):
+        if name := first_non_finite(planned.weights):
+            raise UserError(f"{planned.checkpoint} holds weights that are not finite ({name}): {OTHER}.")
+        require_fit(network, planned.weights, planned.checkpoint)
+        network.load_state_dict(planned.weights)
+    return network, shapes
 
 
 def _shapes(data: Data, records: Records, views: Views) -> np.ndarray:

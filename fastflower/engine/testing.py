@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
 from fastflower.config import Data
 from fastflower.data.contents import require_pictures
+from fastflower.data.identity import identity
 from fastflower.data.records import Records, miscounted
 from fastflower.data.selection import largest_of_each
 from fastflower.data.sources import leave_out, load_records
 from fastflower.engine.distributed import Ranks, processes
-from fastflower.engine.precision import choose_device
+from fastflower.engine.precision import choose_device, choose_precision
 from fastflower.engine.progress import Display
-from fastflower.engine.trained import TestSizes, Trained
+from fastflower.engine.trained import Planned, TestSizes, Trained, weights_digest
 from fastflower.engine.views import Views
 from fastflower.launcher import local_rank
 from fastflower.signals import Signals
@@ -66,11 +68,11 @@ def session(trained: Trained, testing: Testing, console: Console) -> Iterator[Se
         yield Session(device, ranks, signals, display)
 
 
-def load_split(trained: Trained, split: str, testing: Testing, within: Session, *, once: bool) -> tuple[Data, Records]:
+def load_split(planned: Planned, split: str, testing: Testing, within: Session, *, once: bool) -> tuple[Data, Records]:
     """The records to score, and how they are loaded.
 
     Args:
-        trained: the run.
+        planned: the run, trained or not.
         split: train, val or test.
         testing: which data.
         within: where.
@@ -80,12 +82,12 @@ def load_split(trained: Trained, split: str, testing: Testing, within: Session, 
     Raises:
         UserError: bad data, or data that does not fit the run.
     """
-    stored_as_is = trained.config.data.val_resize is None and not testing.views.scales
+    stored_as_is = planned.config.data.val_resize is None and not testing.views.scales
     sizes: TestSizes | None = testing.sizes or ("all" if once and not stored_as_is else None)
-    data = trained.data(testing.roots, sizes)
+    data = planned.data(testing.roots, sizes)
     with within.ranks.main_first():
         read = within.display.follow("read pictures")
-        records = load_records(replace(data, skip=None), split, trained.classes, trained.config.seed, read)
+        records = load_records(replace(data, skip=None), split, planned.classes, planned.config.seed, read)
         if data.skip:
             everything, records = records, leave_out(records, data.skip)
             if left := len(everything) - len(records):
@@ -100,3 +102,28 @@ def load_split(trained: Trained, split: str, testing: Testing, within: Session, 
             within.display.say(note)
         require_pictures([records], read)
     return data, records
+
+
+def source(trained: Trained, data: Data, records: Records, testing: Testing, within: Session) -> dict[str, Any]:
+    """What a result says of where it comes from, as JSON has it: network, pictures (by their bytes), and views.
+
+    Two results of which this is the same, but for the precision, are of the same weights and the same input.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    found, config = None, trained.config
+    with within.ranks.together():
+        if within.ranks.is_main:
+            found = asdict(identity(records, within.display.follow("read the pictures")))
+    made_from = {
+        "run": trained.folder.name,
+        "weights": weights_digest(trained),
+        "model": config.model.name,
+        "records": within.ranks.gather(found)[0],
+        "views": asdict(testing.views),
+        "geometry": {"crop": data.crop, "val_resize": data.val_resize},
+        "normalization": asdict(trained.normalization),
+        "precision": str(choose_precision(config.amp, config.amp_dtype, within.device)),
+    }
+    return json.loads(json.dumps(made_from))

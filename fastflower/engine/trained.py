@@ -20,12 +20,32 @@ TestSizes = Literal["all"] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Trained:
+class Planned:
+    """What is known of a run before it is trained, by which its data is looked at."""
+
+    config: Config
+    classes: list[str]
+
+    def data(self, roots: tuple[Path, ...] | None, sizes: TestSizes | None) -> Data:
+        """The run's data, in other folders or at other stored sizes where they are given.
+
+        What the run leaves out (data.skip) is listed by file, and so not left out of folders that it does not know.
+        """
+        data = self.config.data
+        if sizes is not None:
+            data = replace(data, sizes=sizes)
+        if roots is None:
+            return data
+        known = set(data.root or ())
+        data = absolute(replace(data, root=roots))
+        return data if known.issuperset(data.root or ()) else replace(data, skip=None)
+
+
+@dataclass(frozen=True)
+class Trained(Planned):
     """A checkpoint and what belongs to it."""
 
     checkpoint: Path
-    config: Config
-    classes: list[str]
     normalization: Normalization
     weights: dict[str, torch.Tensor]
 
@@ -43,20 +63,6 @@ class Trained:
             return path
         return path.with_name(f"{path.stem}-{self.checkpoint.stem}{path.suffix}")
 
-    def data(self, roots: tuple[Path, ...] | None, sizes: TestSizes | None) -> Data:
-        """The run's data, in other folders or at other stored sizes where they are given.
-
-        What the run leaves out (data.skip) is listed by file, and so not left out of folders that it does not know.
-        """
-        data = self.config.data
-        if sizes is not None:
-            data = replace(data, sizes=sizes)
-        if roots is None:
-            return data
-        known = set(data.root or ())
-        data = absolute(replace(data, root=roots))
-        return data if known.issuperset(data.root or ()) else replace(data, skip=None)
-
 
 def open_trained(run: Path) -> Trained:
     """The best checkpoint of a run folder, or a checkpoint file.
@@ -69,7 +75,7 @@ def open_trained(run: Path) -> Trained:
         raise UserError(f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file.")
     saved = load_checkpoint(path)
     config = build(saved["config"], str(path))
-    return Trained(path, config, saved["classes"], normalization_of(saved), weights_of(saved))
+    return Trained(config, saved["classes"], path, normalization_of(saved), weights_of(saved))
 
 
 def weights_digest(trained: Trained) -> str:
