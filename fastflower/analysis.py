@@ -78,6 +78,8 @@ def write_run(evaluated: Evaluated, analysis: Analysis, folder: Path | None) -> 
     shown = [mistake.index for mistake in analysis.mistakes[:PICTURES]]
     pictures = thumbnails(evaluated.records, shown, SIDE, Engine(threads=machine.cpus()))
     write_analysis(folder, analysis, {"split": evaluated.split, **asdict(evaluated.figures)}, pictures)
+    with atomic_write(folder / "source.json") as file:
+        file.write(json.dumps(evaluated.source, indent=2).encode() + b"\n")
     return folder
 
 

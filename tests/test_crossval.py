@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from fastflower.engine.distributed import Ranks
 from fastflower.engine.lock import own_folder
 from fastflower.engine.meters import TrainingSums
 from fastflower.predictions import read_predictions
-from tests.conftest import ROOT, example, fastflower, torchrun, train_arguments, write_dataset
+from tests.conftest import ROOT, example, fastflower, jpeg, torchrun, train_arguments, write_dataset
 from tests.engine.test_left_out import GIVEN, checked, spoil
 from tests.engine.test_resume import signal_at
 from tests.engine.test_run import rows, without_times
@@ -226,6 +227,115 @@ def test_settings_that_leave_nothing_to_validate_are_refused(data: Path, tmp_pat
     assert refused.code == 2
     assert "/test holds no TFRecord files" in refused.err
     assert not (tmp_path / "cv").exists()
+
+
+def without_ids(root: Path, split: str) -> None:
+    (path,) = (root / f"tfrecords-jpeg-40x40/{split}").glob("00*")
+    write_tfrecord(path, [{k: v for k, v in example(i, 0).items() if k != "id"} for i in range(4)])
+
+
+def of_pixels(root: Path, split: str, side: int) -> None:
+    folder = root / f"tfrecords-jpeg-40x40/{split}"
+    write_tfrecord(folder / "odd.tfrec", [example(800, None if split == "test" else 0, jpeg(side, side))])
+
+
+def skipping(root: Path, split: str) -> None:
+    problems = [
+        {"file": str(path), "record": number, "kind": "damaged"}
+        for path in root.glob(f"tfrecords-jpeg-40x40/{split}/*")
+        for number in range(50)
+    ]
+    (root / "skip.json").write_text(json.dumps({"problems": problems}))
+
+
+AS_STORED = ("--data.val_resize", "None")
+LARGE = ("--data.crop", 40, "--data.scale", 44, 48)
+ALEXNET = ("--model.name", "alexnet", "--data.crop", 64, "--data.scale", 72, 80, "--data.val_resize", 72)
+REFUSED: dict[str, tuple[Callable[[Path], object], tuple[object, ...], str]] = {
+    "no ids in train": (lambda root: without_ids(root, "train"), (), "has no feature 'id'"),
+    "no ids in val": (lambda root: without_ids(root, "val"), (), "has no feature 'id'"),
+    "no ids in test": (lambda root: without_ids(root, "test"), ("--test",), "has no feature 'id'"),
+    "small pictures": (lambda root: of_pixels(root, "val", 30), (*AS_STORED, "--crops", 10), "no ten crops"),
+    "small test": (lambda root: of_pixels(root, "test", 30), (*AS_STORED, "--crops", 10, "--test"), "no ten crops"),
+    "no room for crops": (
+        lambda _: None,
+        (*AS_STORED, *LARGE, "--crops", 10),
+        "40×40 pixels, of which there are no",
+    ),
+    "scales twice": (lambda _: None, ("--scales", "40,40"), "names a size twice"),
+    "scales below the crop": (lambda _: None, ("--scales", "24,40"), "is smaller than data.crop"),
+    "scales and crops": (lambda _: None, ("--scales", "40", "--crops", 10), "two ways to test"),
+    "scales of alexnet": (lambda _: None, ("--scales", 64, *ALEXNET), "global average pooling"),
+    "no test": (lambda root: shutil.rmtree(root / "tfrecords-jpeg-40x40/test"), ("--test",), "holds no TFRecord files"),
+    "no epoch": (lambda _: None, ("--train.max_steps", 2), "train.max_steps is 2, and an epoch of fold 0 has 3 steps"),
+    "single values": (lambda _: None, ("--train.batch_size", 1), "leave BatchNorm a single value"),
+    "no weights": (lambda _: None, ("--model.pretrained", "none.pth"), "none.pth"),
+    "decoder": (lambda _: None, ("--data.decoder", "gpu"), "data.decoder is gpu"),
+    "skipped test": (lambda root: skipping(root, "test"), ("--test", "--data.skip", "SKIP"), "lists every record"),
+    "submission": (lambda _: None, ("--submission", "."), "is a folder: name a file"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_a_later_step_would_refuse_is_refused_before_the_first_fold(
+    case: str, data: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil, options, words = REFUSED[case]
+    run = tmp_path / "cv"
+    kept = [run / "fold-0/checkpoints/last.pt", run / "fold-1/finished", run / "cv.json"]
+    for path in kept:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"earlier")
+    monkeypatch.setattr("fastflower.crossval.train_into", lambda *_: pytest.fail("a fold is trained"))
+    spoil(data)
+    given = [data / "skip.json" if option == "SKIP" else option for option in options]
+    refused = fastflower(*arguments(data, run, "--overwrite", *given))
+    assert refused.code == 2, refused.err
+    assert words in " ".join(refused.err.split())
+    assert all(path.read_bytes() == b"earlier" for path in kept)
+
+
+def test_other_pictures_than_the_folds_are_not_taken_for_theirs(data: Path, tmp_path: Path, tiny_net: None) -> None:
+    run = tmp_path / "cv"
+    before = cross_validated(data, run)
+    (path, *_) = (data / "tfrecords-jpeg-40x40/train").glob("00*")
+    records = [example(i, i % 3) for i in range(17)]
+    write_tfrecord(path, records)
+    assert cross_validated(data, run) == before  # written anew, and the same
+    for change in ({"image": jpeg(40, 40, 7)}, {"id": b"other"}, {"class": 2}):
+        write_tfrecord(path, [*records[:-1], records[-1] | change])
+        refused = fastflower(*arguments(data, run))
+        assert refused.code == 2
+        assert f"{run} was trained on other pictures or classes" in refused.err
+    cross_validated(data, run, "--overwrite")
+    # folds that an earlier version left are not trusted, and no epoch is trained again
+    (run / "data.json").unlink()
+    again = fastflower(*arguments(data, run))
+    assert again.code == 0, again.err
+    assert again.out.count("All 1 epochs are done") == 3
+
+
+def test_an_ensemble_takes_no_fold_folders_predictions_of_other_pictures(
+    data: Path, tmp_path: Path, tiny_net: None
+) -> None:
+    for seed in (0, 1):
+        cross_validated(data, tmp_path / f"cv{seed}", "--seed", seed, "--test")
+    members = [tmp_path / "cv0", tmp_path / "cv1"]
+    mean = ("--method", "mean", "--out", tmp_path / "out")
+    assert fastflower("ensemble", *members, *mean).code == 0
+    before = read_predictions(tmp_path / "out")
+    kept = [read_predictions(member / "predictions-test.parquet").probabilities for member in members]
+    np.testing.assert_allclose(before.probabilities, np.mean(kept, axis=0), atol=1e-6)
+    for path in (data / "tfrecords-jpeg-40x40/test").iterdir():
+        first = 42 + 3 * int(path.name[:2])
+        write_tfrecord(path, [example(i, None, jpeg(40, 40, i)) for i in range(first, min(first + 3, 47))])
+    assert fastflower("ensemble", *members, *mean).code == 0
+    after = read_predictions(tmp_path / "out")
+    assert after.ids.tolist() == before.ids.tolist()
+    assert np.abs(after.probabilities - before.probabilities).max() > 1e-4
+    refused = fastflower("ensemble", *members, "--split", "train")
+    assert refused.code == 2
+    assert "folds leave predictions of val" in refused.err
 
 
 def test_a_folder_that_holds_a_run_is_refused_and_changed_test_data_is_predicted_anew(

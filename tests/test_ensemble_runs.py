@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fastflower.predictions import read_predictions
-from tests.conftest import fastflower, train_arguments, write_dataset
+from fastflower.data.tfrecord import write_tfrecord
+from fastflower.predictions import read_predictions, write_predictions
+from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset
 
 
 @pytest.fixture
@@ -98,6 +101,111 @@ def test_predictions_of_older_weights_are_made_again(runs: list[Path], data: Pat
     kept = (runs[1] / "predictions-val.parquet").stat().st_mtime_ns
     ensemble(*runs, "--split", "val")
     assert (runs[1] / "predictions-val.parquet").stat().st_mtime_ns == kept
+
+
+def padded(image: bytes, length: int) -> bytes:
+    """The same picture in so many bytes: what follows the end of a JPEG is not read."""
+    return image + bytes(length - len(image))
+
+
+def times(runs: list[Path], split: str) -> list[int]:
+    return [(run / f"predictions-{split}.parquet").stat().st_mtime_ns for run in runs]
+
+
+def test_predictions_of_pictures_that_were_replaced_are_made_again(
+    runs: list[Path], data: Path, tmp_path: Path
+) -> None:
+    """The same ids and lengths in the same files: only the pictures are others."""
+    folder = data / "tfrecords-jpeg-40x40/test"
+    pictures = {name: [padded(jpeg(40, 40, seed + i), 4000) for i in range(9)] for name, seed in (("a", 0), ("b", 50))}
+
+    def stored(images: list[bytes]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        write_tfrecord(folder / "00.tfrec", [example(44 + i, None, image) for i, image in enumerate(images)])
+
+    def predicted() -> np.ndarray:
+        ensemble(*runs, "--method", "mean", "--out", tmp_path / "out")
+        return read_predictions(tmp_path / "out").probabilities
+
+    stored(pictures["a"])
+    first, made = predicted(), times(runs, "test")
+    stored(pictures["a"])  # the same, written anew
+    np.testing.assert_array_equal(predicted(), first)
+    assert times(runs, "test") == made
+    stored(pictures["b"])
+    second = predicted()
+    assert np.abs(second - first).min(axis=1).max() > 1e-5
+    stored([*pictures["b"][:4], pictures["a"][4], *pictures["b"][5:]])
+    third = predicted()
+    np.testing.assert_allclose(np.delete(third, 4, 0), np.delete(second, 4, 0), atol=1e-6)
+    np.testing.assert_allclose(third[4], first[4], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "key", ["weights", "model", "records", "geometry", "normalization", "views", "precision", None]
+)
+def test_what_is_kept_of_another_input_or_an_earlier_version_is_made_again(key: str, runs: list[Path]) -> None:
+    ensemble(*runs, "--split", "val")
+    path = runs[0] / "predictions-val.parquet"
+    kept = read_predictions(path)
+    if key is None:  # as an earlier version left it
+        source = {
+            "run": "run0",
+            "weights": kept.source["weights"],
+            "records": "0123abcd",
+            "views": kept.source["views"],
+        }
+    else:
+        source = kept.source | {key: "another"}
+    write_predictions(path, replace(kept, source=source))
+    ensemble(*runs, "--split", "val")
+    found = read_predictions(path)
+    assert found.source == (source if key in ("views", "precision") else kept.source)
+    np.testing.assert_array_equal(found.probabilities, kept.probabilities)
+
+
+def test_what_cannot_be_combined_is_refused_before_anything_is_predicted(
+    runs: list[Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_file(name: str, split: str, *options: object, run: Path = runs[2]) -> Path:
+        assert fastflower("predict", run, "--split", split, "--out", tmp_path / name, *options).code == 0
+        return tmp_path / name
+
+    test, val, train = (as_file(split, split) for split in ("test", "val", "train"))
+    other = as_file("other", "test", run=runs[1])
+    more = as_file("more", "test", "--data.root", write_dataset(tmp_path / "more_data", {"test": 10}, first=44))
+    named = tmp_path / "named"
+    found = read_predictions(test)
+    write_predictions(named, replace(found, classes=["0", "1", "rose"]))
+    cut = tmp_path / "cut.pt"
+    cut.write_bytes((runs[0] / "checkpoints/best.pt").read_bytes()[:-100])
+    copy = tmp_path / "elsewhere" / runs[0].name
+    shutil.copytree(runs[0], copy)
+    sample = tmp_path / "sample.csv"
+    sample.write_text("id,label\n" + "".join(f"{44 + i:06},{i}\n" for i in range(9)))
+    monkeypatch.setattr("fastflower.predict.score", lambda *_: pytest.fail("a picture is scored"))
+    weighted = ("--method", "weighted", "--fit_on")
+    for arguments, words in [
+        ((runs[0], runs[1], more), "which other members have"),
+        ((runs[0], runs[1], named), "has the class"),
+        ((runs[0], runs[1], val), "which other members have"),
+        ((runs[0], runs[1], cut), "cut.pt"),
+        ((runs[0], runs[1], tmp_path / "none"), "none"),
+        ((runs[0], runs[1], copy), "are the predictions of one network"),
+        ((runs[0], runs[0] / "checkpoints/best.pt"), "are the predictions of one network"),
+        ((runs[0],), "two members or more"),
+        ((runs[0], test, *weighted, runs[0]), "--fit_on names 1 predictions for 2 members"),
+        ((runs[0], test, *weighted, runs[0], tmp_path / "none"), "none"),
+        ((runs[0], runs[1], *weighted, test, other), "nothing can be measured or fitted without a true class"),
+        ((runs[0], test, *weighted, train, val), "which other members have"),
+        ((runs[0], test, "--method", "weighted"), "has no true classes to fit weights on"),
+        ((runs[0], runs[1], "--sample", sample), "has the label '3' (id 000047)"),
+        ((runs[0], runs[1], "--submission", tmp_path), "is a folder"),
+    ]:
+        refused = fastflower("ensemble", *arguments)
+        assert refused.code == 2, refused.out
+        assert words in " ".join(refused.err.split()), arguments
+    assert not list(tmp_path.glob("run*/predictions-*"))
 
 
 def test_what_cannot_be_combined_is_named(runs: list[Path], data: Path, tmp_path: Path) -> None:

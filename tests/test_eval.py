@@ -51,6 +51,8 @@ def test_eval_writes_where_the_network_errs(run: Path, tmp_path: Path) -> None:
     assert figures == printed | {"ece": figures["ece"]}
     assert f"ece {figures['ece']:.4g}" in result.out
     assert list(figures) == ["split", "n", "loss", "accuracy", "top5", "macro_f1", "ece"]
+    # an evaluation says what it is of as predictions do (validation pictures have one stored size here)
+    assert json.loads((folder / "source.json").read_text()) == found.source
     with Image.open(folder / "confusion.png") as picture:
         assert min(picture.size) > 300
     assert (folder / "mistakes.jpg").is_file() == (figures["accuracy"] < 1)

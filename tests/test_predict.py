@@ -213,6 +213,23 @@ def test_single_pictures_are_printed_with_their_likeliest_classes(tmp_path: Path
     assert "--images names no picture" in refused.err
 
 
+def test_names_and_samples_that_do_not_fit_are_refused_before_a_picture_is_scored(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, names, sample = tmp_path / "a.jpg", tmp_path / "names.txt", tmp_path / "sample.csv"
+    picture.write_bytes(jpeg(40, 40))
+    names.write_text("rose\ntulip\n")
+    sample.write_text("id,label\n" + "".join(f"{i:06},{i}\n" for i in range(33, 40)))
+    monkeypatch.setattr("fastflower.predict.score", lambda *_: pytest.fail("a picture is scored"))
+    for arguments, words in [
+        (("--images", picture, "--names", names), "has 2 class names for 3 classes"),
+        (("--submission", tmp_path / "s.csv", "--sample", sample), "has the label '33' (id 000033)"),
+    ]:
+        refused = fastflower("predict", run, *arguments)
+        assert refused.code == 2
+        assert words in refused.err
+
+
 def test_views_change_predictions_and_are_kept_in_the_file(run: Path, tmp_path: Path) -> None:
     seen = []
     for options in ((), ("--crops", 10), ("--scales", "32,40,48")):
@@ -221,6 +238,8 @@ def test_views_change_predictions_and_are_kept_in_the_file(run: Path, tmp_path: 
         seen.append(found.probabilities)
         np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-6)
     assert found.source["views"] == {"crops": 1, "scales": [32, 40, 48]}
+    assert found.source["geometry"] == {"crop": 32, "val_resize": 36}
+    assert found.source["records"]["count"] == 7
     assert not torch.allclose(torch.tensor(seen[0]), torch.tensor(seen[1]), atol=1e-4)
     assert not torch.allclose(torch.tensor(seen[1]), torch.tensor(seen[2]), atol=1e-4)
 

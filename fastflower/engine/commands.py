@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from fastflower.engine.run import RunFolder
 from fastflower.engine.scores import figures, score
 from fastflower.engine.setup import prepare
 from fastflower.engine.state import State
-from fastflower.engine.testing import Testing, load_split, session
+from fastflower.engine.testing import Testing, load_split, session, source
 from fastflower.engine.train import complete, train, why_ended
 from fastflower.engine.trained import Trained, open_trained
 from fastflower.environment import environment
@@ -136,6 +137,7 @@ class Evaluated:
     records: Records
     scores: np.ndarray  # [n, num_classes], see `fastflower.engine.scores.score`
     figures: Evaluation
+    source: dict[str, Any]  # which network, pictures and views; see `fastflower.engine.testing.source`
 
 
 def evaluate_run(run: Path, split: str, testing: Testing, console: Console, names: str | None = None) -> Evaluated:
@@ -156,5 +158,6 @@ def evaluate_run(run: Path, split: str, testing: Testing, console: Console, name
         data, records = load_split(trained, split, testing, within, once=bool(testing.views.scales))
         with within.ranks.together():
             records.require_classes(len(trained.classes))
+        made_from = source(trained, data, records, testing, within)
         scores = score(trained, data, records, testing, within)
-    return Evaluated(trained, split, shown, records, scores, figures(scores, records.labels))
+    return Evaluated(trained, split, shown, records, scores, figures(scores, records.labels), made_from)
