@@ -115,7 +115,8 @@ class PredictCommand(TestOptions):
     submission: Path | None = None
     """Write the competition's CSV, id,label."""
     sample: Path | None = None
-    """Sample submission, whose ids must be those of the records."""
+    """Sample submission, whose ids must be those of the records, and whose labels show whether classes are written by
+    name; None = by name where a class is called by a number, else by place."""
     names: str | None = None
     """Names of the classes for --images: a JSON list, a text file with one a line, or kaggle104; None = the data's."""
     debug: bool = False
@@ -146,7 +147,8 @@ class EnsembleCommand:
     submission: Path | None = None
     """Write the competition's CSV, id,label."""
     sample: Path | None = None
-    """Sample submission, whose ids must be those of the members."""
+    """Sample submission, whose ids must be those of the members, and whose labels show whether classes are written by
+    name; None = by name where a class is called by a number, else by place."""
     json: bool = False
     """Print the figures as one JSON list of objects: name, weight, n, loss, accuracy, top5, macro_f1."""
     debug: bool = False
