@@ -79,7 +79,7 @@ def write_run(evaluated: Evaluated, analysis: Analysis, folder: Path | None) -> 
     pictures = thumbnails(evaluated.records, shown, SIDE, Engine(threads=machine.cpus()))
     write_analysis(folder, analysis, {"split": evaluated.split, **asdict(evaluated.figures)}, pictures)
     with atomic_write(folder / "source.json") as file:
-        file.write(json.dumps(evaluated.source, indent=2).encode() + b"\n")
+        file.write(to_json(evaluated.source, indent=2).encode() + b"\n")
     return folder
 
 

@@ -6,6 +6,7 @@ the whole: of train and val, where each picture is predicted by the network that
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -42,7 +42,8 @@ def labels_of(classes: Sequence[str], ids: Collection[str], sample: Path | None 
         return usual
     if set(shown.values()) <= set(classes):
         return list(classes)
-    name, label = next((name, label) for name, label in shown.items() if label not in usual)
+    strange = [(name, label) for name, label in shown.items() if label not in usual]
+    name, label = next((pair for pair in strange if pair[1] not in classes), strange[0])
     raise UserError(
         f"{sample} has the label {label!r} (id {name}), and the classes are {_listed(usual)}"
         f"{'' if by_number else f' ({_listed(classes)})'}: give the sample of the competition that has these classes."

@@ -132,7 +132,8 @@ def test_a_sample_decides_between_names_and_places(
         (FOLDERS, ["02", 10, 2], r"has the label '02' \(id 0\)"),
         (FLOWERS, [0, 1, 3], r"has the label '3' \(id 2\), and the classes are 0, 1, 2 \(daisy, rose, tulip\)"),
         (FLOWERS, [1, 2, -1], r"has the label '-1' \(id 2\)"),
-        (FLOWERS, ["rose", "iris", "rose"], "has the label 'rose'"),
+        (FLOWERS, ["rose", "iris", "rose"], r"has the label 'iris' \(id 1\)"),
+        (FLOWERS, ["0", "rose", "1"], r"has the label 'rose' \(id 1\)"),
         (FLOWERS, [0.5, 0.5, 0.5], r"has the label '0.5'"),
     ],
 )

@@ -23,6 +23,7 @@ from fastflower.engine.precision import choose_device, choose_precision
 from fastflower.engine.progress import Display
 from fastflower.engine.trained import Planned, TestSizes, Trained, weights_digest
 from fastflower.engine.views import Views
+from fastflower.files import to_json
 from fastflower.launcher import local_rank
 from fastflower.signals import Signals
 
@@ -126,4 +127,4 @@ def source(trained: Trained, data: Data, records: Records, testing: Testing, wit
         "normalization": asdict(trained.normalization),
         "precision": str(choose_precision(config.amp, config.amp_dtype, within.device)),
     }
-    return json.loads(json.dumps(made_from))
+    return json.loads(to_json(made_from))
