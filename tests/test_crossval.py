@@ -268,7 +268,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], tuple[object, ...], str]] = {
     "scales of alexnet": (lambda _: None, ("--scales", 64, *ALEXNET), "global average pooling"),
     "no test": (lambda root: shutil.rmtree(root / "tfrecords-jpeg-40x40/test"), ("--test",), "holds no TFRecord files"),
     "no epoch": (lambda _: None, ("--train.max_steps", 2), "train.max_steps is 2, and an epoch of fold 0 has 3 steps"),
-    "single values": (lambda _: None, ("--train.batch_size", 1), "leave BatchNorm a single value"),
+    "single values": (lambda _: None, ("--train.batch_size", 1), "BatchNorm has a single value"),
     "no weights": (lambda _: None, ("--model.pretrained", "none.pth"), "none.pth"),
     "decoder": (lambda _: None, ("--data.decoder", "gpu"), "data.decoder is gpu"),
     "skipped test": (lambda root: skipping(root, "test"), ("--test", "--data.skip", "SKIP"), "lists every record"),
@@ -310,9 +310,12 @@ def test_other_pictures_than_the_folds_are_not_taken_for_theirs(data: Path, tmp_
     cross_validated(data, run, "--overwrite")
     # folds that an earlier version left are not trusted, and no epoch is trained again
     (run / "data.json").unlink()
+    times = {path: path.stat().st_mtime_ns for path in run.glob("fold-*/checkpoints/*")}
     again = fastflower(*arguments(data, run))
     assert again.code == 0, again.err
-    assert again.out.count("All 1 epochs are done") == 3
+    assert "is finished" not in again.out
+    assert {path: path.stat().st_mtime_ns for path in run.glob("fold-*/checkpoints/*")} == times
+    assert fastflower(*arguments(data, run)).out.count("is finished") == 3
 
 
 def test_an_ensemble_takes_no_fold_folders_predictions_of_other_pictures(
