@@ -131,8 +131,8 @@ def cross_validate(
         _require_all(folds, data["classes"], test, testing, Session(device, ranks, Signals(), silent))
         with ranks.main_first():
             if ranks.is_main:
-                for file in _results(path):
-                    remove_temporaries(file)
+                for result in _results(path):
+                    remove_temporaries(result)
                 if overwrite:
                     _clear(path)
                 with atomic_write(_data(path)) as file:
