@@ -87,11 +87,6 @@ def test_mistakes_end_with_a_sentence(
     assert message in capsys.readouterr().err
 
 
-def test_nothing_to_do(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    assert "give loader, model, train or eval, --compare or --plot" in capsys.readouterr().err
-
-
 def test_results_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     around = {"machine": {"cpu": "a CPU", "gpu": None, "cores": 2}, "spread": [9.0, 11.0]}
     results = write(tmp_path / "results.jsonl", result("fastflower", 10.0) | around)

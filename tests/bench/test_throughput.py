@@ -245,7 +245,7 @@ def test_compiled_first_step_is_not_in_the_figure(tmp_path: Path) -> None:
         ("--crop 64 --scale 48 80", "data.scale starts at 48 pixels, below data.crop (64)"),
         ("--sizes 41", "has no size 41"),
         ("--batch 8 --steps 2 --warmup 1 --repeats 1 --out .", "--out . cannot be written"),
-        ("--batch 8 --steps 2 --warmup 1 --repeats 1 --csv .", "--csv . cannot be written"),
+        ("--batch 8 --steps 2 --warmup 1 --repeats 1 --out None --csv .", "--csv . cannot be written"),
     ],
 )
 def test_mistakes_end_with_a_sentence(
