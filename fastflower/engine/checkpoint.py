@@ -55,7 +55,12 @@ RESUMED: dict[str, Any] = {
     "step": NonNegativeInt,
     "best": Finite | None,
     "best_epoch": Annotated[int, Field(ge=-1)],
-    "train_records": dict[str, Any],
+    "improved_epoch": Annotated[int, Field(ge=-1)],
+    "comparable_from": NonNegativeInt,
+    "train_records": dict[str, int | str | list[int]],
+    "train_records.count": int,
+    "train_records.names": str,
+    "val_records": dict[str, int | str] | None,
 }
 _CHECKS: dict[str, TypeAdapter[Any]] = {
     name: TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
@@ -116,9 +121,19 @@ def load_checkpoint(path: Path, *, resumed: bool = False) -> dict[str, Any]:
 
 def checked(state: Mapping[str, Any], path: Path, *, resumed: bool = False) -> dict[str, Any]:
     """What a checkpoint of ours holds, as `load_checkpoint` gives it; raises UserError unless it is whole."""
+    state = _with_newer_entries(state)
     require_entries(state, TRAINED | RESUMED if resumed else TRAINED, path)
     named = {key: plain_names(state[key], path) for key in ("model", "ema") if state[key] is not None}
     return {**state, **named, "config": to_plain(build(state["config"], str(path)))}
+
+
+def _with_newer_entries(state: Mapping[str, Any]) -> dict[str, Any]:
+    """With what earlier versions did not save, where that can be told."""
+    newer = {"improved_epoch": state.get("best_epoch"), "comparable_from": 0, "val_records": {}, **state}
+    records = state.get("train_records")
+    if isinstance(records, Mapping) and "digest" in records:
+        newer["train_records"] = {"names": records["digest"], **records}
+    return newer
 
 
 def is_weights(value: Any) -> bool:

@@ -27,7 +27,9 @@ def restore(state: State, setup: Setup, folder: RunFolder, checkpoint: Path, sav
         UserError: the network, the optimizer, the classes or the records are not those of the checkpoint.
     """
     rows = setup.ranks.gather(read_rows(folder.metrics) if setup.ranks.is_main else [])[0]
-    saved = _completed(saved)
+    records = saved["train_records"]
+    if "left_out" not in records and not saved["config"]["data"]["skip"]:  # an earlier version did not say it
+        saved = saved | {"train_records": records | {"whole": records["names"], "left_out": []}}
     _refuse_another(saved, setup, checkpoint)
     changed = changes(saved["config"], setup.config)
     adapted, sentences = adapt(saved, setup, rows)
@@ -56,16 +58,6 @@ def adapt(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]]) -> tupl
     saved = saved | _follow_validation(saved, setup, sentences)
     saved = saved | _follow_figure(saved, setup, rows, sentences)
     return saved, sentences
-
-
-def _completed(saved: Saved) -> Saved:
-    """With what earlier versions did not save."""
-    records = dict(saved["train_records"])
-    if "digest" in records:
-        records["names"] = records.pop("digest")
-        if not saved["config"]["data"].get("skip"):
-            records |= {"whole": records["names"], "left_out": []}
-    return {"improved_epoch": saved["best_epoch"], "comparable_from": 0} | saved | {"train_records": records}
 
 
 def _refuse_another(saved: Saved, setup: Setup, checkpoint: Path) -> None:
@@ -109,8 +101,7 @@ def _follow_records(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
         if old["left_out"] == now["left_out"]:
             return {}
         sentences.append(f"Trains on {now['count']} records; there were {old['count']} before.")
-        kept = np.ones(len(setup.train.kept), bool)
-        kept[old["left_out"]] = False
+        kept = ~np.isin(np.arange(len(setup.train.kept)), old["left_out"])
         return {"position": moved_position(position, kept, setup.train.kept, seed=config.seed, epoch=epoch)}
     if not position or not setup.train.left(position):
         return {}
@@ -121,9 +112,9 @@ def _follow_records(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
 def _follow_validation(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
     """Without what earlier epochs' figures decided, if they are not comparable with those to come."""
     data, before = setup.config.data, saved["config"]["data"]
-    now = setup.saved_with["val_records"]
+    old, now = saved["val_records"], setup.saved_with["val_records"]
     same_view = (before["crop"], before["val_resize"]) == (data.crop, data.val_resize)
-    if saved.get("val_records", now) == now and same_view:
+    if (not old or old == now) and same_view:  # an earlier version did not save it
         return {}
     if saved["best_epoch"] >= 0:
         what = "is of another data.crop or data.val_resize" if not same_view else "is on other records"
@@ -138,7 +129,7 @@ def _follow_figure(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]]
         return {}
     values = {row["epoch"] - 1: row[f"val_{figure}"] for row in rows}
     comparable = range(saved["comparable_from"], saved["epoch"])
-    if any(values.get(each) is None for each in comparable):
+    if epoch not in comparable or any(values.get(each) is None for each in comparable):
         sentences.append("metrics.jsonl lacks epochs: what is best by another train.best begins anew.")
         return _anew(saved)
     sentences.append(f"The best checkpoint is of epoch {epoch + 1}, whose validation {figure} is {values[epoch]:.4f}.")
