@@ -88,7 +88,7 @@ import os, sys
 from pathlib import Path
 import numpy as np
 from fastflower.data.check import _Decoder
-from fastflower.data.loader import has_header
+from fastflower.data.decoding import has_header
 from fastflower.output import without_decoders
 
 with without_decoders():

@@ -6,6 +6,7 @@ import itertools
 import os
 import pkgutil
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -96,11 +97,12 @@ def test_any_command_ends_with_its_number(
 ) -> None:
     run = tmp_path / "run"
     assert fastflower(*train_arguments(small, run), "--train.epochs", 1).code == 0
+    other = shutil.copytree(run, tmp_path / "other")
     folds = train_arguments(small, tmp_path / "folds")[1:]
     commands: list[tuple[list[object], str]] = [
         (["eval", run], "fastflower.data.loader.read_picture"),
         (["predict", run, "--split", "val"], "fastflower.data.loader.read_picture"),
-        (["ensemble", run, run, "--split", "train"], "fastflower.data.loader.read_picture"),
+        (["ensemble", run, other, "--split", "train"], "fastflower.data.loader.read_picture"),
         (["cv", "--folds", 2, *folds, "--train.epochs", 1], "fastflower.data.loader.read_picture"),
         (["train", "--dry_run", *train_arguments(small, None)[1:]], "fastflower.data.loader.read_picture"),
         (["data", "check", small], "fastflower.data.check.read_image"),
