@@ -2,70 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import AfterValidator, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 from safetensors.torch import save as to_safetensors
-from typing_extensions import TypedDict  # the standard library's, in the form that pydantic reads
 
-from fastflower.config import NonNegativeFloat, PositiveFloat, build, to_plain
+from fastflower.config import build, to_plain
 from fastflower.data.pipeline import Normalization
+from fastflower.engine.entries import require_resumable, require_trained
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, to_json
 
 FORMAT = 2  # goes up when an older checkpoint cannot be gone on from
-
-
-def _dense(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_complex() or tensor.is_quantized:
-        raise ValueError("a tensor without plain values")
-    return tensor
-
-
-class _Group(TypedDict):
-    params: list[int]
-    lr: NonNegativeFloat
-
-
-Tensor = Annotated[torch.Tensor, AfterValidator(_dense)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Three = Field(min_length=3, max_length=3)
-# The entries of a checkpoint by their dotted names: what a trained network needs, and what going on needs besides.
-TRAINED: dict[str, Any] = {
-    "model": dict[str, Tensor],
-    "ema": dict[str, Tensor] | None,
-    "classes": Annotated[list[str], Field(min_length=1)],
-    "normalization.mean": Annotated[list[Finite], Three],
-    "normalization.std": Annotated[list[PositiveFloat], Three],
-    "config": dict[str, Any],
-}
-RESUMED: dict[str, Any] = {
-    "optimizer.state": dict[int, dict[str, Tensor | None]],
-    "optimizer.param_groups": list[_Group],
-    "schedule": dict[str, float],
-    "scaler": dict[str, float],
-    "rng.cpu": Tensor,
-    "rng.cuda": list[Tensor],
-    "sums": Annotated[list[Annotated[list[Finite], Three]], Field(min_length=1)],
-    "epoch": NonNegativeInt,
-    "position": NonNegativeInt,
-    "step": NonNegativeInt,
-    "best": Finite | None,
-    "best_epoch": Annotated[int, Field(ge=-1)],
-    "improved_epoch": Annotated[int, Field(ge=-1)],
-    "comparable_from": NonNegativeInt,
-    "train_records": dict[str, int | str | list[int]],
-    "train_records.count": int,
-    "train_records.names": str,
-    "val_records": dict[str, int | str] | None,
-}
-_CHECKS: dict[str, TypeAdapter[Any]] = {
-    name: TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    for name, kind in (TRAINED | RESUMED).items()
-}
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
@@ -111,7 +61,7 @@ def load_checkpoint(path: Path, *, resumed: bool = False) -> dict[str, Any]:
         ) from error
     if not isinstance(state, dict) or "format" not in state:
         raise UserError(f"{path} is not a checkpoint of fastflower: give a run's checkpoints/last.pt or best.pt.")
-    if state["format"] != FORMAT:
+    if not isinstance(state["format"], int) or state["format"] != FORMAT:
         raise UserError(
             f"{path} was written by another version of fastflower (format {state['format']}, this one reads {FORMAT}): "
             "use that version, or train again."
@@ -122,7 +72,7 @@ def load_checkpoint(path: Path, *, resumed: bool = False) -> dict[str, Any]:
 def checked(state: Mapping[str, Any], path: Path, *, resumed: bool = False) -> dict[str, Any]:
     """What a checkpoint of ours holds, as `load_checkpoint` gives it; raises UserError unless it is whole."""
     state = _with_newer_entries(state)
-    require_entries(state, TRAINED | RESUMED if resumed else TRAINED, path)
+    (require_resumable if resumed else require_trained)(state, path)
     named = {key: plain_names(state[key], path) for key in ("model", "ema") if state[key] is not None}
     return {**state, **named, "config": to_plain(build(state["config"], str(path)))}
 
@@ -134,33 +84,6 @@ def _with_newer_entries(state: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(records, Mapping) and "digest" in records:
         newer["train_records"] = {"names": records["digest"], **records}
     return newer
-
-
-def is_weights(value: Any) -> bool:
-    """Whether it is a state_dict: tensors of plain values by name."""
-    try:
-        _CHECKS["model"].validate_python(value)
-    except ValidationError:
-        return False
-    return True
-
-
-def require_entries(state: Mapping[str, Any], entries: Iterable[str], path: Path) -> None:
-    """Raise UserError unless these entries are there, and of their kinds."""
-    for name in entries:
-        value: Any = state
-        for key in name.split("."):
-            if not isinstance(value, Mapping) or key not in value:
-                raise UserError(f"{path} lacks its entry {name}: give a checkpoint as training has written it.")
-            value = value[key]
-        try:
-            _CHECKS[name].validate_python(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, (name, *first["loc"])))
-            raise UserError(
-                f"{path} is damaged ({where}: {first['msg'].lower()}): give a checkpoint as training has written it."
-            ) from error
 
 
 def plain_names(weights: Mapping[str, torch.Tensor], source: Path) -> dict[str, torch.Tensor]:

@@ -18,13 +18,12 @@ from fastflower.engine.checkpoint import (
     FORMAT,
     checked,
     first_non_finite,
-    is_weights,
     misfit,
     normalization_of,
     plain_names,
-    require_entries,
     weights_of,
 )
+from fastflower.engine.entries import is_weights, require_entries
 from fastflower.engine.run import RunFolder
 from fastflower.errors import UserError
 from fastflower.models.layers import head_prefix
