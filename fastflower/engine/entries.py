@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, NotRequired
 
 import torch
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, InstanceOf, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # the standard library's, in the form that pydantic reads
 
 from fastflower.errors import UserError
@@ -34,7 +34,7 @@ def _number(value: Any) -> Any:
 
 _OTHER = "give a checkpoint as training has written it"
 LARGEST = 2**53  # up to which floats hold all integers
-Tensor = Annotated[torch.Tensor, AfterValidator(_dense)]
+Tensor = Annotated[InstanceOf[torch.Tensor], AfterValidator(_dense)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Epoch = Annotated[int, Field(ge=-1, le=LARGEST)]  # -1: none
 Number = Annotated[float, BeforeValidator(_number)]
@@ -106,10 +106,7 @@ RESUMED: dict[str, Any] = {
     "train_records": TrainRecords,
     "val_records": Annotated[dict[str, Any], Field(max_length=0)] | Records | None,  # empty where it is not known
 }
-_CHECKS: dict[str, TypeAdapter[Any]] = {
-    name: TypeAdapter(kind, config=ConfigDict(strict=True, arbitrary_types_allowed=True))
-    for name, kind in (TRAINED | RESUMED).items()
-}
+_CHECKS: dict[str, TypeAdapter[Any]] = {name: TypeAdapter(kind) for name, kind in (TRAINED | RESUMED).items()}
 
 
 def require_trained(state: Mapping[str, Any], path: Path) -> None:
@@ -133,7 +130,7 @@ def require_entries(state: Mapping[str, Any], names: Iterable[str], path: Path) 
                 raise UserError(f"{path} lacks its entry {name}: {_OTHER}.")
             value = value[key]
         try:
-            _CHECKS[name].validate_python(value)
+            _CHECKS[name].validate_python(value, strict=True)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, (name, *first["loc"])))
@@ -143,7 +140,7 @@ def require_entries(state: Mapping[str, Any], names: Iterable[str], path: Path) 
 def is_weights(value: Any) -> bool:
     """Whether it is a state_dict: tensors of plain values by name."""
     try:
-        _CHECKS["model"].validate_python(value)
+        _CHECKS["model"].validate_python(value, strict=True)
     except ValidationError:
         return False
     return True
