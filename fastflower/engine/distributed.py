@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +26,7 @@ T = TypeVar("T")
 
 # What a process says before each step; the highest value over the ranks is what all do.
 _END, _GO, _STOP, _FAILED = range(4)
+SAID_WITHIN = timedelta(seconds=5)  # a mistake by the main rank, which all have met
 
 
 @dataclass(frozen=True)
@@ -135,9 +138,7 @@ class Ranks:
     def _raise_first(self, failure: UserError | None) -> None:
         sentences = [sentence for sentence in self.gather(str(failure) if failure else None) if sentence]
         if sentences:
-            error = failure or UserError(sentences[0])
-            error.said_elsewhere = not self.is_main
-            raise error
+            raise failure or UserError(sentences[0])
 
 
 @contextlib.contextmanager
@@ -155,9 +156,31 @@ def processes(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield ranks
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, _, _ = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    try:
+        yield ranks
+    except UserError as error:
+        error.said_elsewhere = _is_said(str(error), store, ranks)
+        raise
     dist.destroy_process_group()  # only after success: after a failure it could wait for a process that is gone
+
+
+def _is_said(sentence: str, store: dist.Store, ranks: Ranks) -> bool:
+    """Whether the main rank says the sentence; the others wait for a moment whether it does.
+
+    Not by a collective, which a process that is gone or busy would not join.
+    """
+    key = f"said/{hashlib.blake2b(sentence.encode(errors='surrogateescape'), digest_size=8).hexdigest()}"
+    try:
+        if ranks.is_main:
+            store.set(key, "")
+        else:
+            store.wait([key], SAID_WITHIN)
+    except RuntimeError:  # it did not, or is gone
+        return False
+    return not ranks.is_main
 
 
 def _limit_threads(ranks: Ranks) -> None:

@@ -34,7 +34,7 @@ def restore(state: State, setup: Setup, folder: RunFolder, checkpoint: Path, sav
     changed = changes(saved["config"], setup.config)
     adapted, sentences = adapt(saved, setup, rows)
     for weights in (saved["model"], saved["ema"]):
-        if weights:
+        if weights is not None:
             require_fit(state.network, weights, checkpoint)
     require_fitting_state(state.optimizer, saved["optimizer"], checkpoint)
     state.load(adapted, setup.ranks, setup.config)

@@ -19,7 +19,7 @@ COMMANDS = [
     "eval RUN --scales 40,48",
     "predict RUN --split val --submission OUT.csv --out OUT.parquet",
     "predict RUN --split val --crops 10 --out OUT.parquet",
-    "ensemble RUN/checkpoints/best.pt RUN/checkpoints/last.pt --split val --out OUT.parquet --submission OUT.csv",
+    "ensemble RUN/checkpoints/best.pt RUN/checkpoints/changed.pt --split val --out OUT.parquet --submission OUT.csv",
 ]
 
 
@@ -57,6 +57,7 @@ def test_the_run_and_the_first_record_are_named_and_nothing_is_written(
         return torch.where(bright[:, None, None, None], value, features(self, x))
 
     monkeypatch.setattr(TinyNet, "features", overflowing)
+    with_weights(run, lambda model: model["fc.bias"].add_(1))  # another network, for an ensemble
     before = sorted(run.rglob("*"))
     result = fastflower(*arguments(command, run))
     assert result.code == 2
