@@ -127,7 +127,7 @@ def _follow_figure(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]]
     figure, epoch = setup.config.train.best, saved["best_epoch"]
     if saved["config"]["train"]["best"] == figure or epoch < 0 or not setup.val:
         return {}
-    values = {row["epoch"] - 1: row[f"val_{figure}"] for row in rows}
+    values = {row["epoch"] - 1: row.get(f"val_{figure}") for row in rows}
     comparable = range(saved["comparable_from"], saved["epoch"])
     if epoch not in comparable or any(values.get(each) is None for each in comparable):
         sentences.append("metrics.jsonl lacks epochs: what is best by another train.best begins anew.")

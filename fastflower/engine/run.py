@@ -122,7 +122,8 @@ class RunFolder:
         """Write the configuration; the notes on earlier changes stay above it, and `note` joins them."""
         notes = []
         if self.config.exists():
-            notes = [line for line in self.config.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+            before = self.config.read_text(encoding="utf-8", errors="replace")  # whatever an editor made of it
+            notes = [line for line in before.splitlines() if line.startswith("# ")]
         if note:
             notes.append(f"# {note}")
         with atomic_write(self.config) as file:
@@ -166,16 +167,27 @@ def find_checkpoint(given: str, run: Path | None, name: str) -> Path | None:
 def read_rows(metrics: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, one for each epoch, by their epochs from 1; none where there is no file.
 
-    Lines that a kill or a full disk cut off are left out. Earlier versions counted epochs from 0.
+    Lines that a kill or a full disk cut off are left out, and so is whatever else is no row. Earlier versions counted
+    epochs from 0.
     """
     text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
     rows: dict[int, dict[str, Any]] = {}
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            rows[row["epoch"]] = row
+            row = json.loads(line, parse_constant=lambda _: None)  # NaN, which earlier versions wrote
+            if _is_row(row):
+                rows[row["epoch"]] = row
     first = 1 if 0 in rows else 0
     return [rows[epoch] | {"epoch": epoch + first} for epoch in sorted(rows)]
+
+
+def _is_row(value: Any) -> bool:
+    """Whether it is what `RunLog` writes of an epoch: counts, and figures or null where nothing was measured."""
+    return (
+        isinstance(value, dict)
+        and all(type(value.get(key)) is int and value[key] >= 0 for key in ("epoch", "step"))
+        and all(value.get(key) is None or type(value[key]) in (int, float) for key in FIGURES)
+    )
 
 
 class RunLog:
@@ -225,6 +237,7 @@ _TAGS = {
     "images_per_s": "images_per_s",
     "data_wait": "data_wait",
 }
+FIGURES = (*_TAGS.values(), "epoch_s")  # of a row, beside its epoch and step
 
 
 def changes(before: Mapping[str, Any], after: Config) -> list[str]:
