@@ -41,7 +41,14 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path | None:
         """The checkpoint to go on from that is there; best holds all that last does."""
+        if self._clearing.exists():
+            return None
         return next((path for path in (self.last, self.best) if path.is_file()), None)
+
+    @property
+    def _clearing(self) -> Path:
+        """It is there while `clear` works: what a kill leaves of the run that goes is none any more."""
+        return self.path / ".clearing"
 
     @property
     def best_weights(self) -> Path:
@@ -79,17 +86,21 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether a run has left results here: more than the log's first row, after which a kill may come."""
+        if self._clearing.exists():
+            return False
         rows = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
         after = (*map(self.predictions, SPLITS), *map(self.evaluation, SPLITS))
         return len(rows) > 1 or any(path.exists() for path in (self.last, self.best, self.best_weights, *after))
 
     def clear(self) -> None:
-        """Remove what an earlier run wrote, and nothing else; the log at last, so that no checkpoint is without it."""
+        """Remove what an earlier run wrote, and nothing else."""
+        self._clearing.touch()
         for folder in (self.path / "checkpoints", *map(self.evaluation, SPLITS)):
             shutil.rmtree(folder, ignore_errors=True)
         logs = (self.config, self.environment, self.trace, *self.path.glob("events.out.tfevents.*"), self.metrics)
         for path in (*map(self.predictions, SPLITS), *logs):
             path.unlink(missing_ok=True)
+        self._clearing.unlink()
 
     def clear_temporaries(self) -> None:
         """Remove what killed saves left."""

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +112,26 @@ def test_killed_at_any_instant_a_run_comes_to_the_same_end(data: Path, tmp_path:
         result = fastflower(*arguments(data, run))
         assert result.code == 0, (at, result.err)
         assert_whole(run, whole)
+
+
+def test_killed_while_it_clears_an_earlier_run_it_starts_anew(data: Path, tmp_path: Path) -> None:
+    earlier, whole = tmp_path / "earlier", tmp_path / "whole"
+    assert fastflower(*train_arguments(data, earlier), "--train.epochs", 3).code == 0
+    assert fastflower(*arguments(data, whole)).code == 0
+    anew = 0
+    for at in range(20):
+        run = tmp_path / f"run{at}"
+        shutil.copytree(earlier, run)
+        assert killed([*arguments(data, run)[:-2], "--overwrite"], run, at) is None
+        result = fastflower(*arguments(data, run))
+        assert result.code == 0, (at, result.err)
+        if "All 2 epochs are done" in result.out:  # nothing of the earlier run is gone yet
+            assert_whole(run, earlier)
+            assert not anew
+        else:
+            assert_whole(run, whole)
+            anew += 1
+    assert anew > 10
 
 
 def test_a_row_that_was_cut_off_is_written_anew(data: Path, tmp_path: Path) -> None:
