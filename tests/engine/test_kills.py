@@ -211,6 +211,23 @@ def test_an_older_checkpoint_takes_best_back(data: Path, tmp_path: Path) -> None
     assert load_checkpoint(run / "checkpoints/best.pt")["step"] == 2
 
 
+def test_killed_as_it_goes_on_from_an_older_checkpoint_a_run_keeps_its_log(data: Path, tmp_path: Path) -> None:
+    whole, instants = tmp_path / "whole", 0
+    assert fastflower(*train_arguments(data, whole), "--train.epochs", 1).code == 0
+    shutil.copy(whole / "checkpoints/last.pt", whole / "checkpoints/older.pt")
+    assert fastflower("train", "--resume", whole, "--train.epochs", 2).code == 0
+    for at in range(0, 120, 4):
+        run = tmp_path / f"run{at}"
+        shutil.copytree(whole, run)
+        instants = at
+        if killed(["train", "--resume", run / "checkpoints/older.pt", "--train.epochs", 2], run, at):
+            break
+        result = fastflower("train", "--resume", run, "--train.epochs", 2)
+        assert result.code == 0, (at, result.err)
+        assert_whole(run, whole)
+    assert 30 < instants < 116
+
+
 @contextmanager
 def largest_file(size: int) -> Iterator[None]:
     """No file grows beyond so many bytes: the system refuses it in the midst of a write, as on a full disk."""
