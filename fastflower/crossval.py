@@ -131,7 +131,10 @@ def cross_validate(
         _require_all(folds, data["classes"], test, testing, Session(device, ranks, Signals(), silent))
         with ranks.main_first():
             if ranks.is_main:
-                for result in _results(path):
+                for result in (
+                    *_results(path),
+                    *(fold.folder.predictions(split) for fold in folds for split in SPLITS),
+                ):
                     remove_temporaries(result)
                 if overwrite:
                     _clear(path)

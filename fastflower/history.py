@@ -137,7 +137,8 @@ def _metrics_rows(folder: RunFolder) -> dict[int, Row]:
         # the batch is that of the last epoch; one of another number of steps had another
         if batch and epoch in steps and steps[epoch] == steps.get(max(rows)):
             row["training_s"] = _training_s(row, steps[epoch] * batch)
-        row["waited_s"] = row["data_wait"] * row["epoch_s"]
+        if row.get("data_wait") is not None and row.get("epoch_s") is not None:
+            row["waited_s"] = row["data_wait"] * row["epoch_s"]
     return dict(rows)
 
 

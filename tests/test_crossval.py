@@ -144,6 +144,7 @@ def test_folds_in_training_are_left_alone_and_what_a_kill_left_goes(data: Path, 
             assert refused.code == 2
             assert f"is training in {taken}:" in refused.err
     (run / ".cv.json.0123456789ab.tmp").write_text("{")
+    (run / "fold-1/.predictions-val.parquet.0123456789ab.tmp").write_text("PAR")  # of a fold that is finished
     (run / "fold-0/checkpoints/last.pt").unlink()  # best holds all of it
     (run / "fold-0/finished").unlink()
     assert cross_validated(data, run) == found

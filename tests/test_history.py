@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from fastflower.config import build, resolve, to_yaml
-from fastflower.engine.run import RunFolder, RunLog
+from fastflower.engine.run import RunFolder, RunLog, read_rows
 from fastflower.engine.schedule import learning_rate
 from fastflower.errors import UserError
 from fastflower.history import History, last, median, read_histories, read_history
@@ -81,6 +82,30 @@ def test_lines_that_were_cut_off_are_left_out(rest: str, tmp_path: Path) -> None
     folder = RunFolder(write_run(tmp_path / "run", [row(1), row(2)]))
     folder.metrics.write_text(folder.metrics.read_text() + rest)
     assert read_history(folder.path, "run").epochs.tolist() == [1, 2]
+
+
+NO_ROWS = [
+    *("5", "null", "[]", '"epoch"', "{}", '{"epoch": 1}', '{"epoch": 1, "step": null}', '{"epoch": "3", "step": 30}'),
+    *('{"epoch": [3], "step": 30}', '{"epoch": 2.5, "step": 25}', '{"epoch": -3, "step": 30}'),
+    '{"epoch": 2, "step": 20, "val_accuracy": "high"}',
+]
+
+
+@pytest.mark.parametrize("line", NO_ROWS)
+def test_lines_that_are_no_rows_are_left_out(line: str, tmp_path: Path) -> None:
+    folder = RunFolder(write_run(tmp_path / "run", [row(1), row(2)]))
+    folder.metrics.write_text(f"{line}\n{folder.metrics.read_text()}{line}\n")
+    assert read_rows(folder.metrics) == [row(1), row(2)]
+    assert read_history(folder.path, "run").val_accuracy.tolist() == [0.3, 0.3]
+
+
+def test_figures_that_a_row_lacks_or_has_as_nan_were_not_measured(tmp_path: Path) -> None:
+    folder = RunFolder(write_run(tmp_path / "run", [row(1, val_loss=math.nan), {"epoch": 2, "step": 20}]))
+    assert read_rows(folder.metrics) == [row(1, val_loss=None), {"epoch": 2, "step": 20}]
+    found = read_history(folder.path, "run")
+    for figures in (found.val_loss, found.lr[1:], found.waited_s[1:], found.epoch_s[1:]):
+        assert np.isnan(figures).all()
+    assert found.waited_s[0] == 1
 
 
 def learning_rates(tmp_path: Path, lrs: Sequence[float]) -> History:

@@ -40,6 +40,9 @@ def test_train_and_evaluate_are_the_commands(small: Path, tmp_path: Path, tiny_n
     assert fastflower.evaluate(run, root=other).n == 6
     with pytest.raises(fastflower.UserError, match="already holds a run"):
         fastflower.train(config, run, quiet=True)
+    for crops in (0, 3, -10):
+        with pytest.raises(fastflower.UserError, match=f"crops is {crops}: give 1, the center, or 10"):
+            fastflower.evaluate(run, crops=crops)
 
 
 def test_a_loop_of_ones_own(small: Path, tiny_net: None) -> None:

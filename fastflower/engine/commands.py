@@ -27,7 +27,7 @@ from fastflower.engine.scores import figures, score
 from fastflower.engine.setup import prepare
 from fastflower.engine.state import State
 from fastflower.engine.testing import Testing, load_split, session, source
-from fastflower.engine.train import complete, train, why_ended
+from fastflower.engine.train import settle, train, why_ended
 from fastflower.engine.trained import Trained, open_trained
 from fastflower.environment import environment
 from fastflower.errors import UserError
@@ -98,8 +98,8 @@ def train_into(
     with ranks.together(), folder.writing():
         if ranks.is_main:
             folder.clear_temporaries()
-            if saved:
-                complete(folder, saved)
+            if checkpoint and saved:
+                settle(folder, checkpoint, saved, goes_on=not end)
             else:
                 folder.clear()
             if not end:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -10,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from fastflower.data.sampler import moved_position
-from fastflower.engine.checkpoint import require_fit
+from fastflower.engine.checkpoint import load_checkpoint, require_fit
 from fastflower.engine.optimizer import require_fitting_state
 from fastflower.engine.progress import Display
 from fastflower.engine.run import RunFolder, changes, read_rows
-from fastflower.engine.state import Setup, State, is_better
+from fastflower.engine.state import Setup, State, is_better, makes_best
 from fastflower.errors import UserError
 
 Saved = dict[str, Any]  # a checkpoint's content, or some keys of it
@@ -26,13 +27,14 @@ def restore(state: State, setup: Setup, folder: RunFolder, checkpoint: Path, sav
     Raises:
         UserError: the network, the optimizer, the classes or the records are not those of the checkpoint.
     """
-    rows = setup.ranks.gather(read_rows(folder.metrics) if setup.ranks.is_main else [])[0]
+    known = (read_rows(folder.metrics), _kept_best(folder)) if setup.ranks.is_main else ([], None)
+    rows, best = setup.ranks.gather(known)[0]
     records = saved["train_records"]
     if "left_out" not in records and not saved["config"]["data"]["skip"]:  # an earlier version did not say it
         saved = saved | {"train_records": records | {"whole": records["names"], "left_out": []}}
     _refuse_another(saved, setup, checkpoint)
     changed = changes(saved["config"], setup.config)
-    adapted, sentences = adapt(saved, setup, rows)
+    adapted, sentences = adapt(saved, setup, rows, best)
     for weights in (saved["model"], saved["ema"]):
         if weights is not None:
             require_fit(state.network, weights, checkpoint)
@@ -45,19 +47,30 @@ def restore(state: State, setup: Setup, folder: RunFolder, checkpoint: Path, sav
     return f"resumed at {where}" + (f": {', '.join(changed)}" if changed else "")
 
 
-def adapt(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]]) -> tuple[Saved, list[str]]:
+def adapt(
+    saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]], best: tuple[int, int] | None
+) -> tuple[Saved, list[str]]:
     """What the present data and settings make of a checkpoint, and a sentence for each thing that is not as it was.
 
     Args:
         saved: the checkpoint.
         setup: data and settings to go on with.
         rows: of the run's metrics.jsonl (`read_rows`).
+        best: the epoch, from 0, that the run's best checkpoint is of, and its step; None where there is none.
     """
     sentences: list[str] = []
+    saved = saved | _follow_best(saved, best, sentences)
     saved = saved | _follow_records(saved, setup, sentences)
     saved = saved | _follow_validation(saved, setup, sentences)
     saved = saved | _follow_figure(saved, setup, rows, sentences)
     return saved, sentences
+
+
+def _kept_best(folder: RunFolder) -> tuple[int, int] | None:
+    with contextlib.suppress(UserError):  # damaged or not there
+        best = load_checkpoint(folder.best, resumed=True)
+        return best["epoch"] - 1, best["step"]
+    return None
 
 
 def _refuse_another(saved: Saved, setup: Setup, checkpoint: Path) -> None:
@@ -87,6 +100,17 @@ def _refuse_another(saved: Saved, setup: Setup, checkpoint: Path) -> None:
 def _architecture(model: dict[str, Any]) -> dict[str, Any]:
     """The settings that decide what the weights are, and not where they came from or how they are computed with."""
     return {key: value for key, value in model.items() if key not in ("pretrained", "norm", "sync_norm")}
+
+
+def _follow_best(saved: Saved, best: tuple[int, int] | None, sentences: list[str]) -> Saved:
+    """Without what is best, where neither the best checkpoint nor this one is of that epoch: it was removed, or is of a
+    later epoch than an older checkpoint that is gone on from.
+    """
+    epoch = saved["best_epoch"]
+    if epoch < 0 or makes_best(saved) or (best and best[0] == epoch and best[1] <= saved["step"]):
+        return {}
+    sentences.append(f"The best checkpoint is not of epoch {epoch + 1}, which was the best: what is best begins anew.")
+    return _anew(saved)
 
 
 def _follow_records(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
@@ -127,9 +151,10 @@ def _follow_figure(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]]
     figure, epoch = setup.config.train.best, saved["best_epoch"]
     if saved["config"]["train"]["best"] == figure or epoch < 0 or not setup.val:
         return {}
-    values = {row["epoch"] - 1: row[f"val_{figure}"] for row in rows}
+    name = f"val_{figure}"
+    values = {row["epoch"] - 1: row[name] for row in rows if row.get(name) is not None}
     comparable = range(saved["comparable_from"], saved["epoch"])
-    if epoch not in comparable or any(values.get(each) is None for each in comparable):
+    if epoch not in comparable or any(each not in values for each in comparable):
         sentences.append("metrics.jsonl lacks epochs: what is best by another train.best begins anew.")
         return _anew(saved)
     sentences.append(f"The best checkpoint is of epoch {epoch + 1}, whose validation {figure} is {values[epoch]:.4f}.")

@@ -41,7 +41,14 @@ class RunFolder:
     @property
     def checkpoint(self) -> Path | None:
         """The checkpoint to go on from that is there; best holds all that last does."""
+        if self._clearing.exists():
+            return None
         return next((path for path in (self.last, self.best) if path.is_file()), None)
+
+    @property
+    def _clearing(self) -> Path:
+        """It is there while `clear` works: what a kill leaves of the run that goes is none any more."""
+        return self.path / ".clearing"
 
     @property
     def best_weights(self) -> Path:
@@ -79,17 +86,21 @@ class RunFolder:
     @property
     def exists(self) -> bool:
         """Whether a run has left results here: more than the log's first row, after which a kill may come."""
+        if self._clearing.exists():
+            return False
         rows = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
         after = (*map(self.predictions, SPLITS), *map(self.evaluation, SPLITS))
         return len(rows) > 1 or any(path.exists() for path in (self.last, self.best, self.best_weights, *after))
 
     def clear(self) -> None:
-        """Remove what an earlier run wrote, and nothing else; the log at last, so that no checkpoint is without it."""
+        """Remove what an earlier run wrote, and nothing else."""
+        self._clearing.touch()
         for folder in (self.path / "checkpoints", *map(self.evaluation, SPLITS)):
             shutil.rmtree(folder, ignore_errors=True)
         logs = (self.config, self.environment, self.trace, *self.path.glob("events.out.tfevents.*"), self.metrics)
         for path in (*map(self.predictions, SPLITS), *logs):
             path.unlink(missing_ok=True)
+        self._clearing.unlink()
 
     def clear_temporaries(self) -> None:
         """Remove what killed saves left."""
@@ -122,7 +133,8 @@ class RunFolder:
         """Write the configuration; the notes on earlier changes stay above it, and `note` joins them."""
         notes = []
         if self.config.exists():
-            notes = [line for line in self.config.read_text(encoding="utf-8").splitlines() if line.startswith("# ")]
+            before = self.config.read_text(encoding="utf-8", errors="replace")  # whatever an editor made of it
+            notes = [line for line in before.splitlines() if line.startswith("# ")]
         if note:
             notes.append(f"# {note}")
         with atomic_write(self.config) as file:
@@ -166,16 +178,27 @@ def find_checkpoint(given: str, run: Path | None, name: str) -> Path | None:
 def read_rows(metrics: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, one for each epoch, by their epochs from 1; none where there is no file.
 
-    Lines that a kill or a full disk cut off are left out. Earlier versions counted epochs from 0.
+    Lines that a kill or a full disk cut off are left out, and so is whatever else is no row. Earlier versions counted
+    epochs from 0.
     """
     text = metrics.read_text(encoding="utf-8", errors="replace") if metrics.is_file() else ""
     rows: dict[int, dict[str, Any]] = {}
     for line in text.splitlines():
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            rows[row["epoch"]] = row
+            row = json.loads(line, parse_constant=lambda _: None)  # NaN, which earlier versions wrote
+            if _is_row(row):
+                rows[row["epoch"]] = row
     first = 1 if 0 in rows else 0
     return [rows[epoch] | {"epoch": epoch + first} for epoch in sorted(rows)]
+
+
+def _is_row(value: Any) -> bool:
+    """Whether it is what `RunLog` writes of an epoch: counts, and figures or null where nothing was measured."""
+    return (
+        isinstance(value, dict)
+        and all(type(value.get(key)) is int and value[key] >= 0 for key in ("epoch", "step"))
+        and all(value.get(key) is None or type(value[key]) in (int, float) for key in FIGURES)
+    )
 
 
 class RunLog:
@@ -225,6 +248,7 @@ _TAGS = {
     "images_per_s": "images_per_s",
     "data_wait": "data_wait",
 }
+FIGURES = (*_TAGS.values(), "epoch_s")  # of a row, beside its epoch and step
 
 
 def changes(before: Mapping[str, Any], after: Config) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,6 +111,11 @@ class State:
 def is_better(value: float, other: float, figure: str) -> bool:
     """Whether a value of a validation figure is better than another one: a lower loss, or a higher share."""
     return value < other if figure == "loss" else value > other
+
+
+def makes_best(saved: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is of the best epoch's end, so that the best one can be made from it."""
+    return saved["position"] == 0 and 0 <= saved["best_epoch"] == saved["epoch"] - 1
 
 
 def new_state(network: torch.nn.Module, config: Config, device: torch.device, precision: Precision) -> State:

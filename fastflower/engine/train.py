@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from fastflower.engine.optimizer import freeze
 from fastflower.engine.profile import Profiler
 from fastflower.engine.progress import Display, Figures
 from fastflower.engine.run import RunFolder, RunLog
-from fastflower.engine.state import Setup, State
+from fastflower.engine.state import Setup, State, makes_best
 from fastflower.engine.step import compiled, evaluate_in, is_frozen, training_network, training_step
 from fastflower.errors import UserError
 from fastflower.signals import Interrupted, Signals
@@ -255,11 +256,15 @@ def _save(
                 keep_best(folder, saved)
 
 
-def complete(folder: RunFolder, saved: Mapping[str, Any]) -> None:
-    """Make best from the checkpoint that is gone on from, where that is of the best epoch and best is of another one,
-    as a kill between the two leaves it, or an older checkpoint.
+def settle(folder: RunFolder, checkpoint: Path, saved: Mapping[str, Any], *, goes_on: bool) -> None:
+    """Make last of an older checkpoint that is gone on from, before anything of the later epochs is taken back; and
+    best of a last that is of the best epoch, where best is of another one, as a kill between the two leaves it.
     """
-    if saved["position"] or saved["best_epoch"] != saved["epoch"] - 1 or saved["best_epoch"] < 0:
+    if not (folder.last.is_file() and checkpoint.samefile(folder.last)):
+        if not goes_on:
+            return
+        save_checkpoint(folder.last, saved)
+    if not makes_best(saved):
         return
     with contextlib.suppress(UserError):  # damaged or not there
         best = load_checkpoint(folder.best, resumed=True)

@@ -41,6 +41,8 @@ class Views:
 
     def check(self, data: Data, model: str) -> None:
         """Raise UserError where they do not fit together, the data's geometry or the network of that name."""
+        if self.crops not in (1, 10):
+            raise UserError(f"crops is {self.crops}: give 1, the center, or 10.")
         if self.scales and model in CLASSICS:
             raise UserError(
                 f"--scales needs a network that ends in global average pooling, which {model} does not: give --crops "

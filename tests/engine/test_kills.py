@@ -7,6 +7,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,6 +114,26 @@ def test_killed_at_any_instant_a_run_comes_to_the_same_end(data: Path, tmp_path:
         assert_whole(run, whole)
 
 
+def test_killed_while_it_clears_an_earlier_run_it_starts_anew(data: Path, tmp_path: Path) -> None:
+    earlier, whole = tmp_path / "earlier", tmp_path / "whole"
+    assert fastflower(*train_arguments(data, earlier), "--train.epochs", 3).code == 0
+    assert fastflower(*arguments(data, whole)).code == 0
+    anew = 0
+    for at in range(20):
+        run = tmp_path / f"run{at}"
+        shutil.copytree(earlier, run)
+        assert killed([*arguments(data, run)[:-2], "--overwrite"], run, at) is None
+        result = fastflower(*arguments(data, run))
+        assert result.code == 0, (at, result.err)
+        if "All 2 epochs are done" in result.out:  # nothing of the earlier run is gone yet
+            assert_whole(run, earlier)
+            assert not anew
+        else:
+            assert_whole(run, whole)
+            anew += 1
+    assert anew > 10
+
+
 def test_a_row_that_was_cut_off_is_written_anew(data: Path, tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert fastflower(*arguments(data, whole)).code == 0
@@ -188,6 +209,23 @@ def test_an_older_checkpoint_takes_best_back(data: Path, tmp_path: Path) -> None
     # so high a rate that the second epoch is no better
     assert fastflower("train", "--resume", older, "--train.epochs", 2, "--train.lr", 3).code == 0
     assert load_checkpoint(run / "checkpoints/best.pt")["step"] == 2
+
+
+def test_killed_as_it_goes_on_from_an_older_checkpoint_a_run_keeps_its_log(data: Path, tmp_path: Path) -> None:
+    whole, instants = tmp_path / "whole", 0
+    assert fastflower(*train_arguments(data, whole), "--train.epochs", 1).code == 0
+    shutil.copy(whole / "checkpoints/last.pt", whole / "checkpoints/older.pt")
+    assert fastflower("train", "--resume", whole, "--train.epochs", 2).code == 0
+    for at in range(0, 120, 4):
+        run = tmp_path / f"run{at}"
+        shutil.copytree(whole, run)
+        instants = at
+        if killed(["train", "--resume", run / "checkpoints/older.pt", "--train.epochs", 2], run, at):
+            break
+        result = fastflower("train", "--resume", run, "--train.epochs", 2)
+        assert result.code == 0, (at, result.err)
+        assert_whole(run, whole)
+    assert 30 < instants < 116
 
 
 @contextmanager

@@ -86,6 +86,18 @@ def test_going_on_from_an_older_checkpoint_takes_later_rows_and_steps_back(small
     assert without_times(run) == without_times(whole)
 
 
+def test_what_an_editor_made_of_the_log_and_the_settings_does_not_stop_a_run(finished: Path) -> None:
+    with (finished / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 1, "step": 6}\n5\n{}\n')
+    settings = (finished / "config.yaml").read_bytes()
+    (finished / "config.yaml").write_bytes(b"# caf\xe9\n" + settings)
+    result = fastflower("train", "--resume", finished, "--train.epochs", "3", "--train.best", "accuracy")
+    assert result.code == 0, result.err
+    assert "metrics.jsonl lacks epochs: what is best by another train.best begins anew" in result.out
+    assert [row["epoch"] for row in rows(finished)] == [1, 2, 3]
+    assert yaml.safe_load((finished / "config.yaml").read_text())["train"]["epochs"] == 3
+
+
 def test_changed_settings_are_used_and_recorded(finished: Path) -> None:
     result = fastflower(
         "train", "--resume", finished, "--train.epochs", "3", "--train.lr", "0.004", "--train.patience", "1"

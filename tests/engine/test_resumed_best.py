@@ -49,6 +49,7 @@ def resumed(state: State, configs: Sequence[Config], epochs: Sequence[tuple[floa
         "config": to_plain(before),
         "train_records": records,
         "val_records": {"names": "first"},
+        "step": 0,
     }
     setup: Any = SimpleNamespace(
         config=now, saved_with={"train_records": records, "val_records": {"names": val}}, val=1
@@ -56,7 +57,7 @@ def resumed(state: State, configs: Sequence[Config], epochs: Sequence[tuple[floa
     figures = [
         {"epoch": e + 1} | {f"val_{k}": v for k, v in zip(FIGURES, each, strict=True)} for e, each in enumerate(epochs)
     ]
-    adapted, sentences = adapt(saved, setup, figures)
+    adapted, sentences = adapt(saved, setup, figures, (state.best_epoch, 0))
     for name in names:
         setattr(state, name, adapted[name])
     return sentences
@@ -196,3 +197,57 @@ def test_other_validation_records_are_said_and_best_begins_anew(
     scripted((0.95, 0.1))
     result = fastflower("train", "--resume", run, "--train.epochs", 5)
     assert "other records" not in result.out
+
+
+def three_epochs(data: Path, run: Path, scripted: Callable[..., None], steps: int) -> Path:
+    """A run of three epochs of six steps, of which the second is the best; its checkpoint after so many steps."""
+    scripted((0.9, 0.5), (0.5, 0.6), (0.7, 0.8))
+    arguments = [*train_arguments(data, run), "--train.epochs", 3, "--train.max_steps", steps]
+    assert fastflower(*arguments).code == 0
+    older = run / "checkpoints/older.pt"
+    older.write_bytes((run / "checkpoints/last.pt").read_bytes())
+    assert fastflower("train", "--resume", run, "--train.max_steps", "None").code == 0
+    assert load_checkpoint(run / "checkpoints/best.pt")["step"] == 12
+    return older
+
+
+@pytest.mark.usefixtures("tiny_net")
+def test_an_older_checkpoint_from_which_nothing_is_trained_changes_nothing(
+    small: Path, tmp_path: Path, scripted: Callable[..., None]
+) -> None:
+    run = tmp_path / "run"
+    older = three_epochs(small, run, scripted, 6)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    result = fastflower("train", "--resume", older, "--train.epochs", 1)
+    assert "All 1 epochs are done" in result.out
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.usefixtures("tiny_net")
+@pytest.mark.parametrize("steps", [3, 8, 15])
+def test_best_is_never_of_an_epoch_that_was_taken_back(
+    small: Path, tmp_path: Path, scripted: Callable[..., None], steps: int
+) -> None:
+    run = tmp_path / "run"
+    older = three_epochs(small, run, scripted, steps)
+    scripted(*[(0.95, 0.1)] * (3 - steps // 6))  # worse than all before
+    limit = ("--train.max_steps", "None")
+    result = fastflower("train", "--resume", older, *limit)
+    assert result.code == 0, result.err
+    assert ("what is best begins anew" in result.out) == (steps == 8)
+    best = load_checkpoint(run / "checkpoints/best.pt")
+    assert best["best"] == rows(run)[best["epoch"] - 1]["val_loss"]
+    assert best["epoch"] == {3: 1, 8: 2, 15: 2}[steps]
+
+
+@pytest.mark.usefixtures("tiny_net")
+def test_where_the_best_checkpoint_is_gone_the_best_epoch_to_come_is_kept(
+    small: Path, tmp_path: Path, scripted: Callable[..., None]
+) -> None:
+    run = tmp_path / "run"
+    three_epochs(small, run, scripted, 6)
+    (run / "checkpoints/best.pt").unlink()
+    scripted((0.8, 0.1), (0.85, 0.1))
+    result = fastflower("train", "--resume", run, "--train.epochs", 5)
+    assert "The best checkpoint is not of epoch 2, which was the best: what is best begins anew." in result.out
+    assert load_checkpoint(run / "checkpoints/best.pt")["epoch"] == 4
