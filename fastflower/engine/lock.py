@@ -8,7 +8,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -23,7 +23,7 @@ LOCK = ".lock"  # in the folder; the system frees it when the process ends, howe
 def own_folder(given: Path | None, name: str, ranks: Ranks) -> Iterator[RunFolder]:
     """The folder to train in, which no other training gets until the block ends.
 
-    One that is made here, and in which nothing is written, goes again.
+    One that is made here, and in which nothing is written, goes again, with the folders above that were made for it.
 
     Args:
         given: the folder; None makes a new one, runs/NAME-DATE-TIME.
@@ -39,7 +39,7 @@ def own_folder(given: Path | None, name: str, ranks: Ranks) -> Iterator[RunFolde
             if ranks.is_main:
                 try:
                     path, made = _make(given, name)
-                    until_the_end.enter_context(_locked(path, made=made))
+                    until_the_end.enter_context(_locked(path, made))
                 except OSError as error:
                     reason = f"{error.filename or given} cannot be written ({error.strerror})"
                     raise UserError(
@@ -48,23 +48,32 @@ def own_folder(given: Path | None, name: str, ranks: Ranks) -> Iterator[RunFolde
         yield RunFolder(ranks.gather(path)[0])
 
 
-def _make(given: Path | None, name: str) -> tuple[Path, bool]:
-    """The folder, and whether it was made here; a new one is nobody else's, however many start in one second."""
+def _make(given: Path | None, name: str) -> tuple[Path, list[Path]]:
+    """The folder, and which folders were made for it, the inner ones first.
+
+    A new one is nobody else's, however many start in one second.
+    """
     if given:
-        made = not given.is_dir()
+        missing = _missing(given)
         given.mkdir(parents=True, exist_ok=True)
-        return given, made
+        return given, missing
     base = RUNS / f"{name}-{time.strftime(STAMP)}"
     for number in itertools.count(1):
         path = base if number == 1 else base.with_name(f"{base.name}-{number}")
+        missing = _missing(path)
         with contextlib.suppress(FileExistsError):
             path.mkdir(parents=True)
-            return path, True
+            return path, missing
     raise AssertionError("numbers end")
 
 
+def _missing(path: Path) -> list[Path]:
+    """The folders that making a folder makes, the inner ones first."""
+    return list(itertools.takewhile(lambda folder: not folder.exists(), (path, *path.parents)))
+
+
 @contextlib.contextmanager
-def _locked(path: Path, *, made: bool) -> Iterator[None]:
+def _locked(path: Path, made: Sequence[Path]) -> Iterator[None]:
     lock = path / LOCK
     with lock.open("a+", encoding="utf-8") as file:
         _take(file, lock)
@@ -74,7 +83,8 @@ def _locked(path: Path, *, made: bool) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 if made and os.listdir(path) == [LOCK]:
                     lock.unlink()
-                    path.rmdir()
+                    for folder in made:
+                        folder.rmdir()  # which fails where something else has come into one
 
 
 def _take(file: IO[str], lock: Path) -> None:

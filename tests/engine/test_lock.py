@@ -41,7 +41,7 @@ def test_all_that_start_in_one_second_have_folders_of_their_own(
         folders = list(pool.map(lambda _: stack.enter_context(claimed()).path, range(20)))
         base = Path("runs/train-20300101-120000")
         assert set(folders) == {base, *(Path(f"{base}-{number}") for number in range(2, 21))}
-    assert list((tmp_path / "runs").iterdir()) == [], "nothing was written into them"
+    assert not list(tmp_path.glob("runs/*")), "nothing was written into them"
 
 
 def test_a_folder_stays_where_something_was_written_or_where_it_was(tmp_path: Path) -> None:
@@ -172,3 +172,19 @@ def test_a_training_that_fails_before_it_writes_leaves_no_folder(
         signal_at(patch, TrainingSums, 2, signal.SIGINT)
         assert fastflower(*train_arguments(small, tmp_path / "named")).code == 128 + signal.SIGINT
     assert (tmp_path / "named/checkpoints/last.pt").is_file()
+
+
+@pytest.mark.parametrize("given", ["run", "a/b/run", None])
+@pytest.mark.parametrize("kept", ["", "a", "runs"])
+def test_a_folder_in_which_nothing_was_written_goes_with_those_that_were_made_for_it(
+    given: str | None, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if kept:
+        Path(kept).mkdir()
+    with own_folder(Path(given) if given else None, "train", Ranks()) as folder:
+        assert folder.path.is_dir()
+    assert [path.name for path in tmp_path.rglob("*")] == [kept] * bool(kept)
+    with own_folder(Path(given) if given else None, "train", Ranks()) as folder:
+        folder.config.write_text("")
+    assert sorted(path.name for path in folder.path.iterdir()) == [".lock", "config.yaml"]
