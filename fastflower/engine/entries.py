@@ -35,6 +35,7 @@ def _number(value: Any) -> Any:
 _OTHER = "give a checkpoint as training has written it"
 LARGEST = 2**53  # up to which floats hold all integers
 Tensor = Annotated[InstanceOf[torch.Tensor], AfterValidator(_dense)]
+Weights = Annotated[dict[str, Tensor], Field(min_length=1)]
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Epoch = Annotated[int, Field(ge=-1, le=LARGEST)]  # -1: none
 Number = Annotated[float, BeforeValidator(_number)]
@@ -80,8 +81,8 @@ class TrainRecords(TypedDict):
 
 # Of a trained network, by dotted names.
 TRAINED: dict[str, Any] = {
-    "model": dict[str, Tensor],
-    "ema": dict[str, Tensor] | None,
+    "model": Weights,
+    "ema": Weights | None,
     "classes": Annotated[list[str], Field(min_length=1)],
     "normalization.mean": Annotated[list[Finite], Three],
     "normalization.std": Annotated[list[Positive], Three],

@@ -168,6 +168,8 @@ def test_entries_of_other_kinds_are_never_a_traceback(
     ("place", "new"),
     [
         (("format",), torch.zeros(2)),
+        (("model",), {}),
+        (("ema",), {}),
         (("position",), 10**9),  # of an epoch of which nothing was summed
         (("step",), 10**30),
         (("optimizer", "param_groups", 0, "lr"), 10**30),
