@@ -167,7 +167,7 @@ def test_a_training_that_fails_before_it_writes_leaves_no_folder(
     for run in (None, tmp_path / "named"):
         assert fastflower(*train_arguments(tmp_path / "nothing", run)).code == 2
     assert not (tmp_path / "named").exists()
-    assert list((tmp_path / "runs").iterdir()) == []
+    assert not (tmp_path / "runs").exists()
     with pytest.MonkeyPatch.context() as patch:
         signal_at(patch, TrainingSums, 2, signal.SIGINT)
         assert fastflower(*train_arguments(small, tmp_path / "named")).code == 128 + signal.SIGINT
