@@ -71,10 +71,9 @@ def main() -> None:
         try:
             with handling(interrupt):
                 code = _exit_code(sys.argv[1:])
-                if sys.stdout:
-                    sys.stdout.flush()  # here, where it is known what to do if nobody reads it
+                sys.stdout.flush()  # here, where it is known what to do if nobody reads it
         except BrokenPipeError:  # whoever read the output has seen enough
-            for stream in filter(None, (sys.stdout, sys.stderr)):
+            for stream in (sys.stdout, sys.stderr):
                 discard(stream)
             code = 128 + signal.SIGPIPE
         except KeyboardInterrupt as error:

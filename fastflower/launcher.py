@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 from fastflower.errors import UserError
 
+LAST_PORT = 2**16 - 1
+
 
 class Place(NamedTuple):
     """One process among those that were started."""
@@ -37,6 +39,8 @@ def place() -> Place | None:
     if not all(given[name].isdecimal() for name in (*_NUMBERS, "MASTER_PORT")):
         raise UserError(f"{found}: these are not whole numbers from 0; {start}.")
     its = Place(*(int(given[name]) for name in _NUMBERS))
+    if not 0 < int(given["MASTER_PORT"]) <= LAST_PORT:
+        raise UserError(f"{found}: ports are 1 to {LAST_PORT}; {start}.")
     if not (its.rank < its.world_size and its.local_rank < its.local_world_size <= its.world_size):
         raise UserError(f"{found}: ranks are below the numbers of processes, here and in all; {start}.")
     return its

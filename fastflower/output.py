@@ -63,13 +63,25 @@ def discard(stream: TextIO) -> None:
 
 @contextlib.contextmanager
 def tolerant_output() -> Iterator[None]:
-    """Have standard output and error be tolerant until the block ends."""
+    """Have standard output and error be tolerant until the block ends; one that was never open leads nowhere."""
+    _occupy_descriptors()
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (stream and Tolerant(stream) for stream in before)
-    try:
-        yield
-    finally:
-        sys.stdout, sys.stderr = before
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout, sys.stderr = (cast(TextIO, Tolerant(stream or nowhere)) for stream in before)
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+
+
+def _occupy_descriptors() -> None:
+    """Have those of standard input, output and error lead somewhere.
+
+    The next file that is opened, such as a run's, would get a free one, and in it what libraries write to the screen.
+    """
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 @contextlib.contextmanager

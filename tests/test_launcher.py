@@ -73,6 +73,8 @@ def test_what_is_missing_is_named(empty: bool, monkeypatch: pytest.MonkeyPatch) 
         ("LOCAL_RANK", "4", "ranks are below"),
         ("LOCAL_WORLD_SIZE", "9", "ranks are below"),
         ("MASTER_PORT", "http", "not whole numbers"),
+        ("MASTER_PORT", "0", "ports are"),
+        ("MASTER_PORT", "65536", "ports are"),
     ],
 )
 def test_what_is_wrong_is_a_sentence(name: str, value: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,10 +104,36 @@ def test_a_closed_pipe_ends_with_its_signal(stream: str, small: Path, tmp_path: 
         assert (process.returncode, out or b"", err or b"") == (CLOSED, b"", b""), words
 
 
-def test_standard_output_may_be_closed_from_the_start(small: Path) -> None:
-    process = command("data", "check", small, preexec_fn=lambda: os.close(1), stderr=subprocess.PIPE)
-    assert process.communicate(timeout=120)[1] == b""
-    assert process.returncode == 0
+CLOSING = (">&-", "2>&-", "<&- >&- 2>&-")  # in a shell
+
+
+def closed_from_the_start(closing: str, *words: object) -> subprocess.CompletedProcess[bytes]:
+    shell = ["sh", "-c", f'exec "$@" {closing}', "sh", sys.executable, *map(str, words)]
+    return subprocess.run(shell, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120)
+
+
+@pytest.mark.parametrize("closing", CLOSING)
+def test_standard_streams_may_be_closed_from_the_start(closing: str, small: Path) -> None:
+    for words, code in ((["data", "check", small], 0), (["train", "--help"], 0), (["train", "--nonsense"], 2)):
+        done = closed_from_the_start(closing, "-m", "fastflower", *words)
+        assert (done.returncode, b"Traceback" in done.stderr) == (code, False), (words, done.stderr)
+
+
+@pytest.mark.parametrize("closing", CLOSING)
+def test_no_file_gets_what_is_written_to_a_closed_stream(closing: str, tmp_path: Path) -> None:
+    program = """
+import os, sys
+from fastflower.output import tolerant_output, without_decoders
+with tolerant_output(), without_decoders(), open(sys.argv[1], "w") as file:
+    for number in (1, 2):
+        os.write(number, b"what a library says")
+    os.system("echo what a process says; echo and what it says of errors >&2")
+    print("text")
+    print("text", file=sys.stderr)
+    file.write("kept")
+"""
+    done = closed_from_the_start(closing, "-c", program, tmp_path / "file")
+    assert (done.returncode, (tmp_path / "file").read_text()) == (0, "kept"), done.stderr
 
 
 class Failing(io.StringIO):

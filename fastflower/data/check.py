@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -96,9 +96,9 @@ def check(root: Path, *, threads: int, follow: Callable[[str], Progress]) -> Rep
         backwards = [split for split in reversed(SPLITS) if split in records]
         everything = concatenate([records[split] for split in backwards])
         split = np.repeat(backwards, [len(records[name]) for name in backwards])
-        digests, shapes = _examine(everything, threads, follow("decode"))
+        digests, shapes, unread = _examine(everything, threads, follow("decode"))
         found = [
-            *_bad_pictures(everything, shapes),
+            *_bad_pictures(everything, shapes, unread),
             *_bad_labels(everything, split, len(names), unknown),
             *_bad_ids(everything, split),
             *_same_pictures(everything, split, np.where(shapes[:, 0] > 0, digests, 0), [*names, *unknown]),
@@ -203,21 +203,34 @@ def _class_names(root: Path, records: dict[str, Records]) -> list[str]:
     return []
 
 
-def _examine(records: Records, threads: int, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
-    """Of each record: a digest of its encoded bytes ([n] uint64), and height and width ([n, 2], 0 = unreadable)."""
+def _examine(records: Records, threads: int, progress: Progress) -> tuple[np.ndarray, np.ndarray, dict[int, str]]:
+    """Of each record: a digest of its encoded bytes ([n] uint64), and height and width ([n, 2], 0 = unreadable).
+
+    And of those that the system refuses to read, why.
+    """
     digests, shapes = np.zeros(len(records), np.uint64), np.zeros((len(records), 2), np.int64)
+    unread: dict[int, str] = {}
     decoder = _Decoder(threads)
     stored = np.flatnonzero(records.offset >= 0)
     for start in range(0, len(stored), BATCH):
         batch = stored[start : start + BATCH]
-        encoded = [read_image(records, index) for index in batch]
-        digests[batch] = [digest(data) for data in encoded]
-        pictures = np.array([has_header(data) for data in encoded])
-        if pictures.any():
-            shapes[batch[pictures]] = decoder.shapes([encoded[i] for i in np.flatnonzero(pictures)])
+        encoded = {}
+        for index in batch.tolist():
+            try:
+                data = read_image(records, index)
+            except UserError as error:
+                if not isinstance(error.__cause__, OSError):  # somebody writes to the data
+                    raise
+                unread[index] = f"cannot be read ({error.__cause__.strerror})"
+            else:
+                digests[index] = digest(data)
+                if has_header(data):
+                    encoded[index] = data
+        if encoded:
+            shapes[list(encoded)] = decoder.shapes(list(encoded.values()))
         for done in range(start, start + len(batch)):
             progress(done + 1, len(stored))
-    return digests, shapes
+    return digests, shapes, unread
 
 
 class _Decoder:
@@ -258,9 +271,11 @@ def _problem(records: Records, split: np.ndarray, index: int, kind: Kind, text: 
     return Problem(kind, str(split[index]), str(path), number, str(records.ids[index]), text)
 
 
-def _bad_pictures(records: Records, shapes: np.ndarray) -> Iterator[_Finding]:
+def _bad_pictures(records: Records, shapes: np.ndarray, unread: Mapping[int, str]) -> Iterator[_Finding]:
     for index, (height, width) in enumerate(shapes.tolist()):
-        if records.offset[index] < 0:
+        if index in unread:
+            yield index, "unreadable", unread[index]
+        elif records.offset[index] < 0:
             yield index, "unreadable", "has no feature 'image'"
         elif not height:
             yield index, "unreadable", f"cannot be decoded as a picture ({records.length[index]} bytes)"

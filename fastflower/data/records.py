@@ -306,7 +306,8 @@ def read_image(records: Records, index: int) -> np.ndarray:
         same = file.stamp.content == stamp.content
         data = os.pread(file.descriptor, length, int(records.offset[index])) if same else b""
     except OSError as error:
-        raise UserError(f"{records.describe(index)} cannot be read ({error.strerror}).") from error
+        where = records.describe(index)
+        raise UserError(f"{where} cannot be read ({error.strerror}): check its permissions and the disk.") from error
     if len(data) < length:
         raise UserError(f"{records.describe(index)} cannot be read: the file has changed since it was indexed.")
     return np.frombuffer(data, np.uint8)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastflower.data import records as module
 from fastflower.data.check import BATCH, SHOWN, Problem, Report, check, sentences
 from fastflower.data.records import load_split
+from fastflower.data.stamp import Stamp
 from fastflower.data.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from tests.conftest import READABLE, example, fastflower, jpeg, write_dataset, write_folders
@@ -279,6 +282,25 @@ def test_class_folders_are_checked_alike(tmp_path: Path) -> None:
     (problem,) = (p for p in again.problems if p.kind == "file")
     assert "train/empty holds no pictures" in problem.text
     assert [p for p in again.problems if p.kind != "file"] == report.problems  # the others are looked at all the same
+
+
+def test_a_picture_that_may_not_be_read_is_named_and_the_rest_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = write_folders(tmp_path, {"train/rose": 3, "train/tulip": BATCH, "val/rose": 2})
+    closed, page = root / "train/tulip/000005.jpg", root / "val/rose/page.jpg"
+    page.write_bytes(b"<html>")
+    opened = module._open
+
+    def refused(path: Path, stamp: Stamp) -> Any:
+        if path == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return opened(path, stamp)
+
+    monkeypatch.setattr(module, "_open", refused)
+    report = run(root)
+    assert found(report) == [("unreadable", "train", 0, "tulip/000005"), ("unreadable", "val", 0, "rose/page")]
+    assert next(sentences(report)) == f"unreadable: {closed} cannot be read (Permission denied)"
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
