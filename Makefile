@@ -8,6 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
+IN_PARALLEL := -n 2 --dist worksteal
 
 .PHONY: train test test-all lint gpu-check
 
@@ -15,10 +16,10 @@ train: $(READY)
 	$(BIN)/fastflower train --amp
 
 test: $(TEST_READY)
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest $(IN_PARALLEL) -m "not slow and not gpu"
 
 test-all: $(TEST_READY)
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest $(IN_PARALLEL) -m "not gpu"
 
 lint: $(TEST_READY)
 	$(BIN)/ruff check .

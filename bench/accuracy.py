@@ -12,9 +12,9 @@ from typing import Any
 
 from bench import loops
 from fastflower.config import build, load_yaml
-from fastflower.engine.run import RUNS, RunFolder
-from fastflower.engine.state import Setup, State
 from fastflower.errors import UserError
+from fastflower.runtime.run_folder import RUNS, RunFolder
+from fastflower.training.state import Setup, State
 
 Row = dict[str, Any]
 

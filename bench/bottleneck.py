@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from bench.loaders import DECODE, OURS
-from fastflower.engine.precision import cpu_has_bf16
+from fastflower.runtime.device import cpu_has_bf16
 
 MUCH = 0.2  # share of the time that makes waiting for data, or for other processes, the bottleneck
 CHANGE = {

@@ -10,9 +10,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastflower import curves
 from fastflower.errors import UserError
 from fastflower.files import to_json
+from fastflower.report import curves
 
 UNIMPORTANT = curves.UNIMPORTANT | {"steps", "warmup", "repeats", "run"}  # how long it was measured does not count
 

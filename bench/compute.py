@@ -10,7 +10,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from fastflower.engine.precision import cpu_has_bf16
+from fastflower.runtime.device import cpu_has_bf16
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices: large enough for the highest rate
 PRODUCTS = 5  # that are timed

@@ -38,9 +38,9 @@ from bench import kernel_report
 from bench.common import MissingError, append, circumstances, require_positive, start
 from bench.kernel_layers import DTYPES, Data, Forward, Problem, find_layers
 from bench.kernel_peers import Contender, all_contenders
-from fastflower.engine.precision import choose_device
 from fastflower.environment import package_versions
 from fastflower.errors import UserError
+from fastflower.runtime.device import choose_device
 
 MAX_COPIES = 32  # of the data; a layer that needs more is so small that calls, not bytes, take its time
 SLEEP_CYCLES = 1_000_000  # of the GPU for each call, about 0.5 ms: longer than the host needs to launch it

@@ -29,8 +29,8 @@ from fastflower.data.loader import Loader
 from fastflower.data.pipeline import IMAGENET, Engine, View, decode, decode_region
 from fastflower.data.records import Records, read_image
 from fastflower.data.sampler import Request, training_requests
-from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
+from fastflower.runtime.distributed import Ranks
 
 OURS, CACHED = "fastflower", "fastflower, decoded before"
 DECODE, LIMIT = "DALI, decode only", "libjpeg-turbo, decode only"

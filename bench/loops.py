@@ -13,18 +13,18 @@ from bench.loaders import Work, reads_ahead
 from bench.timing import Contender
 from fastflower.config import Config
 from fastflower.data.dataset import EvaluationBatches, TrainingBatches
-from fastflower.engine.distributed import Ranks
-from fastflower.engine.evaluate import outputs
-from fastflower.engine.meters import Evaluation
-from fastflower.engine.precision import Precision
-from fastflower.engine.progress import Display
-from fastflower.engine.setup import build_loaders, prepare
-from fastflower.engine.state import Setup, State
-from fastflower.engine.step import compiled, evaluate_in, training_network, training_step
-from fastflower.engine.train import Stopwatch
 from fastflower.errors import UserError
 from fastflower.flops import count
-from fastflower.signals import Signals
+from fastflower.runtime.device import Precision
+from fastflower.runtime.distributed import Ranks
+from fastflower.runtime.progress import Display
+from fastflower.runtime.signals import Signals
+from fastflower.training.loop import Stopwatch
+from fastflower.training.metrics import Evaluation
+from fastflower.training.setup import build_loaders, prepare
+from fastflower.training.state import Setup, State
+from fastflower.training.step import compiled, evaluate_in, training_network, training_step
+from fastflower.training.validate import outputs
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from torch import nn
 from bench.common import MissingError, need
 from bench.timing import Contender, Make
 from fastflower.config import Config
-from fastflower.engine.distributed import Ranks
-from fastflower.engine.precision import Precision
-from fastflower.engine.setup import build_network
-from fastflower.engine.state import new_state
 from fastflower.flops import count
+from fastflower.runtime.device import Precision
+from fastflower.runtime.distributed import Ranks
+from fastflower.training.setup import build_network
+from fastflower.training.state import new_state
 
 CLASSES = 104  # of the networks: as many as the Kaggle flowers have
 Pass = Literal["forward", "forward + backward", "step"]

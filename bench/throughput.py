@@ -53,19 +53,19 @@ from bench.throughput_options import (
 from bench.throughput_report import show, show_overview, write_csv
 from bench.timing import Contender, Make, measure
 from fastflower.config import Config
-from fastflower.curves import plot_throughput, write_picture
 from fastflower.data.cache import open_cache
 from fastflower.data.dataset import choose_engine
-from fastflower.data.sources import load_pictures
-from fastflower.engine.distributed import processes
-from fastflower.engine.precision import choose_device, choose_precision
-from fastflower.engine.progress import Display
-from fastflower.engine.setup import with_data
-from fastflower.engine.state import Setup, State
+from fastflower.data.splits import load_pictures
 from fastflower.environment import package_versions
 from fastflower.errors import UserError
-from fastflower.launcher import local_rank
-from fastflower.report import read_throughput
+from fastflower.report.curves import plot_throughput, write_picture
+from fastflower.report.page import read_throughput
+from fastflower.runtime.device import choose_device, choose_precision
+from fastflower.runtime.distributed import processes
+from fastflower.runtime.launcher import local_rank
+from fastflower.runtime.progress import Display
+from fastflower.training.setup import with_data
+from fastflower.training.state import Setup, State
 
 Row = dict[str, Any]
 MODES = {

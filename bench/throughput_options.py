@@ -11,9 +11,9 @@ from tyro.conf import arg
 
 from bench.common import require_positive
 from fastflower.config import Config, build, find_config, load_yaml, merge, resolve
-from fastflower.engine.run import RunFolder
 from fastflower.errors import UserError
 from fastflower.models import NormChoice
+from fastflower.runtime.run_folder import RunFolder
 
 Output = Literal["float32", "uint8"]
 Dtype = Literal["fp32", "bf16", "fp16"]

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from bench.common import MissingError
-from fastflower.engine.distributed import Ranks
-from fastflower.engine.train import Stopwatch
 from fastflower.errors import UserError
+from fastflower.runtime.distributed import Ranks
+from fastflower.training.loop import Stopwatch
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's and DALI's allocators say
 

@@ -7,8 +7,8 @@ from typing import Any as _Any
 from fastflower.files import lend_cache as _lend_cache
 
 if _TYPE_CHECKING:
+    from fastflower.api import build_model, evaluate, load_config, load_data, train
     from fastflower.errors import UserError
-    from fastflower.library import build_model, evaluate, load_config, load_data, train
 
 __all__ = ["UserError", "build_model", "evaluate", "load_config", "load_data", "train"]
 
@@ -23,13 +23,13 @@ _lend_cache()  # before anything is imported that looks for a place
 
 
 def __getattr__(name: str) -> _Any:
-    """The functions of fastflower.library, which import torch and DALI when the first of them is asked for."""
+    """The functions of fastflower.api, which import torch and DALI when the first of them is asked for."""
     if name == "UserError":
         from fastflower.errors import UserError
 
         return UserError
     if name in __all__:
-        from fastflower import library
+        from fastflower import api as library
 
         return getattr(library, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

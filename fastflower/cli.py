@@ -24,7 +24,6 @@ from fastflower import machine
 from fastflower.config import Config, Data
 from fastflower.errors import UserError
 from fastflower.files import to_json
-from fastflower.launcher import is_main
 from fastflower.options import (
     CheckCommand,
     CvCommand,
@@ -40,11 +39,12 @@ from fastflower.options import (
     TestOptions,
     TrainCommand,
 )
-from fastflower.output import Console, discard, tolerant_output, without_decoders
-from fastflower.signals import Interrupted, handling, interrupt
+from fastflower.runtime.launcher import is_main
+from fastflower.runtime.output import Console, discard, tolerant_output, without_decoders
+from fastflower.runtime.signals import Interrupted, handling, interrupt
 
 if TYPE_CHECKING:
-    from fastflower.engine.testing import Testing
+    from fastflower.evaluation.session import Testing
 
 DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
 _NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
@@ -160,8 +160,8 @@ def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
     settings: dict[str, Any] = {}
     source, checkpoint = "defaults", None
     if given.resume:
-        from fastflower.engine.checkpoint import load_checkpoint
-        from fastflower.engine.run import find_checkpoint
+        from fastflower.runtime.checkpoint import load_checkpoint
+        from fastflower.runtime.run_folder import find_checkpoint
 
         run = Path(given.run) if given.run else None
         checkpoint = find_checkpoint(given.resume, run, _run_name(given.config, given.root))
@@ -203,7 +203,7 @@ def _train(command: TrainCommand) -> int:
     if command.print_config:
         print(configuration.to_yaml(command.settings), end="")
         return 0
-    from fastflower.engine.commands import dry_run, train_run
+    from fastflower.training.run import dry_run, train_run
 
     if command.dry_run:
         dry_run(command.settings, Console())
@@ -221,8 +221,8 @@ def _train(command: TrainCommand) -> int:
 
 
 def _eval(command: EvalCommand) -> int:
-    from fastflower.analysis import analyse_run, summary, write_run
-    from fastflower.engine.commands import evaluate_run
+    from fastflower.evaluation.analysis import analyse_run, summary, write_run
+    from fastflower.training.run import evaluate_run
 
     evaluated = evaluate_run(command.run, command.split, _testing(command), Console(stderr=True), command.names)
     if not is_main():
@@ -245,7 +245,7 @@ def _eval(command: EvalCommand) -> int:
 
 
 def _predict(command: PredictCommand) -> int:
-    from fastflower.predict import likeliest, predict_pictures, predict_run
+    from fastflower.evaluation.predict import likeliest, predict_pictures, predict_run
 
     testing = _testing(command)
     if command.images is None:
@@ -264,7 +264,7 @@ def _predict(command: PredictCommand) -> int:
 
 
 def _ensemble(command: EnsembleCommand) -> int:
-    from fastflower.ensemble import ensemble_runs, table
+    from fastflower.evaluation.ensemble import ensemble_runs, table
 
     ensembled = ensemble_runs(
         command.members,
@@ -289,8 +289,8 @@ def _ensemble(command: EnsembleCommand) -> int:
 
 
 def _cv(command: CvCommand) -> int:
-    from fastflower.crossval import cross_validate, summary
-    from fastflower.engine.views import Views
+    from fastflower.evaluation.crossval import cross_validate, summary
+    from fastflower.evaluation.views import Views
 
     found = cross_validate(
         command.settings,
@@ -326,7 +326,7 @@ def _flops(command: FlopsCommand) -> int:
 
 
 def _report(command: ReportCommand) -> int:
-    from fastflower.report import table, write_report
+    from fastflower.report.page import table, write_report
 
     report = write_report(command.runs, command.out, command.throughput)
     console = Console()
@@ -348,8 +348,8 @@ def _doctor(command: DoctorCommand) -> int:
 
 
 def _testing(options: TestOptions) -> Testing:
-    from fastflower.engine.testing import Testing
-    from fastflower.engine.views import Views
+    from fastflower.evaluation.session import Testing
+    from fastflower.evaluation.views import Views
 
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"--batch_size is {options.batch_size}: give at least 1.")
@@ -365,7 +365,7 @@ def _testing(options: TestOptions) -> Testing:
 
 def _demo(command: DemoCommand) -> int:
     from fastflower.data.demo import write_demo
-    from fastflower.engine.progress import Display
+    from fastflower.runtime.progress import Display
 
     with Display(Console(), shown=True) as display:
         write_demo(
@@ -383,7 +383,7 @@ def _demo(command: DemoCommand) -> int:
 
 def _check(command: CheckCommand) -> int:
     from fastflower.data.check import check, sentences, table
-    from fastflower.engine.progress import Display
+    from fastflower.runtime.progress import Display
 
     with Display(Console(stderr=command.json), shown=True) as display:
         report = check(command.root, threads=machine.cpus(), follow=display.follow)
@@ -398,7 +398,7 @@ def _check(command: CheckCommand) -> int:
 
 def _stats(command: StatsCommand) -> int:
     from fastflower.data.pipeline import Engine
-    from fastflower.data.sources import load_pictures
+    from fastflower.data.splits import load_pictures
     from fastflower.data.stats import pixel_statistics
 
     records = load_pictures(Data(root=command.root, sizes=command.sizes), command.split.split("+"), seed=0)

@@ -108,7 +108,7 @@ def _memory(sources: machine.Sources = machine.LINUX) -> str:
 
 
 def _cpu_bf16() -> str:
-    from fastflower.engine.precision import cpu_has_bf16
+    from fastflower.runtime.device import cpu_has_bf16
 
     if not cpu_has_bf16():
         raise UserError(
@@ -234,35 +234,35 @@ def _compiler() -> str:
 
 
 def _device() -> str:
-    from fastflower.engine.precision import choose_device
+    from fastflower.runtime.device import choose_device
 
     return str(choose_device("auto"))
 
 
 def _precision() -> str:
-    from fastflower.engine.precision import choose_device, choose_precision
+    from fastflower.runtime.device import choose_device, choose_precision
 
     return str(choose_precision(True, "auto", choose_device("auto")))
 
 
 def _compile() -> str:
-    from fastflower.engine.precision import choose_device
+    from fastflower.runtime.device import choose_device
 
     return "yes" if choose_device("auto").type == "cuda" else "no: only on a GPU, or by --train.compile"
 
 
 def _decoding() -> str:
     from fastflower.data.dataset import choose_engine
-    from fastflower.engine.distributed import Ranks
-    from fastflower.engine.precision import choose_device
+    from fastflower.runtime.device import choose_device
+    from fastflower.runtime.distributed import Ranks
 
     engine = choose_engine(Config().data, choose_device("auto"), Ranks())
     return f"DALI on the {engine.device.upper()}, {engine.threads} CPU threads"
 
 
 def _norm() -> str:
-    from fastflower.engine.precision import choose_device
     from fastflower.models.layers import choose_norm
+    from fastflower.runtime.device import choose_device
 
     return {"torch": "torch's", "triton": "our Triton kernels"}[choose_norm("auto", choose_device("auto"))]
 

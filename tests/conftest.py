@@ -29,7 +29,7 @@ from fastflower.files import cache_dir
 os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_dir() / "numba"))
 
 from fastflower import cli
-from fastflower.data.tfrecord import write_tfrecord
+from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.models import Norm
 from fastflower.models.layers import BNReLU
 
@@ -226,4 +226,12 @@ class TinyNet(nn.Module):
 @pytest.fixture
 def tiny_net(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this test train a TinyNet, whatever the configuration names."""
-    monkeypatch.setattr("fastflower.engine.setup.create_model", TinyNet)
+    monkeypatch.setattr("fastflower.training.setup.create_model", TinyNet)
+
+
+@pytest.fixture
+def finished(small: Path, tmp_path: Path, tiny_net: None) -> Path:
+    """A run of two epochs."""
+    run = tmp_path / "finished"
+    assert fastflower(*train_arguments(small, run), "--train.epochs", "2").code == 0
+    return run

@@ -16,7 +16,7 @@ from fastflower.cli import TrainCommand, parse
 from fastflower.data.pipeline import Engine
 from fastflower.data.records import load_split
 from fastflower.data.stats import pixel_statistics
-from fastflower.engine.checkpoint import load_checkpoint
+from fastflower.runtime.checkpoint import load_checkpoint
 from tests.conftest import fastflower, train_arguments
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_a_strangers_apex_breaks_nothing(tmp_path: Path) -> None:
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex/__init__.py").write_text("raise ImportError('a web toolkit for Pyramid')\n")
     code = (
-        "import fastflower.engine.setup, fastflower.models.resnet, fastflower.kernels, sys\n"
+        "import fastflower.training.setup, fastflower.models.resnet, fastflower.kernels, sys\n"
         "from fastflower.environment import find_apex\n"
         "assert 'apex' not in sys.modules\nprint(find_apex())"
     )

@@ -317,7 +317,7 @@ def test_commands_work_where_no_home_can_be_written(named: bool, no_home: Path, 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(no_home)}
     if named:
         environment["FASTFLOWER_CACHE"] = "/dev/null/cache"
-    worker = [sys.executable, str(ROOT / "tests/engine/tiny_worker.py")]
+    worker = [sys.executable, str(ROOT / "tests/training/tiny_worker.py")]
     run = tmp_path / "run"
     for words in ([*train_arguments(small, run), "--train.epochs", 1], ["eval", run], ["data", "check", small]):
         command = [*worker, *map(str, words)]

@@ -11,7 +11,7 @@ import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
 from fastflower.data.records import load_split
-from fastflower.predictions import read_predictions
+from fastflower.evaluation.predictions import read_predictions
 from tests.conftest import fastflower, train_arguments
 
 pytestmark = pytest.mark.usefixtures("tiny_net")

@@ -22,8 +22,8 @@ from fastflower.data.pictures import decoded_pictures
 from fastflower.data.pipeline import Engine
 from fastflower.data.records import Records
 from fastflower.data.selection import shapes_of
-from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
+from fastflower.runtime.distributed import Ranks
 
 Choice = Literal["off", "ram", "gpu", "auto"]
 Place = Literal["ram", "gpu"]

@@ -15,7 +15,6 @@ from rich.table import Table
 
 from fastflower.data.contents import digest
 from fastflower.data.decoding import has_header
-from fastflower.data.folder import load_folder, split_folder, without_pictures
 from fastflower.data.pipeline import Engine, decode
 from fastflower.data.records import (
     MAX_CLASSES,
@@ -33,7 +32,8 @@ from fastflower.data.records import (
     read_image,
     stored_size,
 )
-from fastflower.data.tfrecord import damaged_payloads
+from fastflower.data.sources.folder import load_folder, split_folder, without_pictures
+from fastflower.data.sources.tfrecord import damaged_payloads
 from fastflower.errors import UserError
 
 MAX_ASPECT = 8  # a square crop of anything longer shows less than an eighth of it

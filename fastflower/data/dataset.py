@@ -20,11 +20,11 @@ from fastflower.data.loader import Batch, Loader
 from fastflower.data.pipeline import Engine, Normalization, View
 from fastflower.data.records import Records, concatenate, miscounted
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
-from fastflower.data.sources import class_list, is_listed, join, load_parts
+from fastflower.data.splits import class_list, is_listed, join, load_parts
 from fastflower.data.stats import pixel_statistics
-from fastflower.engine.distributed import Ranks
 from fastflower.errors import UserError
 from fastflower.files import cache_dir, code_digest
+from fastflower.runtime.distributed import Ranks
 
 
 def builtin_root() -> Path:

@@ -1,7 +1,8 @@
 """A split of a data set as a table of records: find the files, index them once, read a record's bytes.
 
 A picture is an id; a record is an id at a stored size. The Kaggle layout holds each picture at several sizes:
-ROOT/tfrecords-jpeg-SxS/{train,val,test}/*.tfrec. A picture may also be a file of its own (`fastflower.data.folder`).
+ROOT/tfrecords-jpeg-SxS/{train,val,test}/*.tfrec. A picture may also be a file of its own
+(`fastflower.data.sources.folder`).
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from fastflower.data import tfrecord
+from fastflower.data.sources import tfrecord
+from fastflower.data.sources.tfrecord import scan, write_tfrecord
 from fastflower.data.stamp import Stamp, cache_key, require_unchanged, stamp_of
-from fastflower.data.tfrecord import scan, write_tfrecord
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, cache_dir, code_digest
 
@@ -181,7 +182,7 @@ def load_split(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int 
         scale_min: pixels, the smallest shorter side that training resizes to; used by sizes="auto".
 
     Raises:
-        UserError: no such files, or one of them is refused (`fastflower.data.tfrecord.scan`).
+        UserError: no such files, or one of them is refused (`fastflower.data.sources.tfrecord.scan`).
     """
     records = load_files(find_files(root, split, sizes=sizes, scale_min=scale_min))
     records.require("image")
@@ -192,7 +193,7 @@ def load_files(files: Sequence[Path]) -> Records:
     """Index all records of TFRecord files, also those without an image.
 
     Raises:
-        UserError: one of them is refused (`fastflower.data.tfrecord.scan`).
+        UserError: one of them is refused (`fastflower.data.sources.tfrecord.scan`).
     """
     stamps = tuple(stamp_of(path) for path in files)
     tables = [_index(path, stamp) for path, stamp in zip(files, stamps, strict=True)]

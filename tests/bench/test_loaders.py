@@ -18,9 +18,9 @@ from bench.common import MissingError
 from bench.loaders import DECODE, LIMIT, OURS, Work
 from fastflower.config import build
 from fastflower.data.pipeline import Engine
-from fastflower.data.sources import load_pictures
-from fastflower.engine.distributed import Ranks
+from fastflower.data.splits import load_pictures
 from fastflower.errors import UserError
+from fastflower.runtime.distributed import Ranks
 from tests.bench import fake_timm
 
 pytestmark = pytest.mark.usefixtures("on_a_small_cpu")

@@ -15,9 +15,9 @@ from bench import bottleneck, loops, throughput
 from bench.loaders import DECODE, LIMIT, OURS
 from bench.throughput import main
 from bench.throughput_options import LOCAL, OverviewCommand
-from fastflower.engine.precision import cpu_has_bf16
-from fastflower.engine.state import Setup, State
 from fastflower.flops import count
+from fastflower.runtime.device import cpu_has_bf16
+from fastflower.training.state import Setup, State
 from tests.conftest import TinyNet
 
 pytestmark = pytest.mark.usefixtures("on_a_small_cpu", "tiny_net")
@@ -28,8 +28,8 @@ TINY = ["overview", "--batch", "8", "--steps", "2", "--warmup", "1", "--repeats"
 @pytest.fixture(autouse=True)
 def _flowers(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few of the built-in pictures, and no runs."""
-    monkeypatch.setattr("fastflower.engine.setup.ensure_builtin", lambda progress: small)
-    monkeypatch.setattr("fastflower.engine.setup.builtin_root", lambda: small)
+    monkeypatch.setattr("fastflower.training.setup.ensure_builtin", lambda progress: small)
+    monkeypatch.setattr("fastflower.training.setup.builtin_root", lambda: small)
     monkeypatch.chdir(tmp_path)
 
 

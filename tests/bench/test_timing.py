@@ -12,9 +12,9 @@ import torch
 
 from bench.common import MissingError
 from bench.timing import Contender, measure, time_steps
-from fastflower.engine.distributed import Ranks
-from fastflower.engine.train import Stopwatch
 from fastflower.errors import UserError
+from fastflower.runtime.distributed import Ranks
+from fastflower.training.loop import Stopwatch
 
 CPU = torch.device("cpu")
 

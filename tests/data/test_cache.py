@@ -15,14 +15,14 @@ from fastflower.config import Data
 from fastflower.data import cache
 from fastflower.data.cache import Decoded, choose_place, open_cache
 from fastflower.data.dataset import evaluation_batches, training_batches
-from fastflower.data.folder import picture_files
 from fastflower.data.pipeline import IMAGENET, Engine
 from fastflower.data.records import Records, load_split
-from fastflower.engine.distributed import Ranks
+from fastflower.data.sources.folder import picture_files
 from fastflower.errors import UserError
 from fastflower.machine import Memory
+from fastflower.runtime.distributed import Ranks
 from tests.conftest import READABLE, ROOT, fastflower, torchrun, train_arguments, write_folders
-from tests.engine.test_run import without_times
+from tests.training.test_run import without_times
 
 CPU, ALONE = torch.device("cpu"), Ranks()
 
@@ -130,7 +130,7 @@ def test_two_processes_share_memory_and_leave_none(folders: Path, tmp_path: Path
     rows = []
     for choice in ("off", "ram"):
         arguments = [*train_arguments(folders, tmp_path / choice), "--train.epochs", 1, "--data.cache", choice]
-        done = torchrun(ROOT / "tests/engine/tiny_worker.py", *arguments, limit_s=120, environment={})
+        done = torchrun(ROOT / "tests/training/tiny_worker.py", *arguments, limit_s=120, environment={})
         assert done.returncode == 0, done.stderr
         rows.append(without_times(tmp_path / choice))
     assert rows[0] == rows[1]

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from fastflower.data import contents as module
 from fastflower.data import records as records_module
 from fastflower.data.contents import content_digests, contents_of, require_pictures
-from fastflower.data.folder import load_folder
 from fastflower.data.pipeline import Engine
 from fastflower.data.records import Records, concatenate, load_files, read_image
+from fastflower.data.sources.folder import load_folder
+from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stats import pixel_statistics
-from fastflower.data.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from tests.conftest import example, jpeg, write_folders
 

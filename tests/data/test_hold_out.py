@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from fastflower.config import Data
 from fastflower.data.dataset import Dataset, open_dataset
-from fastflower.data.folder import load_folder
 from fastflower.data.folds import hold_out
 from fastflower.data.records import Records, concatenate, read_image
-from fastflower.data.sources import load_parts, load_records
+from fastflower.data.sources.folder import load_folder
+from fastflower.data.splits import load_parts, load_records
 from fastflower.errors import UserError
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fastflower.data.identity import Identity, identity
 from fastflower.data.records import Records, load_files
-from fastflower.data.tfrecord import write_tfrecord
+from fastflower.data.sources.tfrecord import write_tfrecord
 
 Row = tuple[str, int, bytes]
 

@@ -12,7 +12,7 @@ import pytest
 
 from fastflower.data import records as module
 from fastflower.data.records import Records, find_files, load_split, read_image
-from fastflower.data.tfrecord import write_tfrecord
+from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from tests.conftest import example, write_dataset
 

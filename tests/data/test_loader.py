@@ -29,9 +29,9 @@ from fastflower.data.pipeline import IMAGENET, Engine, Normalization, View
 from fastflower.data.records import Records, load_split, read_image
 from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request, evaluation_requests, training_requests
-from fastflower.data.tfrecord import write_tfrecord
-from fastflower.engine.distributed import Ranks
+from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.errors import UserError
+from fastflower.runtime.distributed import Ranks
 from tests.conftest import example, jpeg, write_dataset
 
 CPU = torch.device("cpu")

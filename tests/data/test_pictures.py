@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from fastflower.data.pictures import thumbnails
 from fastflower.data.pipeline import Engine
 from fastflower.data.records import Records, load_split
-from fastflower.data.tfrecord import write_tfrecord
+from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from tests.conftest import READABLE, example, jpeg
 

@@ -24,8 +24,8 @@ from fastflower.data.records import (
     miscounted,
     read_image,
 )
+from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stamp import Stamp
-from fastflower.data.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from tests.conftest import example, write_dataset
 

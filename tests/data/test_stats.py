@@ -14,8 +14,8 @@ from fastflower.config import Data
 from fastflower.data.dataset import choose_lighting
 from fastflower.data.pipeline import Engine
 from fastflower.data.records import load_split, read_image
+from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stats import PixelStatistics, pixel_statistics
-from fastflower.data.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from tests.conftest import READABLE, example
 

@@ -17,8 +17,8 @@ from fastflower.data.pipeline import IMAGENET, Engine, View
 from fastflower.data.records import Records, load_split
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
 from fastflower.data.selection import shapes_of
-from fastflower.data.tfrecord import write_tfrecord
-from fastflower.engine.distributed import Ranks
+from fastflower.data.sources.tfrecord import write_tfrecord
+from fastflower.runtime.distributed import Ranks
 from tests.conftest import example, jpeg
 
 pytestmark = pytest.mark.gpu

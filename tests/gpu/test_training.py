@@ -12,12 +12,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models import create_model
+from fastflower.runtime.checkpoint import load_checkpoint
 from tests.conftest import fastflower, train_arguments
-from tests.engine.test_choices import EVERYTHING
-from tests.engine.test_run import rows
+from tests.training.test_choices import EVERYTHING
+from tests.training.test_run import rows
 
 pytestmark = pytest.mark.gpu
 

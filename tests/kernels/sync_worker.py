@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastflower.engine.distributed import processes
 from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models import create_model
+from fastflower.runtime.distributed import processes
 
 CHANNELS = 5
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastflower.engine.checkpoint import load_checkpoint
 from fastflower.errors import UserError
 from fastflower.models import create_model
 from fastflower.models.layers import TRITON_WINS, BNReLU, both, choose_norm
+from fastflower.runtime.checkpoint import load_checkpoint
 from tests.conftest import fastflower, train_arguments
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results" / "kernels.jsonl"

@@ -17,8 +17,9 @@ from torch import nn
 from fastflower.config import Model
 from fastflower.data.pipeline import IMAGENET
 from fastflower.errors import UserError
-from fastflower.models import create_model, pretrained
-from fastflower.models.pretrained import FILES, Pretrained, load_pretrained, open_pretrained
+from fastflower.models import create_model
+from fastflower.training import pretrained
+from fastflower.training.pretrained import FILES, Pretrained, load_pretrained, open_pretrained
 from tests.conftest import ROOT, TinyNet
 
 Weights = dict[str, torch.Tensor]

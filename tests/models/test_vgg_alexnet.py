@@ -13,14 +13,14 @@ import yaml
 from torch import nn
 
 from fastflower.config import Config, Train, build, resolve
-from fastflower.engine.checkpoint import load_checkpoint
-from fastflower.engine.distributed import Ranks
-from fastflower.engine.optimizer import LR_SCALE, freeze, parameter_groups
-from fastflower.engine.setup import build_network
 from fastflower.errors import UserError
 from fastflower.models import CLASSICS, create_model, min_size
 from fastflower.models.layers import head_prefix
-from fastflower.models.pretrained import load_pretrained
+from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.runtime.distributed import Ranks
+from fastflower.training.optimizer import LR_SCALE, freeze, parameter_groups
+from fastflower.training.pretrained import load_pretrained
+from fastflower.training.setup import build_network
 from tests.conftest import fastflower
 from tests.models.test_pretrained import Weights, opened
 

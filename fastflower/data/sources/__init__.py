@@ -1,0 +1,1 @@
+"""The layouts on disk that pictures come in, one file each."""

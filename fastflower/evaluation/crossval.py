@@ -1,0 +1,310 @@
+"""Cross-validation: each fold validates a network that the others trained.
+
+A folder holds fold-0, fold-1, ... as runs, cv.json with the figures of those that are finished, and the predictions of
+the whole: of train and val, where each picture is predicted by the network that did not train on it, and of test.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from fastflower.config import Config, resolve
+from fastflower.data.folds import duplicates
+from fastflower.data.identity import identity
+from fastflower.data.records import SPLITS
+from fastflower.data.splits import class_list, join, load_pool
+from fastflower.errors import UserError
+from fastflower.evaluation.ensemble import figures, of_folds
+from fastflower.evaluation.predict import hand_in, predictions_of, require_predictable
+from fastflower.evaluation.predictions import write_predictions
+from fastflower.evaluation.session import SHOWN, Session, Testing
+from fastflower.evaluation.trained_run import Planned, Trained, open_trained
+from fastflower.evaluation.views import Views
+from fastflower.files import atomic_write, remove_temporaries, require_writable, to_json
+from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.runtime.device import choose_device
+from fastflower.runtime.distributed import Ranks, processes
+from fastflower.runtime.launcher import local_rank
+from fastflower.runtime.lock import own_folder
+from fastflower.runtime.progress import Display
+from fastflower.runtime.run_folder import RunFolder, changes
+from fastflower.runtime.signals import Signals
+from fastflower.training.metrics import Evaluation
+from fastflower.training.run import train_into
+from fastflower.training.setup import prepare, with_data
+
+FIGURES = ("loss", "accuracy", "top5", "macro_f1")
+# Settings that may differ between the folds, and from call to call: what is computed stays the same, but for records
+# that turn out to be bad, and are left out from there on.
+HARMLESS = (
+    "data.skip",
+    *("device", "data.decoder", "data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load"),
+    *("train.compile", "train.compile_mode", "train.log_every", "train.profile"),
+)
+
+
+@dataclass(frozen=True)
+class Fold:
+    """A part that validates the network that the others train."""
+
+    folder: RunFolder
+    settings: Config
+    checkpoint: Path | None  # to go on from
+    finished: bool = False
+
+
+@dataclass(frozen=True)
+class CrossValidation:
+    """What the folds have come to."""
+
+    folds: list[Evaluation]  # each on its own part, every picture once
+    whole: Evaluation  # of all those predictions together
+
+    def mean(self, figure: str) -> float:
+        """Over the folds."""
+        return float(np.mean([getattr(fold, figure) for fold in self.folds]))
+
+    def std(self, figure: str) -> float:
+        """Standard deviation over the folds, with n - 1."""
+        return float(np.std([getattr(fold, figure) for fold in self.folds], ddof=1))
+
+    def to_plain(self) -> dict[str, Any]:
+        """What cv.json holds."""
+        return {
+            "folds": [asdict(fold) for fold in self.folds],
+            "mean": {figure: self.mean(figure) for figure in FIGURES},
+            "std": {figure: self.std(figure) for figure in FIGURES},
+            "together": asdict(self.whole),
+        }
+
+
+def cross_validate(
+    config: Config,
+    *,
+    name: str,
+    run: Path | None,
+    overwrite: bool,
+    views: Views,
+    test: bool,
+    submission: Path | None,
+    console: Console,
+) -> CrossValidation | int:
+    """Train and predict the folds of `config.data.folds`, one after another; finished ones are not trained again.
+
+    Args:
+        config: the settings; data.fold is of no account.
+        name: of a new folder under runs/.
+        run: the folder, which may hold folds of an earlier call; None = a new one.
+        overwrite: begin anew, whatever the folder holds.
+        views: by which each picture is predicted.
+        test: predict the test split too, as the mean of the folds' probabilities.
+        submission: the competition's CSV of that; None = none is written.
+        console: where progress is shown.
+
+    Returns:
+        The figures, or the number of the signal that ended a fold's training.
+
+    Raises:
+        UserError: as training and prediction; or `run` holds folds of other settings.
+        Interrupted: a signal came while it predicted.
+    """
+    config, testing, test = resolve(config), Testing(views=views), test or submission is not None
+    device = choose_device(config.device, local_rank())
+    with processes(device) as ranks, own_folder(run, name, ranks) as whole:
+        path = whole.path
+        display = Display(console, shown=ranks.is_main)
+        config = with_data(config, ranks, display)
+        with ranks.main_first():
+            data = _look_at(config, display)
+            folds = _plan(whole, config, data, overwrite)
+            if submission and ranks.is_main:
+                require_writable(submission)
+        silent = Display(console, shown=False)
+        _require_all(folds, data["classes"], test, testing, Session(device, ranks, Signals(), silent))
+        with ranks.main_first():
+            if ranks.is_main:
+                for result in (
+                    *_results(path),
+                    *(fold.folder.predictions(split) for fold in folds for split in SPLITS),
+                ):
+                    remove_temporaries(result)
+                if overwrite:
+                    _clear(path)
+                with atomic_write(_data(path)) as file:
+                    file.write(to_json(data).encode())
+        for fold in folds:
+            if fold.finished:
+                display.say(f"Fold {fold.settings.data.fold} is finished: {fold.folder.path}")
+                continue
+            with own_folder(fold.folder.path, "", ranks):
+                if received := train_into(fold.folder, fold.settings, fold.checkpoint, device, ranks, console):
+                    display.say(f"Go on with the same command and --run {path}")
+                    return received
+                if ranks.is_main:
+                    _mark(fold.folder).touch()
+        with Signals() as signals, display:
+            within = Session(device, ranks, signals, display)
+            trained = [open_trained(fold.folder.path) for fold in folds]
+            found = _validate(path, trained, testing, within)
+            if test:
+                _predict_test(path, trained, testing, within, submission)
+        return found
+
+
+def _plan(whole: RunFolder, config: Config, data: dict[str, Any], overwrite: bool) -> list[Fold]:
+    """The folds, as far as an earlier call came.
+
+    Raises:
+        UserError: the folder holds a run, or folds of other settings, pictures or classes.
+    """
+    path = whole.path
+    if whole.config.exists() or whole.checkpoint:
+        raise UserError(f"{path} holds a run, and no folds: name another --run.")
+    folds = []
+    for number in range(config.data.folds or 0):
+        settings = replace(config, data=replace(config.data, fold=number))
+        folder = RunFolder(path / f"fold-{number}")
+        folds.append(Fold(folder, settings, None if overwrite else _checkpoint(folder, settings)))
+    if not any(fold.checkpoint for fold in folds) or not _data(path).is_file():
+        return folds  # nothing is known of what is there: training goes through its own checks
+    if json.loads(_data(path).read_bytes()) != data:
+        raise UserError(f"{path} was trained on other pictures or classes: give --overwrite or another --run.")
+    return [replace(fold, finished=bool(fold.checkpoint) and _mark(fold.folder).is_file()) for fold in folds]
+
+
+def _checkpoint(folder: RunFolder, settings: Config) -> Path | None:
+    """Where a fold goes on from; None where it begins.
+
+    Raises:
+        UserError: it was trained with other settings.
+    """
+    if not folder.checkpoint:
+        return None
+    before = load_checkpoint(folder.checkpoint)["config"]
+    if changed := [change for change in changes(before, settings) if change.split()[0] not in HARMLESS]:
+        raise UserError(
+            f"{folder.path} was trained with other settings ({', '.join(changed)}): give the same, --overwrite or "
+            "another --run."
+        )
+    return folder.checkpoint
+
+
+def _mark(folder: RunFolder) -> Path:
+    """A file that says that the fold is trained to its end."""
+    return folder.path / "finished"
+
+
+def _data(path: Path) -> Path:
+    """A file that says what the folds are trained on."""
+    return path / "data.json"
+
+
+def _clear(path: Path) -> None:
+    """Remove what an earlier call left, and nothing else."""
+    for each in path.glob("fold-*"):
+        with own_folder(each, "", Ranks()) as folder:
+            folder.clear()
+            _mark(folder).unlink(missing_ok=True)
+    for file in _results(path):
+        file.unlink(missing_ok=True)
+
+
+def _results(path: Path) -> tuple[Path, ...]:
+    """What is written of all folds together."""
+    return (path / "cv.json", _data(path), *map(RunFolder(path).predictions, SPLITS))
+
+
+def _require_all(folds: Sequence[Fold], classes: list[str], test: bool, testing: Testing, within: Session) -> None:
+    """Raise UserError, before the first fold, for whatever would be refused in a later one or after them."""
+    for fold in folds:
+        if not fold.finished:
+            _require_trainable(fold.settings, fold.checkpoint, within)
+        require_predictable(Planned(fold.settings, classes), "val", testing, within)
+    if test:
+        require_predictable(Planned(folds[0].settings, classes), "test", testing, within)
+
+
+def _require_trainable(settings: Config, checkpoint: Path | None, within: Session) -> None:
+    """Build all that a fold's training needs, and leave it again.
+
+    Raises:
+        UserError: see `prepare`; or the training would end without a network to predict by.
+    """
+    settings = replace(settings, data=replace(settings.data, cache="off"))
+    saved = load_checkpoint(checkpoint, resumed=True) if checkpoint else None
+    setup, _ = prepare(settings, within.device, within.ranks, within.display, saved)
+    steps = settings.train.max_steps
+    if steps is not None and steps < setup.train.steps:
+        raise UserError(
+            f"train.max_steps is {steps}, and an epoch of fold {settings.data.fold} has {setup.train.steps} steps: "
+            "allow at least one epoch, after which there is a network to predict by."
+        )
+
+
+def _look_at(config: Config, display: Display) -> dict[str, Any]:
+    """The classes, and what tells the pictures from others, as JSON has it. Says which ids are the same picture.
+
+    Raises:
+        UserError: bad data.
+    """
+    pool = load_pool(replace(config.data, sizes="all"))
+    classes = class_list(pool)
+    records = join(pool, classes)
+    found = duplicates(records)
+    if found:
+        display.say(f"{len(found)} pictures stand under several ids, which are kept in one fold:")
+    for each in found[:SHOWN]:
+        conflict = f", of classes {', '.join(classes[label] for label in each.labels)}" if len(each.labels) > 1 else ""
+        display.say(f"  {' = '.join(each.ids)}{conflict}")
+    if len(found) > SHOWN:
+        display.say(f"  … and {len(found) - SHOWN} more (fastflower data check names them).")
+    # with what data.skip lists, which may grow on the way
+    return {"classes": classes, "records": asdict(identity(records, display.follow("read the pictures")))}
+
+
+def _validate(path: Path, trained: Sequence[Trained], testing: Testing, within: Session) -> CrossValidation:
+    """Each fold's part by its own network; writes cv.json and the predictions of all."""
+    parts = [predictions_of(each, "val", testing, within) for each in trained]
+    together = of_folds(parts, "val")
+    found = CrossValidation([figures(part) for part in parts], figures(together))
+    if within.ranks.is_main:
+        with atomic_write(path / "cv.json") as file:
+            file.write(to_json(found.to_plain(), indent=1).encode())
+        write_predictions(RunFolder(path).predictions("val"), together)
+    return found
+
+
+def _predict_test(
+    path: Path, trained: Sequence[Trained], testing: Testing, within: Session, submission: Path | None
+) -> None:
+    """The test split by the mean of all networks."""
+    together = of_folds([predictions_of(each, "test", testing, within) for each in trained], "test")
+    if within.ranks.is_main:
+        for note in hand_in(together, out=RunFolder(path).predictions("test"), submission=submission):
+            within.display.say(note)
+
+
+def summary(found: CrossValidation) -> Table:
+    """The folds' figures, their mean and deviation, and those of all predictions together, for a terminal."""
+    rows = [(str(fold), asdict(each)) for fold, each in enumerate(found.folds)]
+    grid = Table("fold", "pictures", "loss", "top-1", "top-5", "macro F1")
+    for column in grid.columns[1:]:
+        column.justify = "right"
+    for name, row in (*rows, ("together", asdict(found.whole))):
+        grid.add_row(name, str(row["n"]), *(_shown(figure, row[figure]) for figure in FIGURES))
+    grid.add_section()
+    for name, over_folds in (("mean", found.mean), ("± std", found.std)):
+        grid.add_row(name, "", *(_shown(figure, over_folds(figure)) for figure in FIGURES))
+    return grid
+
+
+def _shown(figure: str, value: float) -> str:
+    return f"{value:.2%}" if figure in ("accuracy", "top5") else f"{value:.4f}"

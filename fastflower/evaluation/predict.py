@@ -1,0 +1,223 @@
+"""Predictions of a trained run: of a split, for ensembles and competitions, or of single pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from fastflower.config import Data
+from fastflower.data.names import display_names
+from fastflower.data.records import NO_LABEL, Records
+from fastflower.data.sources.folder import picture_files
+from fastflower.errors import UserError
+from fastflower.evaluation.predictions import Predictions, read_predictions, sort_by_id, write_predictions
+from fastflower.evaluation.score import probabilities, ready, score
+from fastflower.evaluation.session import Session, Testing, load_split, session, source
+from fastflower.evaluation.submission import labels_of, meaning, write_submission
+from fastflower.evaluation.trained_run import Planned, Trained, open_trained
+from fastflower.files import require_writable
+from fastflower.runtime.run_folder import RunFolder
+
+SHOWN = 3  # classes of a single picture
+
+
+def predict_run(
+    run: Path,
+    split: str,
+    testing: Testing,
+    console: Console,
+    *,
+    out: Path | None = None,
+    submission: Path | None = None,
+    sample: Path | None = None,
+) -> Predictions:
+    """Class probabilities of a split by a run's best checkpoint (or the checkpoint file `run`), and files of them.
+
+    Each id is predicted once, from its largest record (see `fastflower.evaluation.session.load_split`).
+
+    Args:
+        run: a run folder or a checkpoint file.
+        split: train, val or test; it needs no classes.
+        testing: which data, and by which views.
+        console: where progress is shown.
+        out: the predictions file; None = predictions-SPLIT.parquet in the run folder.
+        submission: the competition's CSV; None = none is written.
+        sample: a sample submission, whose ids must be those of the records, and its labels names or numbers of the
+            classes.
+
+    Raises:
+        UserError: no such run, data or views that do not fit it, or a sample that does not fit both.
+        Interrupted: a signal came.
+    """
+    trained = open_trained(run)
+    out = out or trained.result(RunFolder(trained.folder).predictions(split))
+    with session(trained, testing, console) as within:
+        with within.ranks.together():
+            for path in (out, submission):
+                if path and within.ranks.is_main:
+                    require_writable(path)
+        data, records = load_pictures(trained, split, testing, within, sample=sample)
+        made_from = source(trained, data, records, testing, within)
+        found = _score(trained, data, records, testing, within)
+        predictions = _predictions(trained, split, records, found, made_from)
+        if within.ranks.is_main:
+            for note in hand_in(predictions, out=out, submission=submission, sample=sample):
+                within.display.say(note)
+    return predictions
+
+
+def load_pictures(
+    planned: Planned, split: str, testing: Testing, within: Session, *, sample: Path | None = None
+) -> tuple[Data, Records]:
+    """The records to predict, each id once (see `load_split`).
+
+    Raises:
+        UserError: bad data, an id that is missing or no text, or a sample that does not fit.
+    """
+    data, records = load_split(planned, split, testing, within, once=True)
+    with within.ranks.together():
+        _require_ids(records)
+        if sample:
+            labels_of(planned.classes, records.ids.tolist(), sample)
+    return data, records
+
+
+def require_predictable(planned: Planned, split: str, testing: Testing, within: Session) -> None:
+    """Find out, before a run is trained, what would be refused when it is to predict.
+
+    Raises:
+        UserError: as `predict_run`.
+    """
+    ready(planned, *load_pictures(planned, split, testing, within), testing, within)
+
+
+def predictions_of(
+    trained: Trained, split: str, testing: Testing, within: Session, *, any_views: bool = False, ahead: bool = False
+) -> Predictions:
+    """What `predict_run` left in the run folder, if it is of these weights and pictures; else predicted and left there.
+
+    Args:
+        trained: the run.
+        split: train, val or test.
+        testing: which data, and by which views.
+        within: where.
+        any_views: take what is there also if it was made by other views.
+        ahead: predict nothing, but only refuse what would be refused; probabilities that are not there are NaN.
+
+    Raises:
+        UserError: as `predict_run`.
+    """
+    data, records = load_pictures(trained, split, testing, within)
+    path = trained.result(RunFolder(trained.folder).predictions(split))
+    with within.ranks.together():
+        found = read_predictions(path) if path.is_file() else None
+    wanted = source(trained, data, records, testing, within)
+    may_differ = ("precision", "views") if any_views else ("precision",)
+    if all(within.ranks.gather(found is not None and _same_but_for(may_differ, found.source, wanted))):
+        assert found
+        return found
+    if ahead:
+        ready(trained, data, records, testing, within)
+        unknown = np.full((len(records), len(trained.classes)), np.nan, np.float32)
+        return _predictions(trained, split, records, unknown, wanted)
+    predictions = _predictions(trained, split, records, _score(trained, data, records, testing, within), wanted)
+    if within.ranks.is_main:
+        write_predictions(path, predictions)
+    return predictions
+
+
+def _same_but_for(keys: Iterable[str], a: Mapping[str, object], b: Mapping[str, object]) -> bool:
+    anything = dict.fromkeys(keys)
+    return {**a, **anything} == {**b, **anything}
+
+
+def _score(trained: Trained, data: Data, records: Records, testing: Testing, within: Session) -> np.ndarray:
+    """Class probabilities [n, num_classes] float32, on every rank."""
+    return probabilities(score(trained, data, records, testing, within))
+
+
+def _predictions(
+    trained: Trained, split: str, records: Records, found: np.ndarray, made_from: dict[str, Any]
+) -> Predictions:
+    """Sorted by id, with the true classes that the network has."""
+    known = (records.labels >= 0) & (records.labels < len(trained.classes))
+    labels = np.where(known, records.labels, NO_LABEL)
+    return sort_by_id(Predictions(split, trained.classes, records.ids, found, labels, made_from))
+
+
+def hand_in(
+    predictions: Predictions, *, out: Path | None = None, submission: Path | None = None, sample: Path | None = None
+) -> list[str]:
+    """Write the files that are asked for, the submission in the form of the sample; sentences that say so.
+
+    Raises:
+        UserError: see `fastflower.evaluation.submission.labels_of`.
+    """
+    notes: list[str] = []
+    if submission:
+        ids, classes = predictions.ids.tolist(), predictions.classes
+        labels = labels_of(classes, ids, sample)
+        found = [labels[place] for place in predictions.likeliest.tolist()]
+        write_submission(submission, dict(zip(ids, found, strict=True)), set(ids), labels)
+        notes += filter(None, (f"Submission: {submission}", meaning(classes, labels)))
+    if out:
+        write_predictions(out, predictions)
+        notes.append(f"Predictions of {len(predictions.ids)} pictures: {out}")
+    return notes
+
+
+def predict_pictures(
+    run: Path,
+    paths: tuple[Path, ...],
+    testing: Testing,
+    console: Console,
+    *,
+    names: str | None = None,
+    out: Path | None = None,
+) -> tuple[Predictions, list[str]]:
+    """Class probabilities of picture files, in their order; a path is the id. A file of them where `out` names one.
+
+    Returns:
+        The predictions, and the names to show for the classes (`fastflower.data.names.display_names`).
+
+    Raises:
+        UserError: no such run, a file that is no picture that can be decoded, or names that are not the classes'.
+        Interrupted: a signal came.
+    """
+    trained = open_trained(run)
+    shown = display_names(trained.classes, names)
+    with session(trained, testing, console) as within:
+        with within.ranks.together():
+            if out and within.ranks.is_main:
+                require_writable(out)
+            records = picture_files(paths)
+        data = trained.data(None, None)
+        made_from = source(trained, data, records, testing, within)
+        found = _score(trained, data, records, testing, within)
+        predictions = Predictions("", trained.classes, records.ids, found, records.labels, made_from)
+        if out and within.ranks.is_main:
+            write_predictions(out, predictions)
+    return predictions, shown
+
+
+def likeliest(predictions: Predictions, shown: list[str]) -> list[str]:
+    """A line for each picture: its id, and the SHOWN likeliest classes with their probabilities."""
+    order = np.argsort(-predictions.probabilities, axis=1, kind="stable")[:, :SHOWN]
+    return [
+        f"{name}  " + "  ".join(f"{shown[k]} {row[k]:.1%}" for k in best)
+        for name, row, best in zip(predictions.ids, predictions.probabilities, order, strict=True)
+    ]
+
+
+def _require_ids(records: Records) -> None:
+    """Raise UserError naming the first record without an id, or with one that cannot be written as UTF-8."""
+    records.require("id")
+    for index, name in enumerate(records.ids.tolist()):
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:  # a file's name may be any bytes
+            raise UserError(f"{records.describe(index)!r} has a name that is not UTF-8: rename it.") from error

@@ -1,0 +1,168 @@
+"""Scores of records by a trained network: what evaluation, predictions, ensembles and folds start from."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fastflower.config import Data
+from fastflower.data.dataset import (
+    EvaluationBatches,
+    WholePictures,
+    choose_engine,
+    evaluation_batches,
+    whole_pictures,
+)
+from fastflower.data.records import Records
+from fastflower.data.selection import shapes_of
+from fastflower.errors import UserError
+from fastflower.evaluation.session import Session, Testing
+from fastflower.evaluation.trained_run import Planned, Trained
+from fastflower.evaluation.views import Scorer, Views
+from fastflower.runtime.checkpoint import first_non_finite, require_fit
+from fastflower.runtime.device import Precision, choose_precision
+from fastflower.runtime.distributed import Ranks
+from fastflower.training.metrics import Evaluation, EvaluationSums
+from fastflower.training.setup import build_network
+from fastflower.training.validate import outputs
+
+OTHER = "give another checkpoint, or train again with a lower train.lr"
+
+
+@torch.no_grad()
+def score(trained: Trained, data: Data, records: Records, testing: Testing, within: Session) -> np.ndarray:
+    """Scores [n, num_classes] float32 of all records, on every rank; their softmax is class probabilities.
+
+    By one crop they are the network's logits, by more views the logarithm of the mean probability.
+
+    Args:
+        trained: the run.
+        data: geometry and resources of the loader.
+        records: what to score.
+        testing: how.
+        within: where; the processes share the records.
+
+    Raises:
+        UserError: see `ready`; or a record cannot be decoded, or scores are not finite.
+        Interrupted: a rank got a signal.
+    """
+    views, device, ranks = testing.views, within.device, within.ranks
+    config = trained.config
+    network, shapes = ready(trained, data, records, testing, within)
+    precision = choose_precision(config.amp, config.amp_dtype, device)
+    scorer = views.scorer(network.eval(), data.crop, compiled=testing.compiled)
+    common = (trained.normalization, choose_engine(data, device, ranks), device, ranks)
+    size = testing.batch_size or config.train.batch_size
+    tables = []
+    for geometry in views.passes(data):
+        batches: EvaluationBatches | WholePictures
+        if shapes is None:
+            batches = evaluation_batches(geometry, records, *common, batch_size=size)
+        else:
+            batches = whole_pictures(geometry, records, shapes, *common, batch_size=size)
+        at = f" at {geometry.val_resize} pixels" if views.scales else ""
+        within.display.task(f"score{at}", len(range(ranks.rank, len(records), ranks.world_size)))
+        table = _one_pass(scorer, batches, len(trained.classes), precision, within)
+        sound = np.isfinite(table).all(axis=1)
+        if not sound.all():
+            first = records.describe(int(np.argmin(sound)))
+            raise UserError(
+                f"{trained.checkpoint} gives outputs that are not finite, in {precision}, and so no class, for "
+                f"{len(table) - sound.sum()} of {len(table)} records, the first being {first}: {OTHER}."
+            )
+        tables.append(table)
+    return tables[0] if len(tables) == 1 else _log_mean(tables)
+
+
+def ready(
+    planned: Planned, data: Data, records: Records, testing: Testing, within: Session
+) -> tuple[torch.nn.Module, np.ndarray | None]:
+    """What scoring needs and can be refused before the first picture is: the network, and [n, 2] the heights and widths
+    of the pictures where the views need them.
+
+    Args:
+        planned: the run; one that is not trained yet has seeded weights.
+        data: geometry and resources of the loader.
+        records: what to score.
+        testing: how.
+        within: where.
+
+    Raises:
+        UserError: views that do not fit the network or the pictures, a record that cannot be read, or weights that are
+            not finite.
+    """
+    views, config = testing.views, planned.config
+    views.check(data, config.model.name)
+    choose_engine(data, within.device, within.ranks)
+    shapes = None
+    with within.ranks.together():
+        if views.whole:
+            shapes = _shapes(data, records, views)
+    network = build_network(config, len(planned.classes), within.device, within.ranks)
+    if isinstance(planned, Trained):
+        if name := first_non_finite(planned.weights):
+            raise UserError(f"{planned.checkpoint} holds weights that are not finite ({name}): {OTHER}.")
+        require_fit(network, planned.weights, planned.checkpoint)
+        network.load_state_dict(planned.weights)
+    return network, shapes
+
+
+def _shapes(data: Data, records: Records, views: Views) -> np.ndarray:
+    """Heights and widths, [n, 2]; UserError where ten crops of a picture would be the same."""
+    shapes = shapes_of(records)
+    small = shapes.min(axis=1) <= data.crop
+    if views.crops > 1 and data.val_resize is None and small.any():
+        index = int(np.argmax(small))
+        height, width = shapes[index]
+        raise UserError(
+            f"{records.describe(index)} is {width}×{height} pixels, of which there are no ten crops of {data.crop}: "
+            "give larger stored sizes with --sizes, or --crops 1."
+        )
+    return shapes
+
+
+def _one_pass(
+    scorer: Scorer,
+    batches: EvaluationBatches | WholePictures,
+    classes: int,
+    precision: Precision,
+    within: Session,
+) -> np.ndarray:
+    """[n, classes] float32, gathered from all ranks."""
+    indices, scores = [], []
+    together = within.ranks.lockstep(batches.once(), within.signals)
+    for batch, found in outputs(scorer, together, device=within.device, precision=precision):
+        indices.append(batch.indices)
+        scores.append(found.float())
+        within.display.advance(len(batch.indices))
+    mine = (np.concatenate(indices), torch.cat(scores).cpu().numpy()) if scores else None
+    table = np.full((len(batches.loader.records), classes), np.nan, np.float32)
+    for part in within.ranks.gather(mine):
+        if part:
+            table[part[0]] = part[1]
+    return table
+
+
+def _log_mean(tables: list[np.ndarray]) -> np.ndarray:
+    """Logarithm of the mean of the probabilities whose logarithms are given."""
+    return (np.logaddexp.reduce(np.stack(tables).astype(np.float64)) - np.log(len(tables))).astype(np.float32)
+
+
+def probabilities(scores: np.ndarray) -> np.ndarray:
+    """Softmax of scores: [n, num_classes] float32, whose first greatest is that of the scores."""
+    return to_single(torch.from_numpy(scores).double().softmax(1).numpy(), scores.argmax(axis=1))
+
+
+def to_single(values: np.ndarray, best: np.ndarray) -> np.ndarray:
+    """Float64 [n, C] as float32, with `best` [n], each row's greatest, still the first of the greatest ones."""
+    single = values.astype(np.float32)
+    lost = np.flatnonzero(single.argmax(axis=1) != best)  # rounding has made an earlier one equal
+    single[lost, best[lost]] = np.nextafter(single[lost].max(axis=1), np.float32(np.inf))
+    return single
+
+
+def figures(scores: np.ndarray, labels: np.ndarray) -> Evaluation:
+    """Loss, top-1, top-5 and macro F1 of scores [n, num_classes] against labels [n]."""
+    sums = EvaluationSums(scores.shape[1], torch.device("cpu"))
+    sums.add(torch.from_numpy(scores), torch.from_numpy(labels))
+    return sums.result(Ranks())

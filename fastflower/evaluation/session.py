@@ -1,0 +1,130 @@
+"""What everything after training works on: the records of a split, and the processes that look at them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from fastflower.config import Data
+from fastflower.data.contents import require_pictures
+from fastflower.data.identity import identity
+from fastflower.data.records import Records, miscounted
+from fastflower.data.selection import largest_of_each
+from fastflower.data.splits import leave_out, load_records
+from fastflower.evaluation.trained_run import Planned, TestSizes, Trained, weights_digest
+from fastflower.evaluation.views import Views
+from fastflower.files import to_json
+from fastflower.runtime.device import choose_device, choose_precision
+from fastflower.runtime.distributed import Ranks, processes
+from fastflower.runtime.launcher import local_rank
+from fastflower.runtime.progress import Display
+from fastflower.runtime.signals import Signals
+
+SHOWN = 5  # ids that are there twice, on screen
+
+
+@dataclass(frozen=True)
+class Testing:
+    """What to test a run on, and how, where not as it was validated."""
+
+    roots: tuple[Path, ...] | None = None  # data folders; None = the run's
+    sizes: TestSizes | None = None  # stored sizes to take; None: see `load_split`
+    views: Views = field(default_factory=Views)
+    device: Literal["run", "auto", "cpu", "cuda"] = "run"
+    batch_size: int | None = None  # crops at once, over all ranks; None = as in training
+    compiled: bool = False  # by torch.compile
+
+
+@dataclass(frozen=True)
+class Session:
+    """Where scores are computed, by which processes, and who is told."""
+
+    device: torch.device
+    ranks: Ranks
+    signals: Signals
+    display: Display
+
+
+@contextlib.contextmanager
+def session(trained: Trained, testing: Testing, console: Console) -> Iterator[Session]:
+    """Join the other processes, listen to signals and show progress until the block ends.
+
+    Raises:
+        UserError: a GPU is asked for and there is none.
+    """
+    choice = trained.config.device if testing.device == "run" else testing.device
+    device = choose_device(choice, local_rank())
+    with (
+        processes(device) as ranks,
+        Signals() as signals,
+        Display(console, shown=ranks.is_main) as display,
+    ):
+        yield Session(device, ranks, signals, display)
+
+
+def load_split(planned: Planned, split: str, testing: Testing, within: Session, *, once: bool) -> tuple[Data, Records]:
+    """The records to score, and how they are loaded.
+
+    Args:
+        planned: the run, trained or not.
+        split: train, val or test.
+        testing: which data.
+        within: where.
+        once: take each picture once, from its largest record; unless `testing` names sizes, of all that are stored, or,
+            where stored pictures are cropped as they are, of those that the run was validated at.
+
+    Raises:
+        UserError: bad data, or data that does not fit the run.
+    """
+    stored_as_is = planned.config.data.val_resize is None and not testing.views.scales
+    sizes: TestSizes | None = testing.sizes or ("all" if once and not stored_as_is else None)
+    data = planned.data(testing.roots, sizes)
+    with within.ranks.main_first():
+        read = within.display.follow("read pictures")
+        records = load_records(replace(data, skip=None), split, planned.classes, planned.config.seed, read)
+        if data.skip:
+            everything, records = records, leave_out(records, data.skip)
+            if left := len(everything) - len(records):
+                within.display.say(f"Left out {left} records of {split} that {data.skip} lists.")
+        if once:
+            records, again = largest_of_each(records)
+            for note in again[:SHOWN]:
+                within.display.say(note)
+            if len(again) > SHOWN:
+                within.display.say(f"… and {len(again) - SHOWN} more ids that are there more than once.")
+        for note in miscounted(records):
+            within.display.say(note)
+        require_pictures([records], read)
+    return data, records
+
+
+def source(trained: Trained, data: Data, records: Records, testing: Testing, within: Session) -> dict[str, Any]:
+    """What a result says of where it comes from, as JSON has it: network, pictures (by their bytes), and views.
+
+    Two results of which this is the same, but for the precision, are of the same weights and the same input.
+
+    Raises:
+        UserError: a record cannot be read.
+    """
+    found, config = None, trained.config
+    with within.ranks.together():
+        if within.ranks.is_main:
+            found = asdict(identity(records, within.display.follow("read the pictures")))
+    made_from = {
+        "run": trained.folder.name,
+        "weights": weights_digest(trained),
+        "model": config.model.name,
+        "records": within.ranks.gather(found)[0],
+        "views": asdict(testing.views),
+        "geometry": {"crop": data.crop, "val_resize": data.val_resize},
+        "normalization": asdict(trained.normalization),
+        "precision": str(choose_precision(config.amp, config.amp_dtype, within.device)),
+    }
+    return json.loads(to_json(made_from))

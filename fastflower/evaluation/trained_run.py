@@ -1,0 +1,86 @@
+"""A trained run as everything after training takes it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from fastflower.config import Config, Data, build
+from fastflower.data.pipeline import Normalization
+from fastflower.errors import UserError
+from fastflower.runtime.checkpoint import load_checkpoint, normalization_of, weights_of
+from fastflower.runtime.run_folder import RunFolder
+from fastflower.training.setup import absolute
+
+TestSizes = Literal["all"] | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What is known of a run before it is trained, by which its data is looked at."""
+
+    config: Config
+    classes: list[str]
+
+    def data(self, roots: tuple[Path, ...] | None, sizes: TestSizes | None) -> Data:
+        """The run's data, in other folders or at other stored sizes where they are given.
+
+        What the run leaves out (data.skip) is listed by file, and so not left out of folders that it does not know.
+        """
+        data = self.config.data
+        if sizes is not None:
+            data = replace(data, sizes=sizes)
+        if roots is None:
+            return data
+        known = set(data.root or ())
+        data = absolute(replace(data, root=roots))
+        return data if known.issuperset(data.root or ()) else replace(data, skip=None)
+
+
+@dataclass(frozen=True)
+class Trained(Planned):
+    """A checkpoint and what belongs to it."""
+
+    checkpoint: Path
+    normalization: Normalization
+    weights: dict[str, torch.Tensor]
+
+    @property
+    def folder(self) -> Path:
+        """The run's; of a checkpoint that lies elsewhere, the one that it lies in."""
+        parent = self.checkpoint.absolute().parent
+        return parent.parent if parent.name == "checkpoints" else parent
+
+    def result(self, path: Path) -> Path:
+        """Where a result of this checkpoint goes, as `path` of its folder; of the best one just there, of another one
+        with the checkpoint's name in it.
+        """
+        if self.checkpoint.absolute() == RunFolder(self.folder).best:
+            return path
+        return path.with_name(f"{path.stem}-{self.checkpoint.stem}{path.suffix}")
+
+
+def open_trained(run: Path) -> Trained:
+    """The best checkpoint of a run folder, or a checkpoint file.
+
+    Raises:
+        UserError: no such run or checkpoint.
+    """
+    path = run if run.is_file() else RunFolder(run).best
+    if not path.is_file():
+        raise UserError(f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file.")
+    saved = load_checkpoint(path)
+    config = build(saved["config"], str(path))
+    return Trained(config, saved["classes"], path, normalization_of(saved), weights_of(saved))
+
+
+def weights_digest(trained: Trained) -> str:
+    """Tells the weights apart from those of any other checkpoint."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in trained.weights.items():
+        digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

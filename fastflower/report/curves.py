@@ -1,0 +1,264 @@
+"""Pictures that compare runs: told apart by marker and lightness, so that they can be read in grayscale."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+
+from fastflower.evaluation.plots import LONGEST_NAME, save_figure, short
+from fastflower.report.history import History, median
+
+MARKERS = "osD^P*Xph<"  # none like the mark of a learning-rate drop
+MARKED = 10  # places on a curve, about
+TRAIN: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.9}
+VAL: dict[str, Any] = {"linestyle": "-", "linewidth": 2.2}
+MARK: dict[str, Any] = {"markeredgecolor": "black", "linestyle": "none"}
+DROP: dict[str, Any] = {"marker": "v", "markersize": 10, "markerfacecolor": "white", **MARK}
+RING: dict[str, Any] = {"marker": "o", "markersize": 13, "markerfacecolor": "none", **MARK}
+LARGEST = 1500  # points², of the bubble with most parameters
+BARS: tuple[dict[str, Any], ...] = (
+    {"facecolor": "0.5", "edgecolor": "black"},
+    {"facecolor": "0.8", "edgecolor": "black", "hatch": "///"},
+    {"facecolor": "white", "edgecolor": "black", "hatch": "xxx"},
+)
+CONTENDERS = dict(zip(("fastflower", "others", "decoder alone"), BARS, strict=True))
+# settings of a result that do not change what is measured, or that its name tells
+UNIMPORTANT = frozenset({"out", "csv", "peers", "models", "compile"})
+
+
+def plot_curves(runs: Sequence[History]) -> Figure:
+    """Loss and accuracy over the epochs, of training and validation, with the drops of the learning rate."""
+    figure = Figure(figsize=(12, 5.5), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    for axes, what, scale in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+        for number, run in enumerate(runs):
+            train, val = scale * getattr(run, f"train_{what}"), scale * getattr(run, f"val_{what}")
+            _curve(axes, run, train, number, len(runs), markersize=4, markerfacecolor="white", **TRAIN)
+            _curve(axes, run, val, number, len(runs), markersize=6, **VAL)
+            dropped = np.isin(run.epochs, run.drops())
+            axes.plot(run.epochs[dropped], np.where(np.isnan(val), train, val)[dropped], zorder=3, **DROP)
+    loss.set_ylabel("loss (cross-entropy, nats)")
+    loss.set_yscale("log")
+    low, high = loss.get_ylim()
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
+    loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    accuracy.set_ylabel("top-1 accuracy (%)")
+    kinds = [Line2D([], [], color="0.4", **TRAIN, label="training"), Line2D([], [], color="0.4", **VAL)]
+    kinds[1].set_label("validation")
+    if any(run.drops() for run in runs):
+        kinds.append(Line2D([], [], **DROP, label="learning rate drops"))
+    _over_epochs(figure, runs, kinds)
+    return figure
+
+
+def plot_accuracy(runs: Sequence[History], levels: Sequence[float]) -> Figure:
+    """Validation accuracy over the epochs (training's, where nothing validates), with a ring where it first reaches
+    each of the levels, which are shares.
+    """
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.add_subplot()
+    for number, run in enumerate(runs):
+        values, style = (run.val_accuracy, VAL) if run.best else (run.train_accuracy, TRAIN)
+        _curve(axes, run, 100 * values, number, len(runs), markersize=6, **style)
+        reached = np.isin(run.epochs, [run.first_at(level) or 0 for level in levels])
+        axes.plot(run.epochs[reached], 100 * run.val_accuracy[reached], zorder=3, **RING)
+    for level in levels:
+        axes.axhline(100 * level, color="0.6", linestyle=":", linewidth=1)
+    axes.set_ylabel("top-1 accuracy (%)")
+    kinds = [Line2D([], [], color="0.4", **VAL, label="validation")] if any(run.best for run in runs) else []
+    if not all(run.best for run in runs):
+        kinds.append(Line2D([], [], color="0.4", **TRAIN, label="training, without validation"))
+    if levels:
+        kinds.append(Line2D([], [], **RING, label=f"first at {', '.join(f'{100 * level:.3g}' for level in levels)} %"))
+    _over_epochs(figure, runs, kinds)
+    return figure
+
+
+def plot_bubbles(
+    runs: Sequence[History], costs: Sequence[float | None], params: Sequence[int | None], label: str
+) -> Figure | None:
+    """Best validation accuracy against a cost (one of each run, in the unit that `label` names).
+
+    The area of a bubble is the network's number of parameters. Runs of which something is not known are left out; None
+    where that leaves none.
+    """
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.add_subplot()
+    shown, most = [], max((each for each in params if each), default=0)
+    for number, (run, cost, size) in enumerate(zip(runs, costs, params, strict=True)):
+        if not (run.best and cost and size):
+            continue
+        look, accuracy = _look(number, len(runs)), 100 * run.best[0]
+        axes.scatter(cost, accuracy, LARGEST * size / most, color="0.6", alpha=0.4, edgecolors="black", zorder=2)
+        axes.plot(cost, accuracy, **look, zorder=3)
+        text = f"{short(run.name, LONGEST_NAME)}, {size / 1e6:.3g} M"
+        shown.append(Line2D([], [], **look, linestyle="none", label=text))
+    axes.margins(0.2)
+    axes.set_xlabel(label)
+    axes.set_ylabel("best top-1 validation accuracy (%)")
+    axes.set_title("area: parameters (millions, M)", fontsize=10)
+    _finish(figure, shown)
+    return figure if shown else None
+
+
+def plot_epoch_time(runs: Sequence[History]) -> Figure:
+    """Seconds of an epoch in training and validation and, in a bar of its own, how many of them were waiting for data;
+    medians over the epochs.
+    """
+    figure = Figure(figsize=(9, 0.8 * len(runs) + 1.4), layout="constrained")
+    axes = figure.add_subplot()
+    _label_rows(axes, [run.name for run in runs])
+    rows = np.arange(len(runs))
+    parts = [(run.training_s, run.epoch_s - run.training_s, run.epoch_s, run.waited_s) for run in runs]
+    medians = np.array([[median(part) for part in of_run] for of_run in parts], np.float64)  # NaN draws nothing
+    training, validation, whole, waited = medians.T
+    known = ~np.isnan(training)
+    axes.barh(rows, training, 0.5, label="training", **BARS[0])
+    axes.barh(rows, validation, 0.5, training, label="validation", **BARS[1])
+    if not known.all():
+        axes.barh(rows[~known], whole[~known], 0.5, label="training and validation", color="0.65", edgecolor="black")
+    if not np.isnan(waited).all():
+        axes.barh(rows + 0.37, waited, 0.2, label="of it waiting for data", **BARS[2])
+    totals = np.where(known, training + validation, whole)
+    _write_at_ends(axes, totals, [f"{total:.3g} s" for total in totals])
+    axes.set_xlabel("seconds an epoch (median)")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def plot_throughput(results: Sequence[Mapping[str, Any]]) -> Figure:
+    """Pictures a second of each contender of `bench/throughput.py`, with the range of its repeats.
+
+    Each mode, and of a mode each machine, kind of pass and settings, has a panel. Of results for the same the last one
+    is shown.
+    """
+    differing = _differing(results)
+    panels: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for result in results:
+        name, what = result["name"], ""
+        if result["mode"] == "model":
+            name, _, what = name.rpartition(", ")
+        machine = f"{result['machine']['gpu'] or result['machine']['cpu']}, {result['machine']['cores']} cores"
+        settings = _settings(result["settings"], differing[result["mode"]])
+        title = ", ".join(filter(None, (f"{result['mode']}: {machine}", what, *settings)))
+        panels.setdefault(title, {})[name] = result
+    columns = min(2, len(panels))
+    pairs = [list(panels.items())[start : start + columns] for start in range(0, len(panels), columns)]
+    heights = [0.27 * max(len(panel) for _, panel in pair) + 0.8 for pair in pairs]  # inches
+    figure = Figure(figsize=(7.5 * columns, sum(heights) + 0.4), layout="constrained")
+    grid = figure.subplots(len(pairs), columns, squeeze=False, height_ratios=heights)
+    for all_axes, pair in zip(grid, pairs, strict=True):
+        for axes, (title, panel) in zip(all_axes, pair, strict=False):
+            _plot_rates(axes, panel)
+            axes.set_title(title, fontsize=9, parse_math=False)
+        for axes in all_axes[len(pair) :]:
+            axes.set_axis_off()
+    kinds = {_kind(result) for result in results}
+    looks = [Patch(label=kind, **look) for kind, look in CONTENDERS.items() if kind in kinds]
+    figure.legend(handles=looks, loc="outside lower center", ncols=3, frameon=False)
+    return figure
+
+
+def _plot_rates(axes: Axes, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    rates = np.array([row["images_per_s"] for row in rows.values()])
+    spread = np.abs(np.array([row["spread"] for row in rows.values()]).T - rates)  # below and above
+    for place, (rate, row) in enumerate(zip(rates, rows.values(), strict=True)):
+        axes.barh(place, rate, 0.7, **CONTENDERS[_kind(row)])
+    axes.errorbar(rates, range(len(rows)), xerr=spread, fmt="none", ecolor="black", capsize=3)
+    _write_at_ends(axes, rates + spread[1], [f"{rate:,.0f}" for rate in rates])
+    _label_rows(axes, list(rows))
+    axes.set_xlabel("images/s")
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """Whose result it is: one of CONTENDERS."""
+    name = row["name"]
+    if "decode only" in name:
+        return "decoder alone"
+    ours = name.startswith("fastflower") if row["mode"] == "loader" else " of " not in name
+    return "fastflower" if ours else "others"
+
+
+def write_picture(path: Path, figure: Figure) -> None:
+    """Write PATH.png and PATH.svg."""
+    for format in ("png", "svg"):
+        save_figure(path.with_name(f"{path.name}.{format}"), figure, format)
+
+
+def _curve(axes: Axes, run: History, values: np.ndarray, number: int, runs: int, **style: Any) -> None:
+    """One run's values ([E]; gaps where NaN); marked at about MARKED epochs, which are not the same for all runs."""
+    every = -(-len(run.epochs) // MARKED)
+    axes.plot(run.epochs, values, **_look(number, runs), markevery=(number * every // runs, every), **style)
+
+
+def _look(number: int, runs: int) -> dict[str, Any]:
+    """Color and marker of a run, by its number among the runs."""
+    color = colormaps["viridis"](0.85 * number / max(runs - 1, 1))
+    return {"color": color, "marker": MARKERS[number % len(MARKERS)]}
+
+
+def _over_epochs(figure: Figure, runs: Sequence[History], kinds: Sequence[Line2D]) -> None:
+    """Epochs below, and a legend of the runs and of the kinds of lines."""
+    for axes in figure.axes:
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    shown = [
+        Line2D([], [], linewidth=2, **_look(number, len(runs)), label=short(run.name, LONGEST_NAME))
+        for number, run in enumerate(runs)
+    ]
+    _finish(figure, [*shown, *kinds])
+
+
+def _finish(figure: Figure, handles: Sequence[Line2D]) -> None:
+    """A grid, and a legend below."""
+    for axes in figure.axes:
+        axes.grid(color="0.9")
+        axes.set_axisbelow(True)
+    columns = 2 + len(figure.axes)
+    legend = figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
+
+
+def _label_rows(axes: Axes, names: Sequence[str]) -> None:
+    """Names of horizontal bars, from the top; room for a figure at their ends."""
+    axes.set_yticks(range(len(names)), [short(name, LONGEST_NAME) for name in names], parse_math=False)
+    axes.invert_yaxis()
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _write_at_ends(axes: Axes, ends: np.ndarray, texts: Sequence[str]) -> None:
+    """A text beyond the end of each horizontal bar; none at NaN."""
+    for row in np.flatnonzero(~np.isnan(ends)).tolist():
+        axes.annotate(texts[row], (ends[row], row), (4, 0), textcoords="offset points", va="center", fontsize=9)
+
+
+def _differing(results: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
+    """Of each mode the settings that are not the same in all of its results."""
+    first: dict[tuple[str, str], Any] = {}
+    found: dict[str, set[str]] = {result["mode"]: set() for result in results}
+    for result in results:
+        for key, value in result["settings"].items():
+            if key not in UNIMPORTANT and first.setdefault((result["mode"], key), value) != value:
+                found[result["mode"]].add(key)
+    return found
+
+
+def _settings(settings: Mapping[str, Any], chosen: Collection[str]) -> list[str]:
+    """The chosen ones in words: "sizes 192"."""
+    return [
+        f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in settings.items()
+        if key in chosen
+    ]

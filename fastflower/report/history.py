@@ -1,0 +1,191 @@
+"""What a run's logs say of each epoch: those of a run folder, or any TensorBoard events with the same tags."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastflower.config import build, load_yaml
+from fastflower.errors import UserError
+from fastflower.runtime.run_folder import RunFolder, read_rows
+
+TAGS = {
+    "loss/train": "train_loss",
+    "loss/val": "val_loss",
+    "accuracy/train": "train_accuracy",
+    "accuracy/val": "val_accuracy",
+    "lr": "lr",
+    "images_per_s": "images_per_s",
+}
+REQUIRED = list(TAGS)[:4]  # at least one of them makes a folder of events a run
+DROP = 2  # the learning rate drops where it is divided by at least this
+ROUNDING = 1e-6  # TensorBoard keeps float32, in which 0.7 is a little less
+TOGETHER_S = 0.1  # events this close say nothing about the time of what they report
+
+Row = Mapping[str, float | None]
+
+
+@dataclass(frozen=True)
+class History:
+    """The figures of a run's epochs; each array is [E] float64, with NaN where a figure was not measured."""
+
+    path: Path
+    name: str  # to show; no other run of the report has it
+    epochs: np.ndarray  # [E] int64, rising, the first is 1
+    lr: np.ndarray
+    train_loss: np.ndarray
+    train_accuracy: np.ndarray
+    val_loss: np.ndarray
+    val_accuracy: np.ndarray
+    images_per_s: np.ndarray  # in training
+    epoch_s: np.ndarray  # seconds, training and validation
+    training_s: np.ndarray  # seconds
+    waited_s: np.ndarray  # seconds of training and validation in which the next batch was waited for
+
+    @property
+    def best(self) -> tuple[float, int] | None:
+        """Highest validation accuracy and the first epoch that has it; None without validation."""
+        if np.isnan(self.val_accuracy).all():
+            return None
+        place = np.nanargmax(self.val_accuracy)
+        return float(self.val_accuracy[place]), int(self.epochs[place])
+
+    def first_at(self, accuracy: float) -> int | None:
+        """The first epoch whose validation accuracy is at least this; None if there is none."""
+        reached = self.epochs[self.val_accuracy >= accuracy - ROUNDING]
+        return int(reached[0]) if len(reached) else None
+
+    def drops(self) -> list[int]:
+        """Epochs that begin at a learning rate of half the last one's or less.
+
+        The rate must have stood still before or after: a cosine also halves from epoch to epoch, at its end.
+        """
+        same = np.concatenate([[False], self.lr[1:] == self.lr[:-1], [False]])  # as the epoch before; padded
+        fell = (self.lr[1:] <= self.lr[:-1] / DROP) & ~same[1:-1]
+        return self.epochs[1:][fell & (same[:-2] | same[2:])].tolist()
+
+
+def median(values: np.ndarray) -> float | None:
+    """Of the measured ones of [E] values; None if there are none."""
+    measured = values[~np.isnan(values)]
+    return float(np.median(measured)) if len(measured) else None
+
+
+def last(values: np.ndarray) -> float | None:
+    """The last measured one of [E] values; None if there are none."""
+    measured = values[~np.isnan(values)]
+    return float(measured[-1]) if len(measured) else None
+
+
+def read_histories(folders: Sequence[Path]) -> list[History]:
+    """The runs in these folders, in their order; a folder that is given twice counts once.
+
+    Their names are the folders', with as many of the folders above as tell equal ones apart.
+
+    Raises:
+        UserError: a folder holds no figures of any epoch, or a config.yaml that cannot be read.
+    """
+    paths = list(dict.fromkeys(folder.resolve() for folder in folders))
+    return [read_history(path, _name(path, paths)) for path in paths]
+
+
+def _name(path: Path, paths: Iterable[Path]) -> str:
+    others = [other for other in paths if other != path]
+    for depth in count(1):
+        name = path.parts[-depth:]
+        if all(other.parts[-depth:] != name for other in others):
+            return "/".join(name)
+    raise AssertionError  # different paths differ somewhere
+
+
+def read_history(path: Path, name: str) -> History:
+    """A run's metrics.jsonl or, where it has none, its TensorBoard events.
+
+    Raises:
+        UserError: the folder holds no figures of any epoch, or a config.yaml that cannot be read.
+    """
+    rows = _metrics_rows(RunFolder(path)) or _event_rows(path)
+    if not rows:
+        raise UserError(
+            f"{path} holds no metrics.jsonl with a finished epoch and no TensorBoard events with a tag of "
+            f"{', '.join(REQUIRED)}: give the folder of a run."
+        )
+    figures = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_s", "epoch_s")
+    arrays = {key: _column(rows.values(), key) for key in (*figures, "training_s", "waited_s")}
+    return History(path, name, np.array(list(rows)), **arrays)
+
+
+def _column(rows: Iterable[Row], key: str) -> np.ndarray:
+    return np.array([row.get(key) for row in rows], np.float64)  # None becomes NaN
+
+
+def _metrics_rows(folder: RunFolder) -> dict[int, Row]:
+    """Rows of metrics.jsonl by epoch from 1."""
+    rows: dict[int, dict[str, Any]] = {row["epoch"]: row for row in read_rows(folder.metrics)}
+    batch = None
+    if rows and folder.config.is_file():
+        batch = build(load_yaml(folder.config), str(folder.config)).train.batch_size
+    done = {0: 0} | {epoch: row["step"] for epoch, row in rows.items()}
+    steps = {epoch: done[epoch] - done[epoch - 1] for epoch in rows if epoch - 1 in done}
+    for epoch, row in rows.items():
+        # the batch is that of the last epoch; one of another number of steps had another
+        if batch and epoch in steps and steps[epoch] == steps.get(max(rows)):
+            row["training_s"] = _training_s(row, steps[epoch] * batch)
+        if row.get("data_wait") is not None and row.get("epoch_s") is not None:
+            row["waited_s"] = row["data_wait"] * row["epoch_s"]
+    return dict(rows)
+
+
+def _training_s(row: Row, pictures: int) -> float | None:
+    """Seconds of an epoch's training, from its rate; None where an epoch that was resumed in its middle did less."""
+    seconds = pictures / (row.get("images_per_s") or float("inf"))
+    return seconds if 0 < seconds <= (row.get("epoch_s") or 0) else None
+
+
+def _event_rows(path: Path) -> dict[int, Row]:
+    """The same from TensorBoard's events; of two at one step the later one counts.
+
+    An epoch's time is that between its last event and the last one of the epoch before; its training ends with
+    training's event, where validation's did not come at the same moment.
+    """
+    events = {TAGS[tag]: found for tag, found in _read_events(path).items()}
+    if not any(TAGS[tag] in events for tag in REQUIRED):
+        return {}
+    rows: dict[int, dict[str, float | None]] = defaultdict(dict)
+    times: dict[int, dict[str, float]] = defaultdict(dict)
+    for key, found in events.items():
+        for step, time, value in found:
+            rows[step][key], times[step][key] = value, time
+    for step in rows.keys() & {step + 1 for step in rows}:
+        began, ended = max(times[step - 1].values()), max(times[step].values())
+        rows[step]["epoch_s"] = ended - began
+        trained = times[step].get("train_loss", ended)
+        if ended - trained > TOGETHER_S:
+            rows[step]["training_s"] = trained - began
+    first = 1 if 0 in rows else 0  # earlier versions counted from 0
+    return {step + first: rows[step] for step in sorted(rows)}
+
+
+def _read_events(path: Path) -> dict[str, list[tuple[int, float, float]]]:
+    """(step, seconds since 1970, value) of the tags that a folder's event files hold, in the order of writing."""
+    if not any(path.glob("*tfevents*")):
+        return {}
+    from tensorboard.backend.event_processing.event_accumulator import SCALARS, TENSORS, EventAccumulator
+    from tensorboard.util.tensor_util import make_ndarray
+
+    accumulator = EventAccumulator(str(path), size_guidance={SCALARS: 0, TENSORS: 0})  # 0 = keep all
+    accumulator.Reload()
+    events = {}
+    for tag in TAGS.keys() & accumulator.Tags()[SCALARS]:
+        events[tag] = [(event.step, event.wall_time, event.value) for event in accumulator.Scalars(tag)]
+    for tag in TAGS.keys() & accumulator.Tags()[TENSORS]:  # where TensorFlow 2 keeps scalars
+        events[tag] = [
+            (event.step, event.wall_time, float(make_ndarray(event.tensor_proto))) for event in accumulator.Tensors(tag)
+        ]
+    return events

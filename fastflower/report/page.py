@@ -1,0 +1,256 @@
+"""Runs side by side: a table, who converges first, and pictures, as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+import base64
+import importlib.resources
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from rich.table import Column, Table
+from rich.text import Text
+
+from fastflower.errors import UserError
+from fastflower.evaluation.trained_run import open_trained
+from fastflower.files import atomic_write
+from fastflower.flops import Cost, count
+from fastflower.models import create_model
+from fastflower.report.curves import (
+    plot_accuracy,
+    plot_bubbles,
+    plot_curves,
+    plot_epoch_time,
+    plot_throughput,
+    write_picture,
+)
+from fastflower.report.history import History, last, median, read_histories
+
+LEVELS = (0.5, 0.6, 0.7)  # validation accuracies that runs are compared at
+FORMATS = {  # of a column's figures; the others are whole numbers
+    "best val accuracy": ".1%",
+    "final val accuracy": ".1%",
+    "final train accuracy": ".1%",
+    "seconds an epoch": ",.1f",
+    "images/s": ",.1f",
+    "params (M)": ".2f",
+    "MACs (G)": ".2f",
+}
+
+Figures = Mapping[str, float | None]  # a run's row of the table: what is shown under each heading, None = not known
+
+
+class Picture(NamedTuple):
+    """A figure on the page, and NAME.png and NAME.svg beside it."""
+
+    name: str
+    caption: str
+    figure: Figure | None  # None: what it would show is not known
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, and the page that holds it."""
+
+    rows: dict[str, Figures]  # by the run's name
+    sentences: list[str]
+    page: Path
+
+
+def write_report(folders: Sequence[Path], out: Path, throughput: Path | None = None) -> Report:
+    """Compare runs in a folder: report.html, which holds everything, and each picture as a PNG and an SVG file.
+
+    Args:
+        folders: run folders, or folders of TensorBoard events with the same tags.
+        out: made if it is not there; an earlier report in it is replaced.
+        throughput: results of bench/throughput.py to draw too.
+
+    Raises:
+        UserError: a folder holds no run, or `throughput` is no such file.
+    """
+    runs = read_histories(folders)
+    costs = [_cost(run) for run in runs]
+    results = read_throughput(throughput) if throughput else []
+    rows = {run.name: figures(run, cost) for run, cost in zip(runs, costs, strict=True)}
+    sentences = convergence(runs)
+    pictures = _draw(runs, costs, results)
+    for picture in pictures:
+        if picture.figure:
+            write_picture(out / picture.name, picture.figure)
+        else:  # an earlier report's
+            for ending in ("png", "svg"):
+                (out / f"{picture.name}.{ending}").unlink(missing_ok=True)
+    page = out / "report.html"
+    with atomic_write(page) as file:
+        file.write(_page(rows, sentences, [picture for picture in pictures if picture.figure], out).encode())
+    return Report(rows, sentences, page)
+
+
+def figures(run: History, cost: Cost | None) -> Figures:
+    """A run's row of the table; accuracies are shares."""
+    accuracy, epoch = run.best or (None, None)
+    return {
+        "epochs": int(run.epochs[-1]),
+        "best val accuracy": accuracy,
+        "at epoch": epoch,
+        "final val accuracy": last(run.val_accuracy),
+        "final train accuracy": last(run.train_accuracy),
+        **{f"epochs to {_percent(level)}": run.first_at(level) for level in LEVELS},
+        "seconds an epoch": median(run.epoch_s),
+        "images/s": median(run.images_per_s),
+        "params (M)": cost.params / 1e6 if cost else None,
+        "MACs (G)": cost.macs / 1e9 if cost else None,
+    }
+
+
+def levels(runs: Sequence[History]) -> list[float]:
+    """Validation accuracies to compare runs at: LEVELS, and the highest that all of several runs reach.
+
+    The latter is rounded down to tenths of a percent. Runs without validation do not count.
+    """
+    best = [run.best[0] for run in runs if run.best]
+    common = math.floor(1000 * min(best)) / 1000 if len(best) > 1 else 0
+    return sorted({*LEVELS, common} - {0}) if best else []
+
+
+def convergence(runs: Sequence[History]) -> list[str]:
+    """A sentence for each of the levels: which run reaches it first, and how many epochs before each other one."""
+    return [_compare([run for run in runs if run.best], level) for level in levels(runs)]
+
+
+def _compare(runs: Sequence[History], level: float) -> str:
+    at = {run.name: epoch for run in runs if (epoch := run.first_at(level))}
+    if not at:
+        return f"No run reaches {_percent(level)}."
+    first = min(at.values())
+    leaders = [name for name, epoch in at.items() if epoch == first]
+    behind = sorted((epoch - first, name) for name, epoch in at.items() if epoch > first)
+    never = [run.name for run in runs if run.name not in at]
+    text = f"{_list(leaders)} reach{'' if len(leaders) > 1 else 'es'} {_percent(level)} after {first} epoch"
+    text += ("s" if first > 1 else "") + "".join(f", {epochs} before {name}" for epochs, name in behind)
+    return text + (f"; {_list(never)} never {'do' if len(never) > 1 else 'does'}." if never else ".")
+
+
+def _list(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
+
+
+def table(rows: Mapping[str, Figures]) -> Table:
+    """For a terminal, which is narrow: a column for each run, without what is known of none."""
+    grid = Table(Column("", no_wrap=True), *(Column(Text(name, overflow="fold"), justify="right") for name in rows))
+    for heading in next(iter(rows.values())):
+        values = [row[heading] for row in rows.values()]
+        if any(value is not None for value in values):
+            grid.add_row(heading, *(_shown(heading, value) for value in values))
+    return grid
+
+
+def _shown(heading: str, value: float | None) -> str:
+    return "–" if value is None else format(value, FORMATS.get(heading, "d"))
+
+
+def read_throughput(path: Path) -> list[dict[str, Any]]:
+    """Results of bench/throughput.py, in the file's order, without what was missing.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no such result.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): give a file that bench/throughput.py --out wrote."
+        ) from error
+    results = []
+    for number, line in enumerate(lines, 1):
+        try:
+            result = json.loads(line)
+            if "missing" in result:
+                continue
+            complete = result.keys() >= {"mode", "name", "images_per_s", "spread", "settings", "machine"}
+        except (ValueError, AttributeError):
+            complete = False
+        if not complete:
+            raise UserError(f"{path}: line {number} is no result of bench/throughput.py: give the file of its --out.")
+        results.append(result)
+    if not results:
+        raise UserError(f"{path} holds no results: give a file that bench/throughput.py --out wrote.")
+    return results
+
+
+def _draw(runs: Sequence[History], costs: Sequence[Cost | None], results: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    """All pictures, those of which nothing is known without a figure."""
+    params = [cost.params if cost else None for cost in costs]
+    macs = [cost.macs / 1e9 if cost else None for cost in costs]
+    rates = [median(run.images_per_s) for run in runs]
+    timed = any(median(run.epoch_s) for run in runs)
+    return [
+        Picture("curves", "Loss (logarithmic) and accuracy over the epochs.", plot_curves(runs)),
+        Picture("accuracy", "Which run reaches an accuracy first.", plot_accuracy(runs, levels(runs))),
+        Picture(
+            "accuracy_macs",
+            "Accuracy against the multiply-adds of one picture's forward pass.",
+            plot_bubbles(runs, macs, params, "multiply-adds a picture (GMACs)"),
+        ),
+        Picture(
+            "accuracy_speed",
+            "Accuracy against the speed of training.",
+            plot_bubbles(runs, rates, params, "images/s in training"),
+        ),
+        Picture("epoch_time", "What an epoch's time is spent on.", plot_epoch_time(runs) if timed else None),
+        Picture(
+            "throughput", "Throughput, with the range of the repeats.", plot_throughput(results) if results else None
+        ),
+    ]
+
+
+def _page(rows: Mapping[str, Figures], sentences: Sequence[str], pictures: Sequence[Picture], out: Path) -> str:
+    """The HTML page; the pictures, as they lie in `out`, are in it."""
+    template = importlib.resources.files("fastflower.report").joinpath("report.html").read_text(encoding="utf-8")
+    headings = ("run", *next(iter(rows.values())))
+    items = "".join(f"<li>{escape(sentence)}</li>\n" for sentence in sentences)
+    return Template(template).substitute(
+        title=f"Report of {len(rows)} run{'s' if len(rows) > 1 else ''}",
+        head="".join(f'<th scope="col"><button type="button">{escape(heading)}</button></th>' for heading in headings),
+        rows="\n".join(_html_row(name, row) for name, row in rows.items()),
+        sentences=f"<h2>Convergence on validation</h2>\n<ul>\n{items}</ul>" if sentences else "",
+        figures="\n".join(_html_figure(picture, out) for picture in pictures),
+    )
+
+
+def _html_row(name: str, row: Figures) -> str:
+    cells = "".join(
+        f'<td data-value="{"" if value is None else value}">{_shown(heading, value)}</td>'
+        for heading, value in row.items()
+    )
+    return f'<tr><th scope="row" data-value="{escape(name)}">{escape(name)}</th>{cells}</tr>'
+
+
+def _html_figure(picture: Picture, out: Path) -> str:
+    data = base64.b64encode((out / f"{picture.name}.svg").read_bytes()).decode()
+    image = f'<img src="data:image/svg+xml;base64,{data}" alt="{escape(picture.caption)}">'
+    return f"<figure>{image}<figcaption>{escape(picture.caption)}</figcaption></figure>"
+
+
+def _cost(run: History) -> Cost | None:
+    """Of the network in a run folder's best checkpoint; None without one that can be read."""
+    try:
+        trained = open_trained(run.path)
+    except UserError:
+        return None
+    settings = asdict(trained.config.model)
+    del settings["pretrained"], settings["norm"], settings["sync_norm"]
+    with torch.device("meta"):
+        network = create_model(num_classes=len(trained.classes), **settings)
+    return count(network, trained.config.data.crop)

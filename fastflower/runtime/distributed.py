@@ -1,0 +1,191 @@
+"""The processes of a run: one alone, or those that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+# The defaults of its functions hold the group that exists when it is imported, which torch does itself on first use of
+# some parts. Imported after the group, it kept gloo's threads past the group's end, and one could abort the process
+# as Python ended.
+import torch.distributed.nn
+
+from fastflower import machine
+from fastflower.errors import UserError
+from fastflower.runtime import launcher
+from fastflower.runtime.signals import Interrupted, Signals
+
+T = TypeVar("T")
+
+# What a process says before each step; the highest value over the ranks is what all do.
+_END, _GO, _STOP, _FAILED = range(4)
+SAID_WITHIN = timedelta(seconds=5)  # a mistake by the main rank, which all have met
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among the others."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes files and prints."""
+        return self.rank == 0
+
+    def share_of(self, batch_size: int) -> int:
+        """How many pictures of a global batch are this rank's.
+
+        Raises:
+            UserError: it cannot be split evenly.
+        """
+        if batch_size % self.world_size:
+            below = batch_size // self.world_size * self.world_size
+            fits = f"{below} or {below + self.world_size}" if below else f"{self.world_size}"
+            raise UserError(
+                f"train.batch_size {batch_size} cannot be split over {self.world_size} processes: {fits} would fit."
+            )
+        return batch_size // self.world_size
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, value: int) -> int:
+        """Greatest value over the ranks. Host memory only: it waits for the other processes, not for a GPU."""
+        if self.world_size == 1:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def gather(self, value: T) -> list[T]:
+        """Everyone's value, by rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_buffers(self, model: torch.nn.Module) -> None:
+        """Give every rank the main rank's buffers (BatchNorm's running statistics)."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run the block on every rank; if it fails with a UserError on any, it fails with that on all."""
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        self._raise_first(failure)
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the block on the main rank, then on the others, which find what it put into caches."""
+        if not self.is_main:
+            self._raise_first(None)
+        failure = None
+        try:
+            yield
+        except UserError as error:
+            failure = error
+        if self.is_main:
+            self._raise_first(failure)
+        self._raise_first(None if self.is_main else failure)
+
+    def lockstep(self, batches: Iterable[T], signals: Signals) -> Iterator[T]:
+        """Yield batches while every rank can go on; ranks may have unequal numbers of them.
+
+        Raises:
+            Interrupted: some rank got a signal; every rank raises this at the same step, with the same number.
+            UserError: some rank's batches failed; its sentence, on every rank.
+        """
+        iterator = iter(batches)
+        while True:
+            batch, failure, status = None, None, _GO
+            try:
+                batch = next(iterator, None)
+            except UserError as error:
+                failure, status = error, _FAILED
+            if status == _GO:
+                status = _STOP if signals.received else _END if batch is None else _GO
+            verdict = self.max(status)
+            if verdict == _FAILED:
+                self._raise_first(failure)
+            if verdict == _STOP:
+                raise Interrupted(self.max(signals.received or 0))
+            if verdict == _END:
+                return
+            if batch is not None:
+                yield batch
+
+    def _raise_first(self, failure: UserError | None) -> None:
+        sentences = [sentence for sentence in self.gather(str(failure) if failure else None) if sentence]
+        if sentences:
+            raise failure or UserError(sentences[0])
+
+
+@contextlib.contextmanager
+def processes(device: torch.device) -> Iterator[Ranks]:
+    """Join the processes that torchrun started, if it did, until the block ends.
+
+    Raises:
+        UserError: the launcher's variables are not complete.
+    """
+    place = launcher.place()
+    ranks = Ranks(*place) if place else Ranks()
+    _limit_threads(ranks)
+    if not place:
+        yield ranks
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store, _, _ = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    try:
+        yield ranks
+    except UserError as error:
+        error.said_elsewhere = _is_said(str(error), store, ranks)
+        raise
+    dist.destroy_process_group()  # only after success: after a failure it could wait for a process that is gone
+
+
+def _is_said(sentence: str, store: dist.Store, ranks: Ranks) -> bool:
+    """Whether the main rank says the sentence; the others wait for a moment whether it does.
+
+    Not by a collective, which a process that is gone or busy would not join.
+    """
+    key = f"said/{hashlib.blake2b(sentence.encode(errors='surrogateescape'), digest_size=8).hexdigest()}"
+    try:
+        if ranks.is_main:
+            store.set(key, "")
+        else:
+            store.wait([key], SAID_WITHIN)
+    except RuntimeError:  # it did not, or is gone
+        return False
+    return not ranks.is_main
+
+
+def _limit_threads(ranks: Ranks) -> None:
+    """Torch takes a thread for each core that it sees; under a smaller quota they would wait for each other."""
+    if machine.cpu_quota() is not None and "OMP_NUM_THREADS" not in os.environ:
+        allowed = max(1, machine.cpus() // ranks.local_world_size)
+        torch.set_num_threads(min(torch.get_num_threads(), allowed))

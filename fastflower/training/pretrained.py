@@ -1,0 +1,190 @@
+"""Weights to start from: torchvision's for ImageNet, a file, or a run of ours. The last layer is never taken."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from fastflower.config import Model
+from fastflower.data.pipeline import IMAGENET, Normalization
+from fastflower.errors import UserError
+from fastflower.models.layers import head_prefix
+from fastflower.runtime.checkpoint import (
+    FORMAT,
+    checked,
+    first_non_finite,
+    misfit,
+    normalization_of,
+    plain_names,
+    weights_of,
+)
+from fastflower.runtime.entries import is_weights, require_entries
+from fastflower.runtime.run_folder import RunFolder
+
+# As torchvision publishes them (torchvision.models.ResNet50_Weights and its like). A file's name ends with the first
+# digits of its SHA-256.
+URL = "https://download.pytorch.org/models"
+FILES = {
+    "IMAGENET1K_V1": {
+        "resnet18": "resnet18-f37072fd.pth",
+        "resnet34": "resnet34-b627a593.pth",
+        "resnet50": "resnet50-0676ba61.pth",
+        "resnet101": "resnet101-63fe2227.pth",
+        "resnet152": "resnet152-394f9c45.pth",
+        "vgg16": "vgg16-397923af.pth",
+        "vgg19": "vgg19-dcbb9e9d.pth",
+        "alexnet": "alexnet-owt-7be5be79.pth",
+    },
+    "IMAGENET1K_V2": {
+        "resnet50": "resnet50-11ad3fa6.pth",
+        "resnet101": "resnet101-cd907fc2.pth",
+        "resnet152": "resnet152-f82ba261.pth",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights that were read."""
+
+    source: Path
+    weights: dict[str, torch.Tensor]  # under torchvision's names
+    normalization: Normalization  # of the pictures that they were trained on
+
+
+def open_pretrained(model: Model, say: Callable[[str], None]) -> Pretrained | None:
+    """The weights that `model.pretrained` names, on the CPU; None where it names none.
+
+    A file without normalization of its own is taken to be trained with ImageNet's.
+
+    Args:
+        model: what is to be trained; see `fastflower.config.Model.pretrained`.
+        say: gets a line when something is downloaded.
+
+    Raises:
+        UserError: there is no such file, it is damaged or of another kind or network, or it cannot be downloaded.
+    """
+    if not model.pretrained:
+        return None
+    if model.pretrained in FILES:
+        path = _torchvision_file(model, say)
+    else:
+        path = Path(model.pretrained).expanduser()
+        path = RunFolder(path).best if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(
+            f"model.pretrained: there is no file {path}; give {' or '.join(FILES)}, a .pth or .safetensors file, or a "
+            "run of fastflower that has finished an epoch."
+        )
+    weights, about = _read(path)
+    if "architecture" in about:
+        _refuse_other_architecture(path, about["architecture"], model)
+    normalization = IMAGENET
+    if "normalization" in about:
+        require_entries(about, ("normalization.mean", "normalization.std"), path)
+        normalization = normalization_of(about)
+    return Pretrained(path, plain_names(weights, path), normalization)
+
+
+def load_pretrained(network: torch.nn.Module, pretrained: Pretrained) -> None:
+    """Put the weights into `network`, whose last layer stays as it is.
+
+    Raises:
+        UserError: other keys or shapes than the network's, or a value that is not finite. Counts of BatchNorm's steps
+            (num_batches_tracked) may be missing, as in files older than them.
+    """
+    head = head_prefix(network)
+    weights = {name: tensor for name, tensor in pretrained.weights.items() if not name.startswith(head)}
+    own = {
+        name: tensor
+        for name, tensor in network.state_dict().items()
+        if not name.startswith(head) and (name in weights or not name.endswith(".num_batches_tracked"))
+    }
+    if problems := misfit(own, weights):
+        raise UserError(
+            f"{pretrained.source} does not fit the network, keys: {problems}; give the model.name and "
+            "model.shortcut that it was trained with, or other weights as model.pretrained."
+        )
+    if name := first_non_finite(weights):
+        raise UserError(f"{pretrained.source}: {name} is not finite; give other weights as model.pretrained.")
+    network.load_state_dict(weights, strict=False)
+
+
+def _torchvision_file(model: Model, say: Callable[[str], None]) -> Path:
+    """The file in torch.hub's folder, downloaded and its hash checked unless it is there."""
+    kind = str(model.pretrained)
+    if model.name not in FILES[kind]:
+        raise UserError(
+            f"model.pretrained: torchvision has no {kind} of {model.name}, only of {', '.join(FILES[kind])}."
+        )
+    if (model.shortcut, model.bottleneck_stride) != ("B", "3x3"):
+        raise UserError(
+            f"model.pretrained {kind} was trained with model.shortcut B and model.bottleneck_stride 3x3: give these."
+        )
+    name = FILES[kind][model.name]
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    path, url = folder / name, f"{URL}/{name}"
+    if not path.exists():
+        say(f"Downloading {url} to {folder}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            digits = path.stem.rpartition("-")[2]
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digits, progress=False)
+        except (OSError, HTTPException, RuntimeError) as error:
+            raise UserError(
+                f"{url} cannot be downloaded to {folder} ({error}): fetch it on another machine and copy it there, or "
+                "give its path as model.pretrained."
+            ) from error
+    return path
+
+
+def _read(path: Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+    """A file's state_dict, and what a file of ours says about it: architecture, normalization.
+
+    Raises:
+        UserError: it is neither whole nor of a known kind.
+    """
+    try:
+        weights, about = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    except UserError:
+        raise
+    except Exception as error:  # torch's unpickler raises whatever the instructions in a damaged file run into
+        raise UserError(
+            f"{path} cannot be read as weights: it is damaged, is not yours to read, or holds more than tensors and "
+            "plain values; save the network's state_dict alone with torch.save or safetensors."
+        ) from error
+    if not is_weights(weights):
+        raise UserError(f"{path} holds no state_dict, neither by itself nor under state_dict or model: save one there.")
+    return weights, about
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+        ours = {key: json.loads(metadata[key]) for key in ("architecture", "normalization") if key in metadata}
+        return {name: file.get_tensor(name) for name in file.keys()}, ours  # noqa: SIM118 - it is no dict
+
+
+def _read_pickle(path: Path) -> tuple[Any, dict[str, Any]]:
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(saved, Mapping):
+        return saved, {}
+    if saved.get("format") == FORMAT:  # a checkpoint of ours
+        saved = checked(saved, path)
+        about = {"architecture": saved["config"]["model"], "normalization": saved["normalization"]}
+        return weights_of(saved), about
+    return saved.get("state_dict", saved.get("model", saved)), {}
+
+
+def _refuse_other_architecture(path: Path, about: Any, model: Model) -> None:
+    ours, its = asdict(model), about if isinstance(about, Mapping) else {}
+    for key in ("name", "shortcut", "bottleneck_stride"):  # the last does not show in the weights
+        if its.get(key) != ours[key]:
+            raise UserError(f"{path} holds a network of model.{key} {its.get(key)}, not {ours[key]}: give the same.")

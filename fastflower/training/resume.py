@@ -1,0 +1,169 @@
+"""Going on from a checkpoint: what may have changed, what then begins anew, and what is refused."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastflower.data.sampler import moved_position
+from fastflower.errors import UserError
+from fastflower.runtime.checkpoint import load_checkpoint, require_fit
+from fastflower.runtime.progress import Display
+from fastflower.runtime.run_folder import RunFolder, changes, read_rows
+from fastflower.training.optimizer import require_fitting_state
+from fastflower.training.state import Setup, State, is_better, makes_best
+
+Saved = dict[str, Any]  # a checkpoint's content, or some keys of it
+
+
+def restore(state: State, setup: Setup, folder: RunFolder, checkpoint: Path, saved: Saved, display: Display) -> str:
+    """Go on from a checkpoint that `load_checkpoint` read; the note to record beside the configuration.
+
+    Raises:
+        UserError: the network, the optimizer, the classes or the records are not those of the checkpoint.
+    """
+    known = (read_rows(folder.metrics), _kept_best(folder)) if setup.ranks.is_main else ([], None)
+    rows, best = setup.ranks.gather(known)[0]
+    records = saved["train_records"]
+    if "left_out" not in records and not saved["config"]["data"]["skip"]:  # an earlier version did not say it
+        saved = saved | {"train_records": records | {"whole": records["names"], "left_out": []}}
+    _refuse_another(saved, setup, checkpoint)
+    changed = changes(saved["config"], setup.config)
+    adapted, sentences = adapt(saved, setup, rows, best)
+    for weights in (saved["model"], saved["ema"]):
+        if weights is not None:
+            require_fit(state.network, weights, checkpoint)
+    require_fitting_state(state.optimizer, saved["optimizer"], checkpoint)
+    state.load(adapted, setup.ranks, setup.config)
+    where = f"epoch {state.epoch + 1}, step {state.step}"
+    display.say(f"Resuming {checkpoint} at {where}" + (f"; changed: {', '.join(changed)}" if changed else ""))
+    for sentence in sentences:
+        display.say(sentence)
+    return f"resumed at {where}" + (f": {', '.join(changed)}" if changed else "")
+
+
+def adapt(
+    saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]], best: tuple[int, int] | None
+) -> tuple[Saved, list[str]]:
+    """What the present data and settings make of a checkpoint, and a sentence for each thing that is not as it was.
+
+    Args:
+        saved: the checkpoint.
+        setup: data and settings to go on with.
+        rows: of the run's metrics.jsonl (`read_rows`).
+        best: the epoch, from 0, that the run's best checkpoint is of, and its step; None where there is none.
+    """
+    sentences: list[str] = []
+    saved = saved | _follow_best(saved, best, sentences)
+    saved = saved | _follow_records(saved, setup, sentences)
+    saved = saved | _follow_validation(saved, setup, sentences)
+    saved = saved | _follow_figure(saved, setup, rows, sentences)
+    return saved, sentences
+
+
+def _kept_best(folder: RunFolder) -> tuple[int, int] | None:
+    with contextlib.suppress(UserError):  # damaged or not there
+        best = load_checkpoint(folder.best, resumed=True)
+        return best["epoch"] - 1, best["step"]
+    return None
+
+
+def _refuse_another(saved: Saved, setup: Setup, checkpoint: Path) -> None:
+    """Raise UserError where what was trained cannot be trained on."""
+    config, before = setup.config, saved["config"]
+    if _architecture(before["model"]) != _architecture(asdict(config.model)):
+        raise UserError(
+            f"{checkpoint} holds another network ({before['model']}): a resumed run keeps its model settings."
+        )
+    old, now = saved["train_records"], setup.saved_with["train_records"]
+    names, skip = ("whole", "") if "whole" in old else ("names", "data.skip, ")
+    for what, same in (
+        ("classes", saved["classes"] == setup.saved_with["classes"]),
+        ("training records", old[names] == now[names]),
+    ):
+        if not same:
+            raise UserError(
+                f"{checkpoint} was trained on other {what} than this would be: keep its data.root, data.sizes, "
+                f"data.val_share, data.folds, data.fold, data.train_on, {skip}and seed."
+            )
+    if before["train"]["optimizer"] != config.train.optimizer:
+        raise UserError(
+            f"{checkpoint} was trained by {before['train']['optimizer']}: a resumed run keeps its train.optimizer."
+        )
+
+
+def _architecture(model: dict[str, Any]) -> dict[str, Any]:
+    """The settings that decide what the weights are, and not where they came from or how they are computed with."""
+    return {key: value for key, value in model.items() if key not in ("pretrained", "norm", "sync_norm")}
+
+
+def _follow_best(saved: Saved, best: tuple[int, int] | None, sentences: list[str]) -> Saved:
+    """Without what is best, where neither the best checkpoint nor this one is of that epoch: it was removed, or is of a
+    later epoch than an older checkpoint that is gone on from.
+    """
+    epoch = saved["best_epoch"]
+    if epoch < 0 or makes_best(saved) or (best and best[0] == epoch and best[1] <= saved["step"]):
+        return {}
+    sentences.append(f"The best checkpoint is not of epoch {epoch + 1}, which was the best: what is best begins anew.")
+    return _anew(saved)
+
+
+def _follow_records(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
+    """Where the epoch in progress goes on, if other records are left out than before or its order is another one."""
+    config, before = setup.config, saved["config"]
+    old, now = saved["train_records"], setup.saved_with["train_records"]
+    if "content" in old and old["names"] == now["names"] and old["content"] != now["content"]:
+        sentences.append("The training records have other bytes than before, under the same names.")
+    position, epoch = saved["position"], saved["epoch"]
+    same_order = (before["seed"], before["data"]["sampling"]) == (config.seed, config.data.sampling)
+    if same_order and "left_out" in old:
+        if old["left_out"] == now["left_out"]:
+            return {}
+        sentences.append(f"Trains on {now['count']} records; there were {old['count']} before.")
+        kept = ~np.isin(np.arange(len(setup.train.kept)), old["left_out"])
+        return {"position": moved_position(position, kept, setup.train.kept, seed=config.seed, epoch=epoch)}
+    if not position or not setup.train.left(position):
+        return {}
+    sentences.append(f"Epoch {epoch + 1} begins anew, since its records come in another order than before.")
+    return {"position": 0, "sums": None}
+
+
+def _follow_validation(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
+    """Without what earlier epochs' figures decided, if they are not comparable with those to come."""
+    data, before = setup.config.data, saved["config"]["data"]
+    old, now = saved["val_records"], setup.saved_with["val_records"]
+    same_view = (before["crop"], before["val_resize"]) == (data.crop, data.val_resize)
+    if (not old or old == now) and same_view:  # an earlier version did not save it
+        return {}
+    if saved["best_epoch"] >= 0:
+        what = "is of another data.crop or data.val_resize" if not same_view else "is on other records"
+        sentences.append(f"Validation {what} than before: what is best, train.early_stop and plateau begin anew.")
+    return _anew(saved) | {"schedule": {}, "comparable_from": saved["epoch"]}
+
+
+def _follow_figure(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]], sentences: list[str]) -> Saved:
+    """What later epochs have to beat, if another figure decides than before: the kept best's, by metrics.jsonl."""
+    figure, epoch = setup.config.train.best, saved["best_epoch"]
+    if saved["config"]["train"]["best"] == figure or epoch < 0 or not setup.val:
+        return {}
+    name = f"val_{figure}"
+    values = {row["epoch"] - 1: row[name] for row in rows if row.get(name) is not None}
+    comparable = range(saved["comparable_from"], saved["epoch"])
+    if epoch not in comparable or any(each not in values for each in comparable):
+        sentences.append("metrics.jsonl lacks epochs: what is best by another train.best begins anew.")
+        return _anew(saved)
+    sentences.append(f"The best checkpoint is of epoch {epoch + 1}, whose validation {figure} is {values[epoch]:.4f}.")
+    improved = comparable[0]
+    for each in comparable:
+        if is_better(values[each], values[improved], figure):
+            improved = each
+    return {"best": values[epoch], "improved_epoch": improved}
+
+
+def _anew(saved: Saved) -> Saved:
+    return {"best": None, "best_epoch": -1, "improved_epoch": saved["epoch"] - 1}

@@ -1,0 +1,163 @@
+"""Training, a dry run and an evaluation, from settings to results: what the command line calls."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from fastflower.config import Config, resolve
+from fastflower.data.names import display_names
+from fastflower.data.records import Records
+from fastflower.environment import environment
+from fastflower.errors import UserError
+from fastflower.evaluation.score import figures, score
+from fastflower.evaluation.session import Testing, load_split, session, source
+from fastflower.evaluation.trained_run import Trained, open_trained
+from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.runtime.device import choose_device
+from fastflower.runtime.distributed import Ranks, processes
+from fastflower.runtime.launcher import local_rank
+from fastflower.runtime.lock import own_folder
+from fastflower.runtime.progress import Display
+from fastflower.runtime.run_folder import RunFolder
+from fastflower.training.dry_run import rehearse
+from fastflower.training.loop import settle, train, why_ended
+from fastflower.training.metrics import Evaluation
+from fastflower.training.resume import restore
+from fastflower.training.setup import prepare
+from fastflower.training.state import State
+
+
+def dry_run(config: Config, console: Console) -> None:
+    """Build all that training from `config` needs, and try it in two steps.
+
+    Raises:
+        UserError: see `prepare` and `fastflower.training.dry_run.rehearse`.
+    """
+    config = resolve(config)
+    device = choose_device(config.device, local_rank())
+    with processes(device) as ranks, Display(console, shown=ranks.is_main) as display:
+        rehearse(*prepare(config, device, ranks, display), display)
+
+
+def train_run(
+    config: Config, *, name: str, run: Path | None, checkpoint: Path | None, overwrite: bool, console: Console
+) -> int | None:
+    """Train from a configuration into a run folder; new, or going on from a checkpoint.
+
+    Args:
+        config: the settings, with a resumed run's already in them.
+        name: of a new folder under runs/.
+        run: the folder, or None for a new one (or the checkpoint's).
+        checkpoint: where to go on from; None starts anew.
+        overwrite: clear a run that is already in `run`.
+        console: where progress is shown.
+
+    Returns:
+        None when all epochs are done, else the number of the signal that ended it.
+
+    Raises:
+        UserError: see `train_into` and `own_folder`; or `run` already holds a run.
+    """
+    config = resolve(config)
+    device = choose_device(config.device, local_rank())
+    given = checkpoint.parents[1] if checkpoint else run
+    with processes(device) as ranks, own_folder(given, name, ranks) as folder:
+        with ranks.together():
+            if ranks.is_main and folder.exists and not (checkpoint or overwrite):
+                found = "a run" if folder.checkpoint else "a run, but none of its checkpoints"
+                resume = f"--resume {folder.path}, " if folder.checkpoint else ""
+                raise UserError(f"{folder.path} already holds {found}: give {resume}--overwrite or another --run.")
+        received = train_into(folder, config, checkpoint, device, ranks, console)
+        if received and ranks.is_main:
+            console.print(f"Go on with: fastflower train --resume {folder.path}", highlight=False, soft_wrap=True)
+        return received
+
+
+def train_into(
+    folder: RunFolder, config: Config, checkpoint: Path | None, device: torch.device, ranks: Ranks, console: Console
+) -> int | None:
+    """Train in these processes, into a folder that is theirs (`own_folder`); see `train_run`.
+
+    Raises:
+        UserError: see `prepare`, `fastflower.training.resume.restore` and `fastflower.training.loop.train`; or the
+            folder cannot be written.
+    """
+    display = Display(console, shown=ranks.is_main)
+    saved = load_checkpoint(checkpoint, resumed=True) if checkpoint else None
+    with display:
+        setup, state = prepare(config, device, ranks, display, saved)
+    note = restore(state, setup, folder, checkpoint, saved, display) if checkpoint and saved else None
+    end = why_ended(setup, state)
+    with ranks.together(), folder.writing():
+        if ranks.is_main:
+            folder.clear_temporaries()
+            if checkpoint and saved:
+                settle(folder, checkpoint, saved, goes_on=not end)
+            else:
+                folder.clear()
+            if not end:
+                folder.write_config(setup.config, note)
+                folder.write_environment(environment(device) | {"world_size": ranks.world_size, "step": state.step})
+    display.say(f"Run folder: {folder.path}")
+    if end:
+        display.say(end)
+        return None
+    with display:
+        received = train(setup, state, folder, display)
+    if received:
+        display.say(f"Stopped by {signal.Signals(received).name} and saved.")
+    else:
+        display.say(f"Done. {_outcome(state, config, folder)}")
+    return received
+
+
+def _outcome(state: State, config: Config, folder: RunFolder) -> str:
+    """What a run has come to, and where it is."""
+    if state.best_epoch < 0:
+        return f"Stopped before an epoch's end: {folder.last}"
+    if state.best is None:
+        return f"Last epoch: {folder.best}"
+    return f"Best validation {config.train.best.replace('_', ' ')} {state.best:.4f}: {folder.best}"
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A run's scores on a split with classes."""
+
+    trained: Trained
+    split: str
+    names: list[str]  # to show for the classes
+    records: Records
+    scores: np.ndarray  # [n, num_classes], see `fastflower.evaluation.score.score`
+    figures: Evaluation
+    source: dict[str, Any]  # which network, pictures and views; see `fastflower.evaluation.session.source`
+
+
+def evaluate_run(run: Path, split: str, testing: Testing, console: Console, names: str | None = None) -> Evaluated:
+    """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
+
+    Precision and batch are those of the run, so that the validation figures that it logged come out again; so are the
+    seed, data.folds and data.val_share, where they divide the data, and data.skip, unless other folders than the run's
+    are named. Every record counts, as in validation; with scales every picture, once. `names` is as
+    `fastflower.data.names.display_names` takes it.
+
+    Raises:
+        UserError: no such run, or the data or the views do not fit it.
+        Interrupted: a signal came.
+    """
+    trained = open_trained(run)
+    shown = display_names(trained.classes, names)
+    with session(trained, testing, console) as within:
+        data, records = load_split(trained, split, testing, within, once=bool(testing.views.scales))
+        with within.ranks.together():
+            records.require_classes(len(trained.classes))
+        made_from = source(trained, data, records, testing, within)
+        scores = score(trained, data, records, testing, within)
+    return Evaluated(trained, split, shown, records, scores, figures(scores, records.labels), made_from)

@@ -1,0 +1,334 @@
+"""The report: the seed's own runs with their figures, and what it says, draws and keeps out of its page."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from functools import partial
+from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
+
+from fastflower.errors import UserError
+from fastflower.report import curves
+from fastflower.report.curves import plot_accuracy, plot_bubbles, plot_curves, plot_epoch_time, plot_throughput
+from fastflower.report.history import read_histories
+from fastflower.report.page import Report, convergence, levels, read_throughput, write_report
+from tests.conftest import fastflower, train_arguments
+from tests.report.test_history import row, with_accuracies, write_run
+
+# Best validation accuracy and its epoch, epochs to 50, 60 and 70 %, seconds an epoch.
+SEED: dict[str, tuple[float, int, int, int, int | None, int]] = {
+    "plain34": (0.718, 63, 15, 29, 39, 111),
+    "resnet34": (0.730, 41, 12, 16, 28, 113),
+    "resnet50": (0.638, 44, 21, 31, None, 208),
+    "pretrained_resnet50": (0.911, 32, 1, 1, 1, 200),
+}
+
+
+class Page(HTMLParser):
+    """What a browser would find in the page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def pictures(self) -> list[str]:
+        """The SVG texts."""
+        sources = [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
+        return [base64.b64decode(each.removeprefix("data:image/svg+xml;base64,")).decode() for each in sources]
+
+
+@pytest.fixture(scope="module")
+def seed_report(seed_curves: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return write_report([seed_curves / name for name in SEED], tmp_path_factory.mktemp("seed"))
+
+
+@pytest.mark.parametrize("name", SEED)
+def test_the_seeds_runs_have_their_figures(name: str, seed_report: Report) -> None:
+    best, epoch, *reached, seconds = SEED[name]
+    found = seed_report.rows[name]
+    assert found["best val accuracy"] == pytest.approx(best, abs=0.0005)
+    assert found["at epoch"] == epoch
+    assert [found[f"epochs to {level}%"] for level in (50, 60, 70)] == reached
+    assert found["seconds an epoch"] == pytest.approx(seconds, abs=1)
+    assert found["images/s"] is found["MACs (G)"] is None  # the events do not say
+
+
+def test_the_seeds_runs_are_compared_in_sentences(seed_report: Report, seed_curves: Path) -> None:
+    assert convergence(read_histories([seed_curves / name for name in ("plain34", "resnet34", "resnet50")])) == [
+        "resnet34 reaches 50% after 12 epochs, 3 before plain34, 9 before resnet50.",
+        "resnet34 reaches 60% after 16 epochs, 13 before plain34, 15 before resnet50.",
+        "resnet34 reaches 63.8% after 23 epochs, 16 before plain34, 21 before resnet50.",
+        "resnet34 reaches 70% after 28 epochs, 11 before plain34; resnet50 never does.",
+    ]
+    assert seed_report.sentences[0].startswith("pretrained_resnet50 reaches 50% after 1 epoch, 11 before resnet34")
+
+
+def test_the_page_and_the_pictures_hold_the_seeds_runs(seed_report: Report) -> None:
+    page = Page(seed_report.page)
+    cells = [text for text in page.texts if text.strip()]
+    for name, (best, *_) in SEED.items():
+        assert f"{best:.1%}" in cells[cells.index(name) :][:4]
+    drawn = {"curves", "accuracy", "epoch_time"}
+    assert len(page.pictures) == len(drawn)
+    files = {path.name for path in seed_report.page.parent.iterdir()} - {"report.html"}
+    assert files == {f"{name}.{ending}" for name in drawn for ending in ("png", "svg")}
+    for name in drawn:
+        with Image.open(seed_report.page.with_name(f"{name}.png")) as image:
+            assert min(image.size) > 500
+
+
+def test_the_page_loads_nothing(seed_report: Report) -> None:
+    page = Page(seed_report.page)
+    loading = {value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")}
+    assert all(value and value.startswith("data:") for value in loading)
+    assert not {"link", "iframe", "object", "embed", "base"} & {tag for tag, _ in page.tags}
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+    policies = [attributes.get("content") for tag, attributes in page.tags if tag == "meta"]
+    assert any(policy and policy.startswith("default-src 'none'") for policy in policies)
+    for svg in page.pictures:  # they refer only to parts of themselves
+        assert set(re.findall(r'(?:href="|url\()(.)', svg)) <= {"#"}
+
+
+def test_names_are_shown_and_never_run(tmp_path: Path) -> None:
+    names = ["<script>alert(1)<", '"><img src=x onerror=alert(1)>', "a & b", "$rows $x^2$"]
+    folders = [write_run(tmp_path / name, [row(1)]) for name in names]
+    page = Page(write_report(folders, tmp_path / "out").page)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert set(names) <= set(page.texts)
+    assert set(names) <= {attributes.get("data-value") for tag, attributes in page.tags if tag == "th"}
+
+
+def test_runs_that_reach_an_accuracy_together_lead_together(tmp_path: Path) -> None:
+    a, b, c = (
+        with_accuracies(tmp_path / name, accuracies)
+        for name, accuracies in (("a", [0.2, 0.5, 0.5]), ("b", [0.4, 0.55, 0.5]), ("c", [0.1, 0.2, 0.5001]))
+    )
+    final = with_accuracies(tmp_path / "final", [None, None])
+    assert convergence([a, b, c, final]) == [
+        "a and b reach 50% after 2 epochs, 1 before c.",
+        "No run reaches 60%.",
+        "No run reaches 70%.",
+    ]
+    low = with_accuracies(tmp_path / "low", [0.1239])
+    assert convergence([a, low, c])[:2] == [
+        "a and low reach 12.3% after 1 epoch, 1 before c.",
+        "a reaches 50% after 2 epochs, 1 before c; low never does.",
+    ]
+    assert convergence([a])[0] == "a reaches 50% after 2 epochs."
+    assert levels([final]) == []
+    assert convergence([final]) == []
+
+
+def test_a_final_fit_has_curves(tmp_path: Path) -> None:
+    rows = [row(epoch, val_loss=None, val_accuracy=None, val_top5=None, val_macro_f1=None) for epoch in range(1, 4)]
+    report = write_report([write_run(tmp_path / "final", rows)], tmp_path / "out")
+    assert report.rows["final"]["best val accuracy"] is None
+    assert report.rows["final"]["final train accuracy"] == 0.4
+    assert report.sentences == []
+    assert (tmp_path / "out" / "curves.png").is_file()
+    assert "Convergence" not in report.page.read_text()
+
+
+def test_a_trained_run_is_reported_with_its_cost(small: Path, tmp_path: Path, tiny_net: None) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert fastflower(*train_arguments(small, run), "--train.epochs", "2").code == 0
+    out.mkdir()
+    (out / "throughput.png").write_text("of an earlier report")
+    result = fastflower("report", run, "--out", out)
+    assert (result.code, result.err) == (0, "")
+    assert str(out / "report.html") in result.out.replace("\n", "")
+    found = write_report([run], out).rows["run"]
+    # the convolutions of resnet18 at 32 pixels, and its last layer for 3 classes
+    stages = (
+        64 * 64 * 9 * 64 * 4,
+        *[(c * c // 2 * 9 + 3 * c * c * 9 + c * c // 2) * (512 // c) ** 2 for c in (128, 256, 512)],
+    )
+    macs = 64 * 3 * 49 * 16**2 + sum(stages) + 3 * 512
+    assert found["MACs (G)"] == macs / 1e9
+    assert found["params (M)"] == 11_178_051 / 1e6
+    names = {path.stem for path in out.glob("*.png")}
+    assert names == {"curves", "accuracy", "accuracy_macs", "accuracy_speed", "epoch_time"}
+    (run / "checkpoints" / "best.pt").write_text("damaged")
+    assert write_report([run], out).rows["run"]["MACs (G)"] is None
+    assert not (out / "accuracy_macs.svg").exists()
+
+
+def test_a_mistake_is_a_sentence(tmp_path: Path) -> None:
+    result = fastflower("report", tmp_path, "--out", tmp_path / "out")
+    assert result.code == 2
+    assert str(tmp_path) in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def throughput(name: str, rate: float, mode: str = "loader", **settings: Any) -> dict[str, Any]:
+    machine = {"cpu": "a CPU", "gpu": None, "cores": 2}
+    figures = {"images_per_s": rate, "spread": [rate - 10, rate + 20]}
+    return {"mode": mode, "name": name, "settings": {"batch": 64} | settings, "machine": machine} | figures
+
+
+def test_throughput_is_drawn_where_there_are_results(tmp_path: Path) -> None:
+    small, large = (partial(throughput, sizes=[size]) for size in (192, 512))
+    results = [small("theirs", 100), small("fastflower", 900), large("fastflower", 500), small("theirs", 300)]
+    steps = [f"{who}, {label}, step" for who in ("vgg16", "vgg16 of timm") for label in ("eager", "compiled")]
+    results += [throughput(name, 50 + place, "model") for place, name in enumerate(steps)]
+    missing = {"mode": "loader", "name": "others", "missing": "not installed"}
+    file = tmp_path / "throughput.jsonl"
+    file.write_text("".join(json.dumps(each) + "\n" for each in [missing, *results]))
+    assert read_throughput(file) == results
+    found = {}
+    for axes in plot_throughput(read_throughput(file)).axes:
+        labels = [text.get_text() for text in axes.get_yticklabels()]
+        widths = [patch.get_width() for patch in axes.patches]  # type: ignore[attr-defined]
+        found[axes.get_title()] = dict(zip(labels, widths, strict=False))
+    assert found == {
+        "loader: a CPU, 2 cores, sizes 192": {"theirs": 300, "fastflower": 900},  # the later result of the same
+        "loader: a CPU, 2 cores, sizes 512": {"fastflower": 500},
+        "model: a CPU, 2 cores, step": {name.removesuffix(", step"): 50 + place for place, name in enumerate(steps)},
+        "": {},  # of the grid
+    }
+    run = write_run(tmp_path / "run", [row(1)])
+    write_report([run], tmp_path / "out", file)
+    assert (tmp_path / "out" / "throughput.svg").is_file()
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"mode": "loader"}'])
+def test_other_files_than_results_are_named(line: str, tmp_path: Path) -> None:
+    file = tmp_path / "results.jsonl"
+    file.write_text(f"{json.dumps(throughput('ours', 900))}\n{line}\n")
+    with pytest.raises(UserError, match=r"results.jsonl: line 2 is no result of bench/throughput.py"):
+        read_throughput(file)
+    with pytest.raises(UserError, match="none cannot be read"):
+        read_throughput(tmp_path / "none")
+    file.write_text("")
+    with pytest.raises(UserError, match=r"results.jsonl holds no results"):
+        read_throughput(file)
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 12])
+def test_runs_differ_in_lightness_and_in_marker(count: int) -> None:
+    looks = [curves._look(number, count) for number in range(count)]
+    lightness = [
+        sum(w * c for w, c in zip((0.299, 0.587, 0.114), to_rgb(look["color"]), strict=True)) for look in looks
+    ]
+    assert lightness == sorted(lightness)
+    assert max(lightness) < 0.8  # on white
+    assert all(a["marker"] != b["marker"] for a, b in pairwise(looks))
+    assert len({(round(light, 2), look["marker"]) for light, look in zip(lightness, looks, strict=True)}) == count
+
+
+def test_learning_rate_drops_are_marked(tmp_path: Path) -> None:
+    rows = [row(epoch, lr=0.1 if epoch < 3 else 0.01) for epoch in range(1, 5)]
+    (run,) = read_histories([write_run(tmp_path / "run", rows)])
+    for axes in plot_curves([run]).axes:
+        marks = [
+            np.asarray(line.get_xdata()).tolist() for line in axes.lines if line.get_marker() == curves.DROP["marker"]
+        ]
+        assert marks == [[3]]
+        assert axes.get_xlabel() == "epoch"
+    assert [axes.get_ylabel() for axes in plot_curves([run]).axes] == [
+        "loss (cross-entropy, nats)",
+        "top-1 accuracy (%)",
+    ]
+
+
+def test_an_epochs_time_adds_up(tmp_path: Path) -> None:
+    (run,) = read_histories([write_run(tmp_path / "run", [row(1), row(2)])])
+    axes = plot_epoch_time([run]).axes[0]
+    spans = [(patch.get_x(), patch.get_width()) for patch in axes.patches]  # type: ignore[attr-defined]
+    assert spans == [(0, 8), (8, 2), (0, 1)]  # training, validation, waiting
+    assert [text.get_text() for text in axes.texts] == ["10 s"]
+
+
+def test_bubbles_are_of_runs_of_which_all_is_known(tmp_path: Path) -> None:
+    runs = [with_accuracies(tmp_path / name, [0.5]) for name in "abc"]
+    figure = plot_bubbles(runs, [1, 2, None], [100, 400, 400], "MACs")
+    assert figure
+    areas = [collection.get_sizes()[0] for collection in figure.axes[0].collections]  # type: ignore[attr-defined]
+    assert areas == [curves.LARGEST / 4, curves.LARGEST]
+    assert plot_bubbles(runs, [1, 2, 3], [None] * 3, "MACs") is None
+
+
+def test_one_epoch_can_be_drawn(tmp_path: Path) -> None:
+    run = with_accuracies(tmp_path / "run", [0.0])
+    for figure in (plot_curves([run]), plot_accuracy([run], levels([run])), plot_epoch_time([run])):
+        assert figure.axes[0].lines or figure.axes[0].patches
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+# Clicks each heading twice, and leaves what it sees in the page.
+PROBE = """<script>
+addEventListener("load", async () => {
+  const seen = { sorted: {}, violations: [] };
+  document.addEventListener("securitypolicyviolation", event => seen.violations.push(event.blockedURI));
+  seen.widths = [...document.images].map(image => image.naturalWidth);
+  for (const heading of document.querySelectorAll("thead th")) {
+    const button = heading.querySelector("button");
+    const orders = [1, 2].map(() => {
+      button.click();
+      const names = [...document.querySelectorAll("tbody th")].map(cell => cell.textContent);
+      return [heading.getAttribute("aria-sort"), names];
+    });
+    seen.sorted[button.textContent] = orders;
+    seen.marked = document.querySelectorAll("[aria-sort]").length;
+    seen.focusable = (button.focus(), document.activeElement === button);
+  }
+  document.body.append(Object.assign(new Image(), { src: "http://127.0.0.1:9/x.png" }));
+  await new Promise(done => setTimeout(done, 500));
+  document.body.dataset.seen = JSON.stringify(seen);
+});
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+def test_a_browser_shows_the_pictures_and_sorts_the_table(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "run10", [row(epoch, val_accuracy=0.2 + 0.1 * epoch) for epoch in range(1, 13)])
+    b = write_run(tmp_path / "run9", [row(epoch, val_accuracy=0.25) for epoch in range(1, 10)])
+    c = write_run(tmp_path / "final", [row(epoch, val_accuracy=None) for epoch in range(1, 101)])
+    report = write_report([a, b, c], tmp_path / "out")
+    probed = tmp_path / "probed.html"
+    probed.write_text(report.page.read_text().replace("</body>", f"{PROBE}</body>"))
+    switches = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    command = f"{BROWSER} {switches} --disable-component-update --disable-sync --virtual-time-budget=5000 --dump-dom"
+    result = subprocess.run(
+        [*command.split(), f"--user-data-dir={tmp_path / 'profile'}", probed.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = re.search(r'data-seen="([^"]*)"', result.stdout)
+    assert found, result.stderr
+    seen = json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&"))
+    assert len(seen["widths"]) == 3
+    assert min(seen["widths"]) > 0
+    up, down = "ascending", "descending"
+    assert seen["sorted"]["run"] == [[up, ["final", "run9", "run10"]], [down, ["run10", "run9", "final"]]]
+    assert seen["sorted"]["epochs"] == [[up, ["run9", "run10", "final"]], [down, ["final", "run10", "run9"]]]
+    # a run without the figure is last, whichever way
+    assert seen["sorted"]["best val accuracy"] == [[up, ["run9", "run10", "final"]], [down, ["run10", "run9", "final"]]]
+    assert (seen["marked"], seen["focusable"]) == (1, True)
+    assert seen["violations"] == ["http://127.0.0.1:9/x.png"]

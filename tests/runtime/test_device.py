@@ -1,0 +1,58 @@
+"""Devices and number types as they are chosen for a machine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastflower.config import Data
+from fastflower.data.dataset import choose_engine
+from fastflower.errors import UserError
+from fastflower.runtime.device import choose_device, choose_precision
+from fastflower.runtime.distributed import Ranks
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"), [((7, 5), torch.float16), ((8, 0), torch.bfloat16), ((9, 0), torch.bfloat16)]
+)
+def test_auto_is_bf16_from_ampere_on_and_fp16_before(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert choose_precision(True, "auto", GPU).dtype == dtype
+    assert choose_precision(False, "auto", GPU).dtype is None
+    assert choose_precision(True, "fp16", GPU).dtype == torch.float16
+
+
+def test_a_cpu_uses_bf16_only_with_instructions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = "fastflower.runtime.device.cpu_has_bf16"
+    monkeypatch.setattr(module, lambda: True)
+    assert choose_precision(True, "auto", CPU).dtype == torch.bfloat16
+    monkeypatch.setattr(module, lambda: False)
+    without = choose_precision(True, "auto", CPU)
+    assert without.dtype is None
+    assert without.note
+    assert choose_precision(True, "bf16", CPU).dtype == torch.bfloat16
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == CPU
+    with pytest.raises(UserError, match="finds 0 GPUs"):
+        choose_device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto", 1) == torch.device("cuda", 1)
+    assert choose_device("cpu", 1) == CPU
+    with pytest.raises(UserError, match="process 2 of this machine finds 2 GPUs"):
+        choose_device("auto", 2)
+
+
+def test_the_decoder_shares_the_machine_and_refuses_a_gpu_that_is_not_there() -> None:
+    engine = choose_engine(Data(), CPU, Ranks(local_world_size=1000))
+    assert (engine.device, engine.device_id, engine.threads) == ("cpu", None, 1)
+    assert choose_engine(Data(threads=3, prefetch=5), CPU, Ranks()).threads == 3
+    with pytest.raises(UserError, match=r"data\.decoder is gpu"):
+        choose_engine(Data(decoder="gpu"), CPU, Ranks())

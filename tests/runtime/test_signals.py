@@ -1,0 +1,165 @@
+"""Signals that ask a command to stop: what is saved, and the exit code."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pkgutil
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastflower as api
+from fastflower.data import loader
+from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.runtime.signals import ASKING, Interrupted, Signals, handling, interrupt
+from tests.conftest import ROOT, fastflower, train_arguments
+
+WORKER = ROOT / "tests/training/tiny_worker.py"
+
+
+def worker(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
+    """The command line with a TinyNet in a process of its own; it sends itself a signal where TINY_SIGNAL says."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("environment", {})
+    return subprocess.Popen([sys.executable, str(WORKER), *map(str, arguments)], env=environment, cwd=ROOT, **options)
+
+
+def sending(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, which sends this process a signal when it is first called."""
+    sent: list[int] = []
+
+    def call(*arguments: Any, **named: Any) -> Any:
+        if not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+        return function(*arguments, **named)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])  # SIGHUP: below; all: without saving
+def test_each_of_them_saves_at_the_next_step(number: int, small: Path, tmp_path: Path) -> None:
+    name = signal.Signals(number).name
+    process = worker(
+        *train_arguments(small, tmp_path / "run"),
+        environment={"TINY_SIGNAL": f"0:3:{number}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (128 + number, b"")
+    assert f"Stopped by {name} and saved" in out.decode()
+    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4
+
+
+def test_one_that_is_ignored_stays_so(small: Path, tmp_path: Path) -> None:
+    number = signal.SIGHUP  # as nohup does
+    process = worker(
+        *train_arguments(small, tmp_path / "run"),
+        *("--train.epochs", 1),
+        environment={"TINY_SIGNAL": f"0:3:{number}"},
+        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
+        stdout=subprocess.DEVNULL,
+    )
+    assert process.wait(120) == 0
+    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 6
+
+
+def test_a_terminal_that_closes_stops_and_saves(small: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    process = worker(
+        *train_arguments(small, tmp_path / "run"),
+        *("--train.epochs", 10_000),
+        preexec_fn=lambda: os.login_tty(os.dup(theirs)),  # so that it controls the process
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    shown = b""
+    while b"val loss" not in shown:  # the header above the first epoch's figures
+        shown += os.read(ours, 4096)
+    os.close(ours)
+    assert process.wait(120) == 128 + signal.SIGHUP
+    assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] >= 6
+
+
+def test_any_command_ends_with_its_number(
+    small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    assert fastflower(*train_arguments(small, run), "--train.epochs", 1).code == 0
+    other = shutil.copytree(run, tmp_path / "other")
+    folds = train_arguments(small, tmp_path / "folds")[1:]
+    commands: list[tuple[list[object], str]] = [
+        (["eval", run], "fastflower.data.loader.read_picture"),
+        (["predict", run, "--split", "val"], "fastflower.data.loader.read_picture"),
+        (["ensemble", run, other, "--split", "train"], "fastflower.data.loader.read_picture"),
+        (["cv", "--folds", 2, *folds, "--train.epochs", 1], "fastflower.data.loader.read_picture"),
+        (["train", "--dry_run", *train_arguments(small, None)[1:]], "fastflower.data.loader.read_picture"),
+        (["data", "check", small], "fastflower.data.check.read_image"),
+        (["data", "stats", small, "--split", "train+val"], "fastflower.data.pictures.read_picture"),
+        (["data", "demo", tmp_path / "drawn", "--train", 8, "--val", 8, "--test", 8], "fastflower.data.demo._expose"),
+        (["report", run, "--out", tmp_path / "report"], "fastflower.report.page.write_report"),
+        (["doctor"], "fastflower.doctor.examine"),
+    ]
+    for number, (words, place) in zip(itertools.cycle(ASKING), commands):
+        with monkeypatch.context() as patch:
+            patch.setattr(place, sending(number, pkgutil.resolve_name(place)))
+            assert fastflower(*words).code == 128 + number, words
+    assert all(signal.getsignal(each) != interrupt for each in ASKING), "handlers are as before"
+    assert not (tmp_path / "drawn").exists()
+
+
+def test_a_second_ctrl_c_interrupts_at_once() -> None:
+    with Signals() as signals:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert signals.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt) as error:
+            signal.raise_signal(signal.SIGINT)
+        assert not isinstance(error.value, Interrupted), "what runs does not save"
+
+
+def test_outside_the_main_thread_everything_works_without_them(
+    small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "data": {"root": str(small), "crop": 32, "scale": [36, 48], "val_resize": 36},
+        "train": {"epochs": 1, "batch_size": 8},
+    }
+    found: list[Any] = []
+
+    def work() -> None:
+        with handling(interrupt), Signals():
+            run = api.train(api.load_config(settings=settings), tmp_path / "run", quiet=True)
+            found.append(api.evaluate(run))
+
+    before = [signal.getsignal(number) for number in ASKING]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found[0].n == 20
+    assert [signal.getsignal(number) for number in ASKING] == before
+
+
+def test_training_from_python_says_which(
+    small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {
+        "data": {"root": str(small), "crop": 32, "scale": [36, 48], "val_resize": 36},
+        "train": {"epochs": 1, "batch_size": 8},
+    }
+    monkeypatch.setattr(loader, "read_picture", sending(signal.SIGUSR1, loader.read_picture))
+    with pytest.raises(Interrupted) as error:
+        api.train(api.load_config(settings=settings), tmp_path / "run", quiet=True)
+    assert error.value.number == signal.SIGUSR1
+    assert (tmp_path / "run/checkpoints/last.pt").is_file()

@@ -1,0 +1,94 @@
+"""What a batch is compared with: smoothing, class weights, mixup and cutmix, against their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fastflower.config import Train
+from fastflower.training.loss import Criterion, Targets, balanced_weights, mix
+
+LABELS = torch.tensor([0, 2, 2, 1, 2])
+LOGITS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+PLACE = {"seed": 1, "epoch": 2, "position": 64}
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("weights", [None, torch.tensor([5 / 3, 5 / 3, 5 / 9])])
+def test_loss_of_a_mixture_is_that_of_mixed_targets(smoothing: float, weights: torch.Tensor | None) -> None:
+    others = LABELS.roll(1)
+    share = 0.7
+    found = Criterion(smoothing, weights)(LOGITS, Targets(LABELS, others, share))
+    logs = LOGITS.log_softmax(1)
+    wanted = torch.zeros(())
+    for labels, part in ((LABELS, share), (others, 1 - share)):
+        target = F.one_hot(labels, 3) * (1 - smoothing) + smoothing / 3
+        wanted += part * -(target * logs * (torch.ones(3) if weights is None else weights)).sum(1).mean()
+    torch.testing.assert_close(found, wanted)
+
+
+def test_without_choices_it_is_cross_entropy() -> None:
+    assert torch.equal(Criterion()(LOGITS, Targets(LABELS)), F.cross_entropy(LOGITS, LABELS))
+
+
+def test_balanced_weights_are_inverse_sizes_with_mean_one() -> None:
+    weights = balanced_weights(np.array([0, 0, 0, 0, 0, 0, 2, 2]), 4)  # two classes have no record
+    torch.testing.assert_close(weights[[0, 2]], torch.tensor([8 / 12, 8 / 4]))
+    assert weights[[0] * 6 + [2] * 2].mean() == 1
+    assert torch.isfinite(weights).all()
+
+
+def pictures(n: int = 5, side: int = 32) -> torch.Tensor:
+    """Picture i has the value i + 1 everywhere."""
+    values = torch.arange(1.0, n + 1).view(-1, 1, 1, 1)
+    return values.expand(n, 3, side, side).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("options", [{"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}])
+def test_labels_have_the_share_that_the_pixels_have(options: dict[str, Any]) -> None:
+    shares, kinds = [], set()
+    for position in range(40):
+        labels = torch.arange(5)
+        images, targets = mix(pictures(), labels, Train(**options), seed=0, epoch=0, position=position)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert targets.others is not None
+        assert 0.5 <= targets.share <= 1
+        wanted = targets.share * (targets.labels + 1) + (1 - targets.share) * (targets.others + 1)
+        torch.testing.assert_close(images.mean((1, 2, 3)), wanted.float())
+        assert {frozenset(pair) for pair in zip(targets.labels.tolist(), targets.others.tolist(), strict=True)} == {
+            frozenset({i, (i - 1) % 5}) for i in range(5)
+        }
+        shares.append(targets.share)
+        if targets.share < 1:
+            kinds.add("cutmix" if set(images[0].unique().tolist()) == {1.0, 5.0} else "mixup")
+    assert len(set(shares)) > 20
+    assert kinds == set(options)
+
+
+def test_a_mixture_is_a_function_of_its_place() -> None:
+    train = Train(mixup=0.2, cutmix=1.0)
+    first, targets = mix(pictures(), torch.arange(5), train, **PLACE)
+    again, same = mix(pictures(), torch.arange(5), train, **PLACE)
+    assert torch.equal(first, again)
+    assert targets.share == same.share
+    others = {mix(pictures(), torch.arange(5), train, **PLACE | {key: 3})[1].share for key in PLACE}
+    assert len(others | {targets.share}) == 4
+
+
+def test_nothing_is_mixed_where_nothing_is_asked_for_or_there_is_no_neighbor() -> None:
+    images = pictures()
+    kept, targets = mix(images, LABELS, Train(), **PLACE)
+    assert kept is images
+    assert targets.others is None
+    assert mix(pictures(1), LABELS[:1], Train(mixup=1.0), **PLACE)[1].others is None
+
+
+def test_parts_keep_labels_beside_their_partners() -> None:
+    parts = list(Targets(LABELS, LABELS.roll(1), 0.8).split(2))
+    assert [part.labels.tolist() for part in parts] == [[0, 2, 2], [1, 2]]
+    assert [part.others.tolist() for part in parts if part.others is not None] == [[2, 0, 2], [2, 1]]
+    assert [part.share for part in parts] == [0.8, 0.8]

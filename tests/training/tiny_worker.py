@@ -1,0 +1,58 @@
+"""The command line with a TinyNet, for processes that torchrun starts; says afterwards what each rank ended with.
+
+TINY_SIGNAL="rank:step:number" sends that rank the signal in that step, SIGTERM without a number; TINY_CRASH="rank:step"
+raises there.
+TINY_WEIGHTS=URL is where IMAGENET1K_V1 of resnet18 comes from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+from fastflower import cli
+from fastflower.training import pretrained, setup
+from fastflower.training import run as commands
+from fastflower.training.metrics import TrainingSums
+from tests.conftest import TinyNet
+
+RANK = int(os.environ.get("RANK", "0"))
+
+
+def at_step(variable: str) -> int:
+    rank, step, *_ = os.environ.get(variable, "-1:-1").split(":")
+    return int(step) if int(rank) == RANK else -1
+
+
+def add(self: TrainingSums, loss: Any, logits: Any, labels: Any, step: int, lr: float) -> None:
+    if step == at_step("TINY_SIGNAL"):
+        _, _, *number = os.environ["TINY_SIGNAL"].split(":")
+        os.kill(os.getpid(), int(number[0]) if number else signal.SIGTERM)
+    if step == at_step("TINY_CRASH"):
+        raise RuntimeError("crash for the test")
+    original_add(self, loss, logits, labels, step, lr)
+
+
+def train(setup: Any, state: Any, folder: Any, display: Any) -> int | None:
+    received = original_train(setup, state, folder, display)
+    weights = b"".join(
+        tensor.numpy().tobytes() for net in (state.network, state.validated) for tensor in net.state_dict().values()
+    )
+    end = {"lr": state.schedule.lr, "weights": hashlib.sha256(weights).hexdigest(), "step": state.step}
+    (Path(folder.path) / f"rank{RANK}.json").write_text(json.dumps(end))
+    return received
+
+
+if __name__ == "__main__":
+    original_add, original_train = TrainingSums.add, commands.train
+    TrainingSums.add = add  # type: ignore[method-assign]
+    commands.train = train
+    setup.create_model = TinyNet
+    if "TINY_WEIGHTS" in os.environ:
+        pretrained.URL, _, name = os.environ["TINY_WEIGHTS"].rpartition("/")
+        pretrained.FILES["IMAGENET1K_V1"]["resnet18"] = name
+    cli.main()
