@@ -1,6 +1,6 @@
 # make train      environment, installation, and the main job on the built-in synthetic flowers
 # make test       the fast tier of tests; make test-all adds the slow one
-# make lint       ruff and mypy, as CI runs them
+# make lint       ruff, mypy and import-linter (each folder uses only those below it), as CI runs them
 # make gpu-check  on a machine with a GPU: its tests, then the kernel benchmark; PYTHON=... is any Python that has the
 #                 packages that setup.py names, with pytest
 PYTHON ?= python3
@@ -25,6 +25,7 @@ lint: $(TEST_READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check:

@@ -63,6 +63,7 @@ setup(
             "scikit-learn",
             "ruff==0.17.6",
             "mypy==2.4.1",
+            "import-linter>=2.5",
             "types-PyYAML",
         ],
     },

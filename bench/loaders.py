@@ -26,9 +26,10 @@ from bench.timing import Contender, Make
 from fastflower.config import Data
 from fastflower.data.cache import Decoded
 from fastflower.data.loader import Loader
-from fastflower.data.pipeline import IMAGENET, Engine, View, decode, decode_region
+from fastflower.data.pipeline import decode, decode_region
 from fastflower.data.records import Records, read_image
 from fastflower.data.sampler import Request, training_requests
+from fastflower.data.view import IMAGENET, Engine, View
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
 

@@ -14,6 +14,7 @@ import torch
 
 from fastflower import config as configuration
 from fastflower.config import Config, find_config
+from fastflower.evaluation.evaluate import evaluate_run
 from fastflower.evaluation.session import Testing
 from fastflower.evaluation.views import Views
 from fastflower.runtime.device import choose_device
@@ -23,7 +24,7 @@ from fastflower.runtime.progress import Display
 from fastflower.runtime.signals import Interrupted
 from fastflower.training.metrics import Evaluation
 from fastflower.training.pretrained import load_pretrained, open_pretrained
-from fastflower.training.run import evaluate_run, train_run
+from fastflower.training.run import train_run
 from fastflower.training.setup import Loaders, build_loaders, build_network, with_data
 
 

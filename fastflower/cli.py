@@ -222,7 +222,7 @@ def _train(command: TrainCommand) -> int:
 
 def _eval(command: EvalCommand) -> int:
     from fastflower.evaluation.analysis import analyse_run, summary, write_run
-    from fastflower.training.run import evaluate_run
+    from fastflower.evaluation.evaluate import evaluate_run
 
     evaluated = evaluate_run(command.run, command.split, _testing(command), Console(stderr=True), command.names)
     if not is_main():
@@ -397,9 +397,9 @@ def _check(command: CheckCommand) -> int:
 
 
 def _stats(command: StatsCommand) -> int:
-    from fastflower.data.pipeline import Engine
     from fastflower.data.splits import load_pictures
     from fastflower.data.stats import pixel_statistics
+    from fastflower.data.view import Engine
 
     records = load_pictures(Data(root=command.root, sizes=command.sizes), command.split.split("+"), seed=0)
     found = pixel_statistics(records, Engine(threads=machine.cpus()))

@@ -19,6 +19,8 @@ from tyro.constructors import PrimitiveConstructorSpec
 from fastflower.errors import UserError
 from fastflower.models import CLASSICS, MODEL_NAMES, BottleneckStride, NormChoice, Shortcut, min_size
 
+SPLITS = ("train", "val", "test")
+
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]

@@ -13,9 +13,9 @@ import pytest
 import yaml
 
 from fastflower.cli import TrainCommand, parse
-from fastflower.data.pipeline import Engine
-from fastflower.data.records import load_split
+from fastflower.data.sources.kaggle import load_split
 from fastflower.data.stats import pixel_statistics
+from fastflower.data.view import Engine
 from fastflower.runtime.checkpoint import load_checkpoint
 from tests.conftest import fastflower, train_arguments
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 
-from fastflower.data.records import load_split
+from fastflower.data.sources.kaggle import load_split
 from fastflower.evaluation.predictions import read_predictions
 from tests.conftest import fastflower, train_arguments
 

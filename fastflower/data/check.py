@@ -13,27 +13,26 @@ from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import DataNode, Pipeline
 from rich.table import Table
 
+from fastflower.config import SPLITS
 from fastflower.data.contents import digest
 from fastflower.data.decoding import has_header
-from fastflower.data.pipeline import Engine, decode
+from fastflower.data.pipeline import decode
 from fastflower.data.records import (
     MAX_CLASSES,
     NO_LABEL,
-    SPLITS,
     Records,
     class_names,
     concatenate,
-    find_files,
-    holds_tfrecords,
     is_picture,
     listed_classes,
-    load_files,
     miscounted,
     read_image,
     stored_size,
 )
 from fastflower.data.sources.folder import load_folder, split_folder, without_pictures
+from fastflower.data.sources.kaggle import find_files, holds_tfrecords, load_files
 from fastflower.data.sources.tfrecord import damaged_payloads
+from fastflower.data.view import Engine
 from fastflower.errors import UserError
 
 MAX_ASPECT = 8  # a square crop of anything longer shows less than an eighth of it

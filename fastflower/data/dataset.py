@@ -17,11 +17,11 @@ from fastflower.data.cache import Decoded
 from fastflower.data.contents import Progress, content_digests, require_pictures
 from fastflower.data.demo import write_demo
 from fastflower.data.loader import Batch, Loader
-from fastflower.data.pipeline import Engine, Normalization, View
 from fastflower.data.records import Records, concatenate, miscounted
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
 from fastflower.data.splits import class_list, is_listed, join, load_parts
 from fastflower.data.stats import pixel_statistics
+from fastflower.data.view import Engine, Normalization, View
 from fastflower.errors import UserError
 from fastflower.files import cache_dir, code_digest
 from fastflower.runtime.distributed import Ranks

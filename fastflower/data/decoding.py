@@ -7,8 +7,9 @@ from nvidia import nvimgcodec
 from nvidia.dali import fn, pipeline_def
 from nvidia.dali.pipeline import DataNode
 
-from fastflower.data.pipeline import Engine, decode
+from fastflower.data.pipeline import decode
 from fastflower.data.records import Records, read_image
+from fastflower.data.view import Engine
 from fastflower.errors import UserError
 
 END = b"\xff\xd9"  # of a JPEG file

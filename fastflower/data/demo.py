@@ -21,11 +21,11 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from fastflower.data.records import write_tfrecord
+from fastflower.config import SPLITS
+from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, to_json
 
-SPLITS = ("train", "val", "test")
 PICTURES_PER_FILE = 240
 JPEG_QUALITY = 90
 SUPERSAMPLING = 2  # ImageDraw's edges are jagged: draw larger, then average

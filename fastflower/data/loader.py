@@ -18,10 +18,10 @@ import torch
 
 from fastflower.data import pipeline as graph
 from fastflower.data.decoding import first_undecodable, read_picture
-from fastflower.data.pipeline import Engine, Normalization, View
 from fastflower.data.records import Records
 from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request
+from fastflower.data.view import Engine, Normalization, View
 from fastflower.errors import UserError
 
 if TYPE_CHECKING:

@@ -11,8 +11,9 @@ from nvidia.dali.backend import TensorListGPU
 from nvidia.dali.pipeline import DataNode
 
 from fastflower.data.decoding import first_undecodable, read_picture
-from fastflower.data.pipeline import Engine, decode
+from fastflower.data.pipeline import decode
 from fastflower.data.records import Records
+from fastflower.data.view import Engine
 from fastflower.errors import UserError
 
 BATCH = 32  # pictures that are decoded at once, and held until the next batch

@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -18,42 +17,12 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.backend import TensorListCPU, TensorListGPU
 from nvidia.dali.pipeline import DataNode, Pipeline
 
+from fastflower.data.view import Engine, Normalization, View
+
 Pictures = TensorListCPU | TensorListGPU
 Images = Sequence[np.ndarray | torch.Tensor]
 Inputs = tuple[Images, np.ndarray, np.ndarray, np.ndarray]
 Source = Callable[[], Inputs]
-
-
-@dataclass(frozen=True)
-class Normalization:
-    """Per-channel mean and standard deviation of RGB values in [0, 1]."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-# Of the ImageNet training set, as torchvision's pretrained models expect it.
-IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-
-
-@dataclass(frozen=True)
-class View:
-    """The geometry of one kind of batch."""
-
-    crop: int  # pixels, side of the square that the network sees
-    place: Literal["random", "center", "whole"] = "center"  # whole: no crop, so that shapes differ within a batch
-    resize: bool = True  # False: crop from the stored picture, enlarged only where it is smaller than the crop
-
-
-@dataclass(frozen=True)
-class Engine:
-    """Where and how DALI works."""
-
-    device: Literal["cpu", "gpu"] = "cpu"
-    device_id: int | None = None  # the GPU's number; None on a CPU
-    threads: int = 2
-    prefetch: int = 2  # batches that DALI keeps in work
-    hw_decoder_load: float = 0.65  # share of the pictures for the hardware JPEG decoder, on GPUs that have one
 
 
 def build_pipeline(

@@ -1,4 +1,4 @@
-"""A split of a data set as a table of records: find the files, index them once, read a record's bytes.
+"""A split of a data set as a table of records: what is asked of it, and a record's bytes.
 
 A picture is an id; a record is an id at a stored size. The Kaggle layout holds each picture at several sizes:
 ROOT/tfrecords-jpeg-SxS/{train,val,test}/*.tfrec. A picture may also be a file of its own
@@ -14,46 +14,19 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from io import BytesIO
 from pathlib import Path
 from typing import Literal
-from zipfile import BadZipFile
 
 import numpy as np
 
-from fastflower.data.sources import tfrecord
-from fastflower.data.sources.tfrecord import scan, write_tfrecord
-from fastflower.data.stamp import Stamp, cache_key, require_unchanged, stamp_of
+from fastflower.data.stamp import Stamp, cache_key
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, cache_dir, code_digest
 
-__all__ = [
-    "SPLITS",
-    "Records",
-    "class_names",
-    "concatenate",
-    "find_files",
-    "fingerprint",
-    "holds_tfrecords",
-    "is_picture",
-    "listed_classes",
-    "load_files",
-    "load_split",
-    "miscounted",
-    "numbered_classes",
-    "read_image",
-    "stored_size",
-    "write_tfrecord",
-]
-
-Sizes = Literal["auto", "all"] | Sequence[int]
-
-SPLITS = ("train", "val", "test")
 SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
 MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
 NO_LABEL = np.iinfo(np.int64).min
 _COUNTED = re.compile(rf"\d+-(\d+)x\1-(?P<count>\d+)({'|'.join(map(re.escape, SUFFIXES))})")
-_SIZE_FOLDER = re.compile(r"tfrecords-jpeg-(\d+)x(\d+)")
+SIZE_FOLDER = re.compile(r"tfrecords-jpeg-(\d+)x(\d+)")
 
 
 @dataclass(frozen=True)
@@ -94,7 +67,7 @@ class Records:
 
     def select(self, indices: np.ndarray) -> Records:
         """The records at `indices` ([m] int64 or [n] bool), in that order."""
-        columns = {name: getattr(self, name)[indices] for name in (*_COLUMNS, "file")}
+        columns = {name: getattr(self, name)[indices] for name in (*COLUMNS, "file")}
         return replace(self, **columns)
 
     def require(self, feature: Literal["image", "id", "class"]) -> None:
@@ -119,7 +92,7 @@ class Records:
             )
 
 
-_COLUMNS = ("number", "offset", "length", "ids", "labels")
+COLUMNS = ("number", "offset", "length", "ids", "labels")
 
 
 def concatenate(parts: Sequence[Records]) -> Records:
@@ -132,7 +105,7 @@ def concatenate(parts: Sequence[Records]) -> Records:
         stamps=tuple(stamp for part in parts for stamp in part.stamps),
         counts=tuple(count for part in parts for count in part.counts),
         file=np.concatenate([part.file + start for part, start in zip(parts, first[:-1], strict=True)]),
-        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in _COLUMNS},
+        **{name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS},
     )
 
 
@@ -148,7 +121,7 @@ def is_picture(path: Path) -> bool:
 
 def stored_size(path: Path) -> int | None:
     """The size in pixels that a file's tfrecords-jpeg-SxS folder names; None where there is no such folder."""
-    match = _SIZE_FOLDER.fullmatch(path.parent.parent.name)
+    match = SIZE_FOLDER.fullmatch(path.parent.parent.name)
     return int(match[1]) if match else None
 
 
@@ -162,89 +135,6 @@ def miscounted(records: Records) -> list[str]:
         for path, count in dict(zip(records.files, records.counts, strict=True)).items()
         if (match := _COUNTED.fullmatch(path.name)) and (said := int(match["count"])) != count
     ]
-
-
-def holds_tfrecords(root: Path) -> bool:
-    """Whether `find_files` is the one to look into a folder."""
-    if any(_SIZE_FOLDER.fullmatch(name) for name in (root.name, *os.listdir(root))):
-        return True
-    folders = (root / split for split in SPLITS)
-    return any(name.endswith(SUFFIXES) for folder in folders if folder.is_dir() for name in os.listdir(folder))
-
-
-def load_split(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> Records:
-    """Index all records of a split; each has an image (see `Records.require` for the other features).
-
-    Args:
-        root: the data set's folder (see `find_files`).
-        split: train, val or test.
-        sizes: which of the stored sizes to take (see `find_files`).
-        scale_min: pixels, the smallest shorter side that training resizes to; used by sizes="auto".
-
-    Raises:
-        UserError: no such files, or one of them is refused (`fastflower.data.sources.tfrecord.scan`).
-    """
-    records = load_files(find_files(root, split, sizes=sizes, scale_min=scale_min))
-    records.require("image")
-    return records
-
-
-def load_files(files: Sequence[Path]) -> Records:
-    """Index all records of TFRecord files, also those without an image.
-
-    Raises:
-        UserError: one of them is refused (`fastflower.data.sources.tfrecord.scan`).
-    """
-    stamps = tuple(stamp_of(path) for path in files)
-    tables = [_index(path, stamp) for path, stamp in zip(files, stamps, strict=True)]
-    columns = {name: np.concatenate([table[name] for table in tables]) for name in _COLUMNS}
-    counts = tuple(len(table["labels"]) for table in tables)
-    return Records(
-        files=tuple(files), stamps=stamps, counts=counts, file=np.repeat(np.arange(len(files)), counts), **columns
-    )
-
-
-def find_files(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> list[Path]:
-    """TFRecord files of a split, sorted by size folder and name.
-
-    `root` holds `tfrecords-jpeg-SxS` folders, or is one of them, or holds the split's folder itself.
-    sizes "auto" takes the smallest stored size that is at least `scale_min` pixels, else the largest; "all" takes each;
-    a list takes those named.
-
-    Raises:
-        UserError: the folder, the split or a named size is missing.
-    """
-    if not root.is_dir():
-        raise UserError(f"--data.root {root} is not a folder: give the one that holds tfrecords-jpeg-SxS folders.")
-    stored = {int(m[1]): path for path in root.iterdir() if (m := _SIZE_FOLDER.fullmatch(path.name)) and path.is_dir()}
-    if stored:
-        folders = [stored[size] / split for size in _choose_sizes(root, sorted(stored), sizes, scale_min)]
-    else:
-        folders = [root / split]
-    files: list[Path] = []
-    for folder in folders:
-        found = sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES) if folder.is_dir() else []
-        if not found:
-            raise UserError(
-                f"{folder} holds no TFRecord files ({', '.join(SUFFIXES)}): "
-                f"give a --data.root with tfrecords-jpeg-SxS/{split}/ in it."
-            )
-        files += found
-    return files
-
-
-def _choose_sizes(root: Path, stored: list[int], sizes: Sizes, scale_min: int) -> list[int]:
-    if sizes == "all":
-        return stored
-    if sizes == "auto":
-        return [next((size for size in stored if size >= scale_min), stored[-1])]
-    missing = [size for size in sizes if size not in stored]
-    if missing or not sizes:
-        raise UserError(
-            f"data.sizes: {root} has no size {', '.join(map(str, missing)) or '(none is named)'}; "
-            f"it has {', '.join(map(str, stored))}."
-        )
-    return sorted({int(size) for size in sizes})
 
 
 def class_names(root: Path, train: Records | None = None) -> list[str]:
@@ -267,7 +157,7 @@ def listed_classes(root: Path) -> list[str] | None:
         UserError: it is not a JSON list of different names.
     """
     root = root.resolve()
-    path = (root.parent if _SIZE_FOLDER.fullmatch(root.name) else root) / "class_names.json"
+    path = (root.parent if SIZE_FOLDER.fullmatch(root.name) else root) / "class_names.json"
     if not path.is_file():
         return None
     try:
@@ -329,30 +219,3 @@ class _File:
 @functools.lru_cache(maxsize=256)  # bounded, since a process may hold about 1,024 open files
 def _open(path: Path, stamp: Stamp) -> _File:
     return _File(path)
-
-
-def _index(path: Path, stamp: Stamp) -> dict[str, np.ndarray]:
-    """The columns of one file, from the cache when path and stamp are those of an earlier scan."""
-    cached = cache_dir() / "index" / f"{cache_key(code_digest(__file__, tfrecord.__file__), [path], [stamp])}.npz"
-    try:
-        with np.load(cached, allow_pickle=False) as table:
-            return {name: table[name] for name in _COLUMNS}
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile):
-        pass  # absent, or not written by us: scan again
-    examples = list(scan(path))
-    require_unchanged(path, stamp)
-    table = {
-        "number": np.arange(len(examples)),
-        "offset": np.array([e.image[0] if e.image else -1 for e in examples], np.int64),
-        "length": np.array([e.image[1] if e.image else 0 for e in examples], np.int64),
-        "ids": np.array([e.id or "" for e in examples], np.str_),
-        "labels": np.array([NO_LABEL if e.label is None else e.label for e in examples], np.int64),
-    }
-    buffer = BytesIO()
-    np.savez(buffer, **table)
-    try:
-        with atomic_write(cached) as file:
-            file.write(buffer.getbuffer())
-    except OSError:
-        pass  # a cache that cannot be written costs a scan each time, nothing else
-    return table

@@ -21,8 +21,8 @@ from numba.core import cgutils, config
 from numba.extending import intrinsic
 
 from fastflower.data.memory import Memory
-from fastflower.data.pipeline import Normalization, View
 from fastflower.data.sampler import Request
+from fastflower.data.view import Normalization, View
 from fastflower.files import cache_dir, is_writable
 
 AT_ONCE = 8  # pictures of a task for a thread: few enough to spread a batch, and so many that tasks cost nothing

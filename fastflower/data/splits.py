@@ -13,16 +13,9 @@ from fastflower.config import Data
 from fastflower.data.contents import Progress
 from fastflower.data.folds import assign_folds, hold_out
 from fastflower.data.names import are_places, class_index, find
-from fastflower.data.records import (
-    NO_LABEL,
-    Records,
-    concatenate,
-    holds_tfrecords,
-    listed_classes,
-    load_split,
-    numbered_classes,
-)
+from fastflower.data.records import NO_LABEL, Records, concatenate, listed_classes, numbered_classes
 from fastflower.data.sources.folder import LAYOUTS, load_folder
+from fastflower.data.sources.kaggle import holds_tfrecords, load_split
 from fastflower.errors import UserError
 
 

@@ -13,8 +13,8 @@ from nvidia.dali.pipeline import DataNode
 
 from fastflower.data import pictures, pipeline
 from fastflower.data.pictures import decoded_pictures
-from fastflower.data.pipeline import Engine, Normalization
 from fastflower.data.records import Records, fingerprint
+from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, cache_dir, code_digest, to_json
 

@@ -15,12 +15,12 @@ from rich.text import Text
 
 from fastflower import machine
 from fastflower.data.pictures import thumbnails
-from fastflower.data.pipeline import Engine
+from fastflower.data.view import Engine
+from fastflower.evaluation.evaluate import Evaluated
 from fastflower.evaluation.plots import contact_sheet, plot_confusion
 from fastflower.evaluation.score import probabilities
 from fastflower.files import atomic_write, to_json
 from fastflower.runtime.run_folder import RunFolder
-from fastflower.training.run import Evaluated
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 PICTURES = 24  # on the contact sheet

@@ -16,10 +16,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fastflower.config import Config, resolve
+from fastflower.config import SPLITS, Config, resolve
 from fastflower.data.folds import duplicates
 from fastflower.data.identity import identity
-from fastflower.data.records import SPLITS
 from fastflower.data.splits import class_list, join, load_pool
 from fastflower.errors import UserError
 from fastflower.evaluation.ensemble import figures, of_folds

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 
 from fastflower.config import Config, Data, build
-from fastflower.data.pipeline import Normalization
+from fastflower.data.view import Normalization
 from fastflower.errors import UserError
-from fastflower.runtime.checkpoint import load_checkpoint, normalization_of, weights_of
+from fastflower.runtime.checkpoint import load_checkpoint, weights_of
 from fastflower.runtime.run_folder import RunFolder
 from fastflower.training.setup import absolute
 
@@ -75,7 +75,7 @@ def open_trained(run: Path) -> Trained:
         raise UserError(f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file.")
     saved = load_checkpoint(path)
     config = build(saved["config"], str(path))
-    return Trained(config, saved["classes"], path, normalization_of(saved), weights_of(saved))
+    return Trained(config, saved["classes"], path, Normalization.of(saved["normalization"]), weights_of(saved))
 
 
 def weights_digest(trained: Trained) -> str:

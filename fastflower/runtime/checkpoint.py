@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save as to_safetensors
 
 from fastflower.config import build, to_plain
-from fastflower.data.pipeline import Normalization
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, to_json
 from fastflower.runtime.entries import require_resumable, require_trained
@@ -128,11 +127,6 @@ def _first_ten(names: list[str]) -> str:
 def weights_of(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The state_dict that a checkpoint's figures are about: the average's, where one was kept."""
     return saved["ema"] or saved["model"]
-
-
-def normalization_of(saved: Mapping[str, Any]) -> Normalization:
-    """What a checkpoint's network was trained with."""
-    return Normalization(tuple(saved["normalization"]["mean"]), tuple(saved["normalization"]["std"]))
 
 
 def save_weights(path: Path, model: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from fastflower.data.sources.tfrecord import frame
+from fastflower.framing import frame
 
 
 class EventFile:

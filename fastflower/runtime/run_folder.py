@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastflower.config import Config, to_plain, to_yaml
-from fastflower.data.records import SPLITS
+from fastflower.config import SPLITS, Config, to_plain, to_yaml
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, remove_temporaries, to_json
 from fastflower.runtime.events import EventFile

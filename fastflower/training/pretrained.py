@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from fastflower.config import Model
-from fastflower.data.pipeline import IMAGENET, Normalization
+from fastflower.data.view import IMAGENET, Normalization
 from fastflower.errors import UserError
 from fastflower.models.layers import head_prefix
 from fastflower.runtime.checkpoint import (
@@ -21,7 +21,6 @@ from fastflower.runtime.checkpoint import (
     checked,
     first_non_finite,
     misfit,
-    normalization_of,
     plain_names,
     weights_of,
 )
@@ -89,7 +88,7 @@ def open_pretrained(model: Model, say: Callable[[str], None]) -> Pretrained | No
     normalization = IMAGENET
     if "normalization" in about:
         require_entries(about, ("normalization.mean", "normalization.std"), path)
-        normalization = normalization_of(about)
+        normalization = Normalization.of(about["normalization"])
     return Pretrained(path, plain_names(weights, path), normalization)
 
 

@@ -1,24 +1,16 @@
-"""Training, a dry run and an evaluation, from settings to results: what the command line calls."""
+"""Training and a dry run, from settings to a run: what the command line calls."""
 
 from __future__ import annotations
 
 import signal
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 
 from fastflower.config import Config, resolve
-from fastflower.data.names import display_names
-from fastflower.data.records import Records
 from fastflower.environment import environment
 from fastflower.errors import UserError
-from fastflower.evaluation.score import figures, score
-from fastflower.evaluation.session import Testing, load_split, session, source
-from fastflower.evaluation.trained_run import Trained, open_trained
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import Ranks, processes
@@ -28,7 +20,6 @@ from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import RunFolder
 from fastflower.training.dry_run import rehearse
 from fastflower.training.loop import settle, train, why_ended
-from fastflower.training.metrics import Evaluation
 from fastflower.training.resume import restore
 from fastflower.training.setup import prepare
 from fastflower.training.state import State
@@ -125,39 +116,3 @@ def _outcome(state: State, config: Config, folder: RunFolder) -> str:
     if state.best is None:
         return f"Last epoch: {folder.best}"
     return f"Best validation {config.train.best.replace('_', ' ')} {state.best:.4f}: {folder.best}"
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """A run's scores on a split with classes."""
-
-    trained: Trained
-    split: str
-    names: list[str]  # to show for the classes
-    records: Records
-    scores: np.ndarray  # [n, num_classes], see `fastflower.evaluation.score.score`
-    figures: Evaluation
-    source: dict[str, Any]  # which network, pictures and views; see `fastflower.evaluation.session.source`
-
-
-def evaluate_run(run: Path, split: str, testing: Testing, console: Console, names: str | None = None) -> Evaluated:
-    """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
-
-    Precision and batch are those of the run, so that the validation figures that it logged come out again; so are the
-    seed, data.folds and data.val_share, where they divide the data, and data.skip, unless other folders than the run's
-    are named. Every record counts, as in validation; with scales every picture, once. `names` is as
-    `fastflower.data.names.display_names` takes it.
-
-    Raises:
-        UserError: no such run, or the data or the views do not fit it.
-        Interrupted: a signal came.
-    """
-    trained = open_trained(run)
-    shown = display_names(trained.classes, names)
-    with session(trained, testing, console) as within:
-        data, records = load_split(trained, split, testing, within, once=bool(testing.views.scales))
-        with within.ranks.together():
-            records.require_classes(len(trained.classes))
-        made_from = source(trained, data, records, testing, within)
-        scores = score(trained, data, records, testing, within)
-    return Evaluated(trained, split, shown, records, scores, figures(scores, records.labels), made_from)

@@ -26,11 +26,10 @@ from fastflower.data.dataset import (
     training_batches,
 )
 from fastflower.data.identity import identity, names_digest
-from fastflower.data.pipeline import Normalization
+from fastflower.data.view import Normalization
 from fastflower.errors import UserError
 from fastflower.models import CLASSICS, create_model
 from fastflower.models.layers import choose_norm
-from fastflower.runtime.checkpoint import normalization_of
 from fastflower.runtime.device import choose_precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.progress import Display
@@ -69,7 +68,9 @@ def prepare(
     config = with_data(config, ranks, display)
     with ranks.main_first():
         pretrained = None if resumed else open_pretrained(config.model, display.say)
-    inherited = normalization_of(resumed) if resumed else pretrained.normalization if pretrained else None
+    inherited = (
+        Normalization.of(resumed["normalization"]) if resumed else pretrained.normalization if pretrained else None
+    )
     loaders = build_loaders(config, device, ranks, display, inherited)
     precision = choose_precision(config.amp, config.amp_dtype, device)
     if precision.note:

@@ -17,8 +17,8 @@ from bench import loaders
 from bench.common import MissingError
 from bench.loaders import DECODE, LIMIT, OURS, Work
 from fastflower.config import build
-from fastflower.data.pipeline import Engine
 from fastflower.data.splits import load_pictures
+from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
 from tests.bench import fake_timm

@@ -17,7 +17,7 @@ import pytest
 
 from fastflower.data import records as module
 from fastflower.data.check import BATCH, SHOWN, Problem, Report, check, sentences
-from fastflower.data.records import load_split
+from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stamp import Stamp
 from fastflower.errors import UserError

@@ -17,11 +17,13 @@ from hypothesis import strategies as st
 from fastflower.data import contents as module
 from fastflower.data import records as records_module
 from fastflower.data.contents import content_digests, contents_of, require_pictures
-from fastflower.data.pipeline import Engine
-from fastflower.data.records import Records, concatenate, load_files, read_image
+from fastflower.data.records import Records, concatenate, read_image
+from fastflower.data.sources import kaggle
 from fastflower.data.sources.folder import load_folder
+from fastflower.data.sources.kaggle import load_files
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stats import pixel_statistics
+from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from tests.conftest import example, jpeg, write_folders
 
@@ -188,7 +190,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_is_kept_of_
 
     sentence = "train/a.tfrec has changed while it was read: start again when nobody writes to it"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=sentence):
-        patch.setattr(records_module, "scan", then_write(records_module.scan))
+        patch.setattr(kaggle, "scan", then_write(kaggle.scan))
         load_files([path])
     records = write(path, PICTURES)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=sentence):

@@ -18,7 +18,8 @@ import tfrecord
 from PIL import Image
 
 from fastflower.data.demo import COLORS, KINDS, draw_flower, write_demo
-from fastflower.data.records import class_names, load_split
+from fastflower.data.records import class_names
+from fastflower.data.sources.kaggle import load_split
 from fastflower.errors import UserError
 
 SMALL: dict[str, Any] = {"sizes": (16,), "train": 24, "val": 12, "test": 12}

@@ -14,11 +14,12 @@ import pytest
 from fastflower.config import Data
 from fastflower.data.dataset import Dataset, choose_normalization, open_dataset
 from fastflower.data.folds import Duplicate, assign_folds, duplicates
-from fastflower.data.pipeline import Engine
-from fastflower.data.records import Records, concatenate, load_files, load_split, read_image
+from fastflower.data.records import Records, concatenate, read_image
+from fastflower.data.sources.kaggle import load_files, load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.splits import class_list, join, load_parts, load_pool, load_records
 from fastflower.data.stats import pixel_statistics
+from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from tests.conftest import example, write_dataset, write_folders
 

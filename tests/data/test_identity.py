@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastflower.data.identity import Identity, identity
-from fastflower.data.records import Records, load_files
+from fastflower.data.records import Records
+from fastflower.data.sources.kaggle import load_files
 from fastflower.data.sources.tfrecord import write_tfrecord
 
 Row = tuple[str, int, bytes]

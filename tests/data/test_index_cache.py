@@ -10,8 +10,9 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from fastflower.data import records as module
-from fastflower.data.records import Records, find_files, load_split, read_image
+from fastflower.data.records import Records, read_image
+from fastflower.data.sources import kaggle as module
+from fastflower.data.sources.kaggle import find_files, load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from tests.conftest import example, write_dataset

@@ -25,11 +25,12 @@ from fastflower.config import Data
 from fastflower.data import pipeline as graph
 from fastflower.data.dataset import evaluation_batches, training_batches
 from fastflower.data.loader import Batch, Loader, normalize
-from fastflower.data.pipeline import IMAGENET, Engine, Normalization, View
-from fastflower.data.records import Records, load_split, read_image
+from fastflower.data.records import Records, read_image
 from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request, evaluation_requests, training_requests
+from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
+from fastflower.data.view import IMAGENET, Engine, Normalization, View
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
 from tests.conftest import example, jpeg, write_dataset
@@ -373,7 +374,7 @@ def test_memory_stays_level(tmp_path: Path) -> None:
     code = f"""
 import re, torch
 from pathlib import Path
-from fastflower.data.records import load_split
+from fastflower.data.sources.kaggle import load_split
 from tests.data.test_loader import epoch, loader, View
 def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 made = loader(load_split(Path({str(tmp_path)!r}), "train"), View(32, "random"), 8)

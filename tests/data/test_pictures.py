@@ -10,9 +10,10 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastflower.data.pictures import thumbnails
-from fastflower.data.pipeline import Engine
-from fastflower.data.records import Records, load_split
+from fastflower.data.records import Records
+from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
+from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from tests.conftest import READABLE, example, jpeg
 

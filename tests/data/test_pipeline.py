@@ -14,8 +14,10 @@ from PIL import Image, ImageOps
 
 from fastflower.data import pipeline as graph
 from fastflower.data.loader import normalize
-from fastflower.data.pipeline import IMAGENET, Engine, Normalization, View, build_pipeline
-from fastflower.data.records import load_split, read_image
+from fastflower.data.pipeline import build_pipeline
+from fastflower.data.records import read_image
+from fastflower.data.sources.kaggle import load_split
+from fastflower.data.view import IMAGENET, Engine, Normalization, View
 from tests.conftest import READABLE, jpeg
 
 

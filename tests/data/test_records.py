@@ -14,16 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tfrecord.reader import tfrecord_loader
 
-from fastflower.data.records import (
-    NO_LABEL,
-    Records,
-    class_names,
-    concatenate,
-    find_files,
-    load_split,
-    miscounted,
-    read_image,
-)
+from fastflower.data.records import NO_LABEL, Records, class_names, concatenate, miscounted, read_image
+from fastflower.data.sources.kaggle import find_files, load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stamp import Stamp
 from fastflower.errors import UserError

@@ -19,10 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
-from fastflower.data.pipeline import IMAGENET, Engine, Inputs, Normalization, View, build_decoder, build_pipeline
-from fastflower.data.records import load_split, read_image
+from fastflower.data.pipeline import Inputs, build_decoder, build_pipeline
+from fastflower.data.records import read_image
 from fastflower.data.resample import Frame, Region, Resampler, _compiled, frame, resample
 from fastflower.data.sampler import Request
+from fastflower.data.sources.kaggle import load_split
+from fastflower.data.view import IMAGENET, Engine, Normalization, View
 from tests.conftest import READABLE, ROOT, jpeg
 
 

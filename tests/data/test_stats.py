@@ -12,10 +12,11 @@ from PIL import Image, ImageOps
 
 from fastflower.config import Data
 from fastflower.data.dataset import choose_lighting
-from fastflower.data.pipeline import Engine
-from fastflower.data.records import load_split, read_image
+from fastflower.data.records import read_image
+from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stats import PixelStatistics, pixel_statistics
+from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from tests.conftest import READABLE, example
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
-from fastflower.data.records import load_split
+from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.evaluation.predictions import read_predictions
 from fastflower.runtime.checkpoint import load_checkpoint

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 import torch
 
-from fastflower.data.records import Records, concatenate, load_files, load_split
+from fastflower.data.records import Records, concatenate
 from fastflower.data.selection import largest_of_each
+from fastflower.data.sources.kaggle import load_files, load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.evaluation.predictions import read_predictions
 from tests.conftest import ROOT, example, fastflower, jpeg, torchrun, train_arguments, write_dataset, write_folders

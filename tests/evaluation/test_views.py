@@ -19,9 +19,9 @@ from torch._dynamo.utils import counters
 
 from fastflower.config import Data
 from fastflower.data.dataset import whole_pictures
-from fastflower.data.pipeline import Engine, Normalization
 from fastflower.data.selection import shapes_of
 from fastflower.data.sources.folder import picture_files
+from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
 from fastflower.evaluation.views import Views, log_mean_probabilities, window_of
 from fastflower.models import CLASSICS, create_model

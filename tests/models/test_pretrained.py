@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fastflower.config import Model
-from fastflower.data.pipeline import IMAGENET
+from fastflower.data.view import IMAGENET
 from fastflower.errors import UserError
 from fastflower.models import create_model
 from fastflower.training import pretrained

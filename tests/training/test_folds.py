@@ -11,9 +11,9 @@ import yaml
 
 from fastflower.config import Data
 from fastflower.data.dataset import open_dataset
-from fastflower.data.pipeline import Engine
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stats import pixel_statistics
+from fastflower.data.view import Engine
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.training.metrics import TrainingSums
 from tests.conftest import example, fastflower, train_arguments, write_folders

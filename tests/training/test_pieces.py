@@ -17,7 +17,7 @@ from torch import nn
 from fastflower.config import Config
 from fastflower.data.dataset import TrainingBatches, training_batches
 from fastflower.data.loader import Batch
-from fastflower.data.pipeline import Engine, Normalization
+from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks

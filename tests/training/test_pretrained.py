@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from fastflower.data.pipeline import IMAGENET
+from fastflower.data.view import IMAGENET
 from fastflower.runtime.checkpoint import load_checkpoint, save_checkpoint, save_weights
 from tests.conftest import fastflower, torchrun, train_arguments
 from tests.models.test_pretrained import assert_same, assert_starts_from, opened, refusal, tiny_weights

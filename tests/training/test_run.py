@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fastflower import config as configuration
-from fastflower.data.records import load_split
+from fastflower.data.sources.kaggle import load_split
 from fastflower.models import create_model
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.training import loop as training

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastflower.data.records import NO_LABEL, SPLITS, Records, is_picture
+from fastflower.config import SPLITS
+from fastflower.data.records import NO_LABEL, Records, is_picture
 from fastflower.data.stamp import Stamp, stamp_of
 from fastflower.errors import UserError
 

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import google_crc32c
 import numpy as np
 
 from fastflower.errors import UserError
 from fastflower.files import atomic_write
+from fastflower.framing import frame, masked_crc
 
 HEADER_BYTES, FOOTER_BYTES = 12, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -30,12 +30,6 @@ class Example:
     image: tuple[int, int] | None  # (offset in the file, length), in bytes
     id: str | None
     label: int | None
-
-
-def masked_crc(data: bytes) -> int:
-    """CRC32C, rotated and shifted as TFRecord stores it."""
-    crc = google_crc32c.value(data)
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 def scan(path: Path) -> Iterator[Example]:
@@ -214,12 +208,6 @@ def write_tfrecord(path: Path, examples: Iterable[Mapping[str, bytes | int]]) ->
     with atomic_write(path) as file:
         for example in examples:
             file.write(frame(encode_example(example)))
-
-
-def frame(payload: bytes) -> bytes:
-    """A record of a TFRecord file: the bytes with their length and both CRCs."""
-    length = struct.pack("<Q", len(payload))
-    return b"".join((length, struct.pack("<I", masked_crc(length)), payload, struct.pack("<I", masked_crc(payload))))
 
 
 def encode_example(features: Mapping[str, bytes | int]) -> bytes:

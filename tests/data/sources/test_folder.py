@@ -16,12 +16,12 @@ from PIL import Image
 from fastflower.config import Data
 from fastflower.data.dataset import Dataset, open_dataset
 from fastflower.data.decoding import decodable, has_header
-from fastflower.data.pipeline import Engine
 from fastflower.data.records import NO_LABEL, Records, read_image
 from fastflower.data.sources import folder as module
 from fastflower.data.sources.folder import SUFFIXES, load_folder
 from fastflower.data.splits import load_parts, load_records
 from fastflower.data.stats import pixel_statistics
+from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from tests.conftest import example, write_dataset, write_folders
 

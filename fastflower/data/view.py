@@ -1,0 +1,45 @@
+"""What batches look like and what makes them: geometry, normalization, and DALI's device and resources."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Per-channel mean and standard deviation of RGB values in [0, 1]."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Sequence[float]]) -> Normalization:
+        """From what a checkpoint or its safetensors file says, {"mean": [R, G, B], "std": [R, G, B]}."""
+        (r, g, b), (r_std, g_std, b_std) = plain["mean"], plain["std"]
+        return cls((r, g, b), (r_std, g_std, b_std))
+
+
+# Of the ImageNet training set, as torchvision's pretrained models expect it.
+IMAGENET = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+@dataclass(frozen=True)
+class View:
+    """The geometry of one kind of batch."""
+
+    crop: int  # pixels, side of the square that the network sees
+    place: Literal["random", "center", "whole"] = "center"  # whole: no crop, so that shapes differ within a batch
+    resize: bool = True  # False: crop from the stored picture, enlarged only where it is smaller than the crop
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where and how DALI works."""
+
+    device: Literal["cpu", "gpu"] = "cpu"
+    device_id: int | None = None  # the GPU's number; None on a CPU
+    threads: int = 2
+    prefetch: int = 2  # batches that DALI keeps in work
+    hw_decoder_load: float = 0.65  # share of the pictures for the hardware JPEG decoder, on GPUs that have one
