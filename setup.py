@@ -24,9 +24,8 @@ setup(
         "fastflower.runtime",
         "fastflower.training",
     ],
-    # `kernels` and `configs` are folders of the checkout, and parts of the package once installed
-    package_dir={"fastflower": "fastflower", "fastflower.kernels": "kernels", "fastflower.configs": "configs"},
     package_data={
+        "fastflower": ["py.typed"],
         "fastflower.configs": ["*.yaml"],
         "fastflower.data": ["*.txt"],
         "fastflower.report": ["*.html"],

@@ -1,6 +1,5 @@
 """Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."""
 
-from pathlib import Path as _Path
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
@@ -12,13 +11,6 @@ if _TYPE_CHECKING:
 
 __all__ = ["UserError", "build_model", "evaluate", "load_config", "load_data", "train"]
 
-# In a checkout, `kernels/` and `configs/` lie beside this folder, where an installation has them inside it. Without
-# this, starting Python in the checkout would find this folder first and miss them.
-_checkout = _Path(__file__).resolve().parent.parent
-if (_checkout / "setup.py").is_file() and (_checkout / "kernels" / "__init__.py").is_file():
-    __path__.append(str(_checkout))
-
-
 _lend_cache()  # before anything is imported that looks for a place
 
 
@@ -29,7 +21,7 @@ def __getattr__(name: str) -> _Any:
 
         return UserError
     if name in __all__:
-        from fastflower import api as library
+        from fastflower import api
 
-        return getattr(library, name)
+        return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -98,7 +99,8 @@ def check_evaluation_is_local() -> None:
     """Running statistics need no other rank: one rank alone may evaluate."""
     if dist.get_rank() == 0:
         norm = fresh_norm(1).eval()
-        bn_relu(leaf(torch.randn(2, CHANNELS, 3, 3)), norm, sync=True).sum().backward()
+        y = cast(torch.Tensor, bn_relu(leaf(torch.randn(2, CHANNELS, 3, 3)), norm, sync=True))
+        y.sum().backward()
 
 
 def check_no_thread_is_left() -> None:

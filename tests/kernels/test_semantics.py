@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ class TestSettings:
         norm = nn.BatchNorm2d(8).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             x = conv(torch.randn(2, 3, 6, 6, device=device))
-            y = bn_relu(x, norm)
+            y = cast(torch.Tensor, bn_relu(x, norm))
             assert x.dtype == y.dtype == torch.bfloat16
             y.sum().backward()
         tensors = (norm.weight, norm.weight.grad, norm.running_mean, norm.running_var, conv.weight.grad)
