@@ -1,6 +1,7 @@
 # make train      environment, installation, and the main job on the built-in synthetic flowers
 # make test       the fast tier of tests; make test-all adds the slow one
 # make lint       ruff, mypy and import-linter (each folder uses only those below it), as CI runs them
+# make proof      BASE=REVISION: that and this checkout train a short run to the same weights, bit for bit
 # make gpu-check  on a machine with a GPU: its tests, then the kernel benchmark; PYTHON=... is any Python that has the
 #                 packages that setup.py names, with pytest
 PYTHON ?= python3
@@ -10,7 +11,7 @@ READY := $(VENV)/.ready
 TEST_READY := $(VENV)/.test-ready
 IN_PARALLEL := -n 2 --dist worksteal
 
-.PHONY: train test test-all lint gpu-check
+.PHONY: train test test-all lint proof gpu-check
 
 train: $(READY)
 	$(BIN)/fastflower train --amp
@@ -26,6 +27,9 @@ lint: $(TEST_READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+
+proof: $(READY)
+	$(BIN)/python bench/proof.py $(BASE)
 
 gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check:

@@ -1,0 +1,78 @@
+"""Whether two states of the code train the same: a short run of each, compared bit for bit.
+
+    python bench/proof.py REVISION [OPTION...]
+    make proof BASE=REVISION
+
+The run is `fastflower train --config demo` for two epochs of the built-in flowers, or with other options of training.
+What is compared is each epoch's figures, but for times, and all weights. Exit code 1 where anything differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+TIMES = ("images_per_s", "epoch_s", "data_wait")
+SHORT = ("--train.epochs", "2", "--train.warmup_epochs", "0.5")
+
+
+def train(code: Path, run: Path, options: Sequence[str]) -> None:
+    """Train the demo into the folder `run` by the code that lies in the folder `code`."""
+    command = [sys.executable, "-m", "fastflower", "train", "--config", "demo", *SHORT, *options, "--run", str(run)]
+    subprocess.run(command, check=True, cwd=code, env=os.environ | {"PYTHONPATH": str(code)}, stdout=sys.stderr)
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """What differs between two run folders, a sentence each."""
+    found = []
+    for number, (a, b) in enumerate(zip(_rows(one), _rows(other), strict=True), start=1):
+        found += [f"epoch {number}: {key} is {a.get(key)} and {b.get(key)}" for key in a if a[key] != b.get(key)]
+    ours, theirs = (load_file(run / "checkpoints/best.safetensors") for run in (one, other))
+    for name in sorted(ours.keys() | theirs.keys()):
+        if name not in ours or name not in theirs:
+            found.append(f"{name} is in one of them only")
+        elif not torch.equal(ours[name], theirs[name]):
+            largest = (ours[name].double() - theirs[name].double()).abs().max()
+            found.append(f"{name} differs by at most {largest:.3g}")
+    return found
+
+
+def _rows(run: Path) -> list[dict[str, float]]:
+    """The figures of each epoch, without times and without the number, which older versions count from 0."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in (*TIMES, "epoch")} for line in lines]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compare the checkout with a revision of it; the exit code."""
+    if not arguments or arguments[0].startswith("-"):
+        print(__doc__)
+        return 2
+    revision, *options = arguments
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path(folder, "code")
+        git = ["git", "-C", str(CHECKOUT), "worktree"]
+        subprocess.run([*git, "add", "--quiet", "--detach", str(before), revision], check=True, stdout=sys.stderr)
+        try:
+            for code, name in ((before, "before"), (CHECKOUT, "now")):
+                train(code, Path(folder, name), options)
+        finally:
+            subprocess.run([*git, "remove", "--force", str(before)], check=True)
+        found = differences(Path(folder, "before"), Path(folder, "now"))
+    for sentence in found:
+        print(sentence)
+    print(f"{len(found)} differences from {revision}." if found else f"The same as {revision}, bit for bit.")
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
