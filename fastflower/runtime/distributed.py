@@ -147,7 +147,7 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun started, if it did, until the block ends.
 
     Raises:
-        UserError: the launcher's variables are not complete.
+        UserError: the launcher's variables are not complete, or the processes do not find each other.
     """
     place = launcher.place()
     ranks = Ranks(*place) if place else Ranks()
@@ -158,8 +158,16 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store, _, _ = next(dist.rendezvous("env://"))
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    try:
+        store, _, _ = next(dist.rendezvous("env://"))
+        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    except dist.DistError as error:
+        meeting = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"the processes do not find each other at {meeting} ({reason}): give the address of the first one's "
+            "machine and a port that is free there."
+        ) from error
     try:
         yield ranks
     except UserError as error:
