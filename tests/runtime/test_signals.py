@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,14 @@ from fastflower.runtime.signals import ASKING, Interrupted, Signals, handling, i
 from tests.conftest import ROOT, fastflower, train_arguments
 
 WORKER = ROOT / "tests/training/tiny_worker.py"
+
+
+@pytest.fixture(autouse=True)
+def _heard() -> Iterator[None]:
+    """SIGHUP is ignored where the tests themselves run under nohup, and so it would be by what they start."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def worker(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
