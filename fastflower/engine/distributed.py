@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ import torch.distributed.nn
 
 from fastflower import launcher, machine
 from fastflower.errors import UserError
-from fastflower.signals import Interrupted, Signals
+from fastflower.signals import Interrupted, Signals, handling
 
 T = TypeVar("T")
 
@@ -145,7 +146,7 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun started, if it did, until the block ends.
 
     Raises:
-        UserError: the launcher's variables are not complete.
+        UserError: the launcher's variables are not complete, or the others cannot be found by them.
     """
     place = launcher.place()
     ranks = Ranks(*place) if place else Ranks()
@@ -155,9 +156,23 @@ def processes(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     yield ranks
     dist.destroy_process_group()  # only after success: after a failure it could wait for a process that is gone
+
+
+def _meet(backend: str) -> None:
+    """Join the process group; a signal ends the process, since Python would not hear of it before all are there."""
+    try:
+        with handling(signal.SIG_DFL):
+            dist.init_process_group(backend)
+    except dist.DistError as error:
+        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = str(error).partition("\n")[0].rstrip(". ")
+        raise UserError(
+            f"the processes do not find each other at {where} (MASTER_ADDR and MASTER_PORT): {reason}; start all of "
+            "them by torchrun, with a host that each can reach and a port that is free."
+        ) from error
 
 
 def _limit_threads(ranks: Ranks) -> None:
