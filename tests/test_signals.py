@@ -94,13 +94,14 @@ def test_a_terminal_that_closes_stops_and_saves(small: Path, tmp_path: Path) -> 
 def test_any_command_ends_with_its_number(
     small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "run"
-    assert fastflower(*train_arguments(small, run), "--train.epochs", 1).code == 0
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder, seed in ((run, 1), (other, 2)):
+        assert fastflower(*train_arguments(small, folder), "--train.epochs", 1, "--seed", seed).code == 0
     folds = train_arguments(small, tmp_path / "folds")[1:]
     commands: list[tuple[list[object], str]] = [
         (["eval", run], "fastflower.data.loader.read_picture"),
         (["predict", run, "--split", "val"], "fastflower.data.loader.read_picture"),
-        (["ensemble", run, run, "--split", "train"], "fastflower.data.loader.read_picture"),
+        (["ensemble", run, other, "--split", "train"], "fastflower.data.loader.read_picture"),
         (["cv", "--folds", 2, *folds, "--train.epochs", 1], "fastflower.data.loader.read_picture"),
         (["train", "--dry_run", *train_arguments(small, None)[1:]], "fastflower.data.loader.read_picture"),
         (["data", "check", small], "fastflower.data.check.read_image"),
