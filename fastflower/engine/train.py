@@ -113,10 +113,10 @@ def _saving(setup: Setup, state: State, folder: RunFolder) -> Iterator[None]:
             raise  # nothing that an earlier save has not
         _refuse_bad_loss(setup, state)
         _save(setup, state, folder)
-        raise UserError(
-            f"{error} Epoch {_trained_epoch(state)} is saved up to step {state.step}: then go on with --resume "
-            f"{folder.path}."
-        ) from error
+        epoch = _trained_epoch(state)
+        advice = f"Epoch {epoch} is saved up to step {state.step}: then go on with --resume {folder.path}."
+        error.args = (f"{error} {advice}",)  # the same error, which knows who says it
+        raise
 
 
 def _train_epoch(
