@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +22,7 @@ import torch.distributed.nn
 from fastflower import machine
 from fastflower.errors import UserError
 from fastflower.runtime import launcher
-from fastflower.runtime.signals import Interrupted, Signals
+from fastflower.runtime.signals import Interrupted, Signals, handling
 
 T = TypeVar("T")
 
@@ -147,7 +148,7 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun started, if it did, until the block ends.
 
     Raises:
-        UserError: the launcher's variables are not complete, or the processes do not find each other.
+        UserError: the launcher's variables are not complete, or the others cannot be found by them.
     """
     place = launcher.place()
     ranks = Ranks(*place) if place else Ranks()
@@ -157,23 +158,32 @@ def processes(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        store, _, _ = next(dist.rendezvous("env://"))
-        dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
-    except dist.DistError as error:
-        meeting = f"MASTER_ADDR={os.environ['MASTER_ADDR']}, MASTER_PORT={os.environ['MASTER_PORT']}"
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise UserError(
-            f"the processes do not find each other at {meeting} ({reason}): give the address of the first one's "
-            "machine and a port that is free there."
-        ) from error
+    store = _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", ranks)
     try:
         yield ranks
     except UserError as error:
         error.said_elsewhere = _is_said(str(error), store, ranks)
         raise
     dist.destroy_process_group()  # only after success: after a failure it could wait for a process that is gone
+
+
+def _meet(backend: str, ranks: Ranks) -> dist.Store:
+    """Join the process group; what the processes find each other by.
+
+    A signal ends the process, since Python would not hear of it before all are there.
+    """
+    try:
+        with handling(signal.SIG_DFL):
+            store, _, _ = next(dist.rendezvous("env://"))
+            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+    except dist.DistError as error:
+        where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
+        reason = str(error).partition("\n")[0].rstrip(". ")
+        raise UserError(
+            f"the processes do not find each other at {where} (MASTER_ADDR and MASTER_PORT): {reason}; start all of "
+            "them by torchrun, with a host that each can reach and a port that is free."
+        ) from error
+    return store
 
 
 def _is_said(sentence: str, store: dist.Store, ranks: Ranks) -> bool:

@@ -21,8 +21,8 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Have `handler` called for each of these signals until the block ends.
+def handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Have `handler` called for each of these signals until the block ends; SIG_DFL = the system ends the process.
 
     One that is ignored already stays so, as SIGHUP under nohup; but Ctrl-C's, which shells have their background jobs
     ignore, is still meant where it is sent by `kill`. Only Python's main thread can choose handlers: in another thread

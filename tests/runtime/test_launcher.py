@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import itertools
 import json
-import socket
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastflower.errors import UserError
 from fastflower.runtime import launcher
-from fastflower.runtime.distributed import processes
 from tests.conftest import fastflower
 
 NUMBERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -107,13 +104,3 @@ def test_a_mistake_of_one_process_alone_is_said_by_it(tmp_path: Path, monkeypatc
     result = fastflower("eval", tmp_path / "none")
     assert result.code == 2
     assert str(tmp_path / "none") in result.err
-
-
-def test_a_port_that_is_taken_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = str(taken.getsockname()[1])
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        give(monkeypatch, alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
-        sentence = f"do not find each other at MASTER_ADDR=127.0.0.1, MASTER_PORT={port}"
-        with pytest.raises(UserError, match=sentence), processes(torch.device("cpu")):
-            pass

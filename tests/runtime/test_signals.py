@@ -6,7 +6,6 @@ import itertools
 import os
 import pkgutil
 import pty
-import shutil
 import signal
 import subprocess
 import sys
@@ -103,9 +102,9 @@ def test_a_terminal_that_closes_stops_and_saves(small: Path, tmp_path: Path) -> 
 def test_any_command_ends_with_its_number(
     small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = tmp_path / "run"
-    assert fastflower(*train_arguments(small, run), "--train.epochs", 1).code == 0
-    other = shutil.copytree(run, tmp_path / "other")
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder, seed in ((run, 1), (other, 2)):
+        assert fastflower(*train_arguments(small, folder), "--train.epochs", 1, "--seed", seed).code == 0
     folds = train_arguments(small, tmp_path / "folds")[1:]
     commands: list[tuple[list[object], str]] = [
         (["eval", run], "fastflower.data.loader.read_picture"),

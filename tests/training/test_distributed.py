@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import socket
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -18,7 +23,7 @@ from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.errors import UserError
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.distributed import Ranks, _limit_threads, processes
-from tests.conftest import TinyNet, example, fastflower, torchrun, train_arguments, write_dataset
+from tests.conftest import ROOT, TinyNet, example, fastflower, torchrun, train_arguments, write_dataset
 from tests.training.test_choices import EVERYTHING
 from tests.training.test_left_out import checked, spoil
 from tests.training.test_run import assert_same_run, rows
@@ -163,6 +168,50 @@ def test_a_rank_that_dies_does_not_leave_the_other_waiting(uneven: Path, tmp_pat
     result = train_in_ranks(*train_arguments(uneven, tmp_path / "run"), "--train.epochs", "1", TINY_CRASH="1:2")
     assert result.returncode != 0
     assert "crash for the test" in result.stderr
+
+
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+
+
+def test_a_port_that_is_taken_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        for name, value in (ALONE | {"MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"localhost:{port} .*address"), processes(torch.device("cpu")):
+            pass
+
+
+def test_a_signal_ends_a_process_that_waits_for_others() -> None:
+    program = """
+import torch
+from fastflower.runtime.distributed import processes
+from fastflower.runtime.signals import handling, interrupt
+with handling(interrupt):
+    print("waiting", flush=True)
+    with processes(torch.device("cpu")):
+        print("met", flush=True)
+"""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = str(free.getsockname()[1])
+    environment = os.environ | ALONE | {"PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "MASTER_PORT": port}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "waiting\n"
+        while True:  # until it listens, and so waits
+            with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("localhost", int(port))):
+                break
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(LIMIT_S) == -signal.SIGTERM
+        finally:
+            process.kill()
+        assert process.stdout.read() == ""
 
 
 def test_a_batch_that_cannot_be_split_is_refused_with_what_fits() -> None:
