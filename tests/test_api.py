@@ -1,4 +1,4 @@
-"""`import fastflower`: the steps of a run as functions, by the README's own example."""
+"""`import fastflower`: the steps of a run as functions, by the example of docs/python.md."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def test_importing_is_quick_and_misses_nothing() -> None:
         fastflower.trian  # noqa: B018
 
 
-def test_the_readmes_example_runs(small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_example_runs(small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / "docs/python.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     original = fastflower.load_config
