@@ -10,10 +10,8 @@ import itertools
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -25,129 +23,14 @@ from fastflower.config import Config, find_config, to_plain
 from fastflower.data.dataset import builtin_root
 from fastflower.errors import UserError
 from tests.conftest import ROOT, write_dataset
+from tests.markdown import Block, commands, mentioned_commands, read, spans
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 ARCHITECTURE = ROOT / "docs/architecture.md"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-PROGRAMS = ("fastflower", "make", "python", "python3", "torchrun")
-OPERATORS = (";", "&&", "||", "|", "&")
 WRITTEN = ("bench/results/local.jsonl", "bench/results/kernels.jsonl")  # by commands, and not in every checkout
 LINK = re.compile(r"!?\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
-SPAN = re.compile(r"(?<!`)`([^`]+)`(?!`)")
 REPOSITORY_PATH = re.compile(r"(bench|configs|docs|fastflower|kernels|tests)/[\w./-]*")
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of code of a page."""
-
-    language: str  # of a fence; "" where it is indented
-    line: int  # of the page, from 1
-    text: str
-
-
-@dataclass(frozen=True)
-class Page:
-    """A page apart: what is written and what is code."""
-
-    prose: str  # with as many lines as the page
-    blocks: list[Block]
-
-
-def read(text: str) -> Page:
-    """Take the blocks of code, fenced or indented, out of a page."""
-    prose: list[str] = []
-    blocks: list[Block] = []
-    block: list[str] = []
-    kind: Literal["fenced", "indented"] | None = None
-    language, begin = "", 0
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
-        fence = line.strip().startswith("```")
-        if kind is None and (fence or (line.startswith("    ") and line.strip() and (not prose or not prose[-1]))):
-            kind, language, begin = ("fenced", line.strip()[3:], number + 1) if fence else ("indented", "", number)
-            block = [] if fence else [line]
-        elif kind == "fenced" and fence:
-            blocks.append(Block(language, begin, "\n".join(block)))
-            kind = None
-        elif kind == "fenced" or (kind == "indented" and (line.startswith("    ") or not line.strip())):
-            block.append(line)
-        else:
-            if kind == "indented":
-                blocks.append(Block("", begin, "\n".join(block)))
-                kind = None
-            prose.append(line.strip())
-            continue
-        prose.append("")
-    if kind:
-        blocks.append(Block(language, begin, "\n".join(block)))
-    return Page("\n".join(prose), blocks)
-
-
-def commands(block: Block) -> Iterator[tuple[int, list[str]]]:
-    """The line of each command of a block, and its words, as often as loops around it carry it out."""
-    loops: list[tuple[str, list[str]]] = []
-    number, joined = block.line, ""
-    for offset, line in enumerate(block.text.splitlines()):
-        joined += line.strip().removeprefix("!")
-        if joined.endswith("\\"):
-            joined = joined[:-1]
-            continue
-        for words in simple_commands(joined):
-            if words[:1] == ["for"]:
-                loops.append((words[1], words[3:]))
-            elif words == ["done"]:
-                loops.pop()
-            else:
-                called = without_wrappers(words)
-                if called and Path(called[0]).name in PROGRAMS:
-                    for expanded in expand(called, loops):
-                        yield number, [Path(expanded[0]).name, *expanded[1:]]
-        number, joined = block.line + offset + 1, ""
-
-
-def simple_commands(line: str) -> list[list[str]]:
-    """The words of a line, of each command in it, without comments and what output is redirected to."""
-    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
-    lexer.whitespace_split = True
-    try:
-        words = list(lexer)
-    except ValueError:  # a quotation that does not close: no command, or one that will not parse
-        words = line.split()
-    found: list[list[str]] = [[]]
-    for word in words:
-        if word in OPERATORS:
-            found.append([])
-        else:
-            found[-1].append(word)
-    return [words[: next((i for i, word in enumerate(words) if word in (">", ">>", "<")), None)] for words in found]
-
-
-def without_wrappers(words: list[str]) -> list[str]:
-    """A command without what stands before it: do, VARIABLE=VALUE, timeout."""
-    while words and (words[0] == "do" or re.match(r"[A-Za-z_]\w*=", words[0])):
-        words = words[1:]
-    if words[:1] == ["timeout"]:
-        options = next(i for i, word in enumerate(words[1:], start=1) if not word.startswith("-"))
-        return words[options + 1 :]
-    return words
-
-
-def expand(words: list[str], loops: Sequence[tuple[str, list[str]]]) -> list[list[str]]:
-    """A command with each value of the variables of loops."""
-    found = [words]
-    for name, values in loops:
-        found = [
-            [re.sub(rf"\${name}\b|\${{{name}}}", lambda _, value=value: value, word) for word in each]  # type: ignore[misc]
-            for each in found
-            for value in values
-        ]
-    return found
-
-
-def spans(page: Page) -> Iterator[tuple[int, str]]:
-    """The line of each span of code in the prose, and its text on one line."""
-    for match in SPAN.finditer(page.prose):
-        yield page.prose.count("\n", 0, match.start()) + 1, " ".join(match[1].split())
 
 
 def fault(words: list[str], folder: Path, *, mentioned: bool = False) -> str | None:
@@ -243,11 +126,7 @@ def faults(text: str, folder: Path) -> list[str]:
         if block.language not in ("python", "mermaid")
         for line, words in commands(block)
     ]
-    for line, span in spans(page):
-        words = span.split()
-        if len(words) > 1 and words[0] in PROGRAMS:
-            named = simple_commands(span)[0]
-            found.append((line, named, fault(named, folder, mentioned=True)))
+    found += [(line, words, fault(words, folder, mentioned=True)) for line, words in mentioned_commands(page)]
     return [f"line {line}: {shlex.join(words)}: {wrong}" for line, words, wrong in found if wrong]
 
 
@@ -258,6 +137,11 @@ def pages() -> pytest.MarkDecorator:
 @pages()
 def test_command_lines_parse(path: Path, tmp_path: Path) -> None:
     assert faults(path.read_text(encoding="utf-8"), tmp_path) == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "bench").glob("*.py")), ids=lambda path: path.name)
+def test_command_lines_of_the_benchmarks_docstrings_parse(path: Path, tmp_path: Path) -> None:
+    assert faults(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "", tmp_path) == []
 
 
 def test_commands_are_found_as_a_shell_would_run_them() -> None:
@@ -304,7 +188,13 @@ def test_a_wrong_command_line_is_found(line: str, tmp_path: Path) -> None:
         assert re.match("line [3-5]: ", found)
 
 
-@pytest.mark.parametrize("span", ["fastflower evil", "fastflower data chek", "fastflower train\n--epochs 3", "make it"])
+@pytest.mark.parametrize(
+    "span",
+    [
+        *("fastflower evil", "fastflower data chek", "fastflower train\n--epochs 3", "make it"),
+        *("--train.mixup much", "--data.sizes\nsome", "python bench/kernels.py --reverse"),
+    ],
+)
 def test_a_wrong_command_in_a_sentence_is_found(span: str, tmp_path: Path) -> None:
     (found,) = faults(f"As said,\nsee what `{span}` does.", tmp_path)
     assert found.startswith("line 2: ")
@@ -329,6 +219,12 @@ def test_options_that_sentences_name_exist(path: Path, known_options: set[str]) 
 @pytest.fixture(scope="module")
 def known_options() -> set[str]:
     """Of all commands and benchmarks, each - of a name as _."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "200")  # so that no name is cut
+        return options_in_help()
+
+
+def options_in_help() -> set[str]:
     names = ["train", "eval", "predict", "ensemble", "cv", "flops", "report", "doctor"]
     shown = [help_of(name) for name in names] + [help_of("data", name) for name in ("demo", "check", "stats")]
     modes: list[list[str]] = [[], ["loader"], ["model"], ["train"], ["eval"], ["overview"]]
