@@ -1,8 +1,7 @@
-"""`import fastflower`: the steps of a run as functions, by the README's own example."""
+"""`import fastflower`: the steps of a run as functions."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -86,21 +85,3 @@ def test_importing_is_quick_and_misses_nothing() -> None:
     assert done.stdout == "fastflower.api\n"
     with pytest.raises(AttributeError, match="has no attribute 'trian'"):
         fastflower.trian  # noqa: B018
-
-
-def test_the_readmes_example_runs(small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    monkeypatch.chdir(tmp_path)
-    original = fastflower.load_config
-
-    def load_config(source: str, given: dict[str, Any]) -> Any:
-        assert original(source, given).train.epochs == 2
-        return original(settings=settings(small, train={**SETTINGS["train"], "epochs": 2}))
-
-    monkeypatch.setattr(fastflower, "load_config", load_config, raising=False)
-    names: dict[str, Any] = {}
-    exec(example, names)
-    assert (tmp_path / "runs/mine/checkpoints/best.pt").is_file()
-    assert names["figures"].n == 20
-    assert torch.isfinite(names["loss"])
