@@ -44,6 +44,15 @@ def package_versions(*names: str) -> dict[str, str | None]:
     return found
 
 
+def versions() -> str:
+    """One line: the versions of fastflower and of what it runs on, as installed; nothing is imported for them."""
+    names = {"torch": "torch", "DALI": "nvidia-dali-cuda120", "Triton": "triton"}
+    found = package_versions("fastflower", *names.values())
+    own = found["fastflower"] or f"(not installed, from {Path(__file__).parent})"
+    others = ", ".join(f"{name} {found[package] or 'missing'}" for name, package in names.items())
+    return f"fastflower {own}: {others}, Python {platform.python_version()}"
+
+
 def find_apex() -> Literal["nvidia", "another package"] | None:
     """Whether a package named apex is installed, and whether it is NVIDIA's.
 
