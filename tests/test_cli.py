@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import yaml
 
-from fastflower.cli import TrainCommand, parse
+from fastflower.cli import parse
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.stats import pixel_statistics
 from fastflower.data.view import Engine
+from fastflower.options import TrainCommand
 from fastflower.runtime.checkpoint import load_checkpoint
 from tests.conftest import fastflower, train_arguments
 

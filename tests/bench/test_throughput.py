@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from pathlib import Path
+from typing import Any
 from types import ModuleType
 
 import pytest
@@ -27,7 +28,7 @@ GEOMETRY = ["--crop", "32", "--scale", "36", "48"]
 SHORT = ["--steps", "2", "--warmup", "1", "--repeats", "1"]
 
 
-def rows(out: Path) -> list[dict]:
+def rows(out: Path) -> list[dict[str, Any]]:
     """The lines of --out, checked for what each must have."""
     found = [json.loads(line) for line in out.read_text().splitlines()]
     for row in found:
@@ -46,7 +47,7 @@ def rows(out: Path) -> list[dict]:
     return found
 
 
-def measure(out: Path, *arguments: object) -> list[dict]:
+def measure(out: Path, *arguments: object) -> list[dict[str, Any]]:
     """The rows of one run."""
     assert main([*map(str, arguments), "--out", str(out)]) == 0
     return rows(out)
