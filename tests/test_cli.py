@@ -91,8 +91,11 @@ def test_version_is_that_of_the_package_and_of_what_it_runs_on(monkeypatch: pyte
     assert (answer.code, answer.err) == (0, "")
     assert answer.out.startswith("fastflower 7.8.9: torch 3.1, DALI 4.1, Triton missing, Python 3.")
     assert len(answer.out.splitlines()) == 1
+    installed["nvidia-dali-cuda130"] = installed.pop("nvidia-dali-cuda120")
     del installed["fastflower"]
-    assert fastflower("--version").out.startswith(f"fastflower (not installed, from {ROOT / 'fastflower'}): torch 3.1")
+    assert fastflower("--version").out.startswith(
+        f"fastflower (not installed, from {ROOT / 'fastflower'}): torch 3.1, DALI 4.1,"
+    )
 
 
 def test_a_strangers_apex_breaks_nothing(tmp_path: Path) -> None:

@@ -146,6 +146,8 @@ def test_a_wheel_holds_what_git_has_and_runs(tmp_path: Path) -> None:
     )
     installation = installed / "fastflower"
     printed = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).split()
+    version = _run(sys.executable, "-m", "fastflower", "--version", cwd=tmp_path, PYTHONPATH=str(installed))
+    assert version.startswith(f"fastflower {wheel.name.split('-')[1]}: torch ")
     assert printed == [str(installation / "__init__.py"), str(installation / "kernels/__init__.py"), "True"]
 
 
