@@ -22,6 +22,7 @@ from tyro.conf import OmitSubcommandPrefixes, subcommand
 from fastflower import config as configuration
 from fastflower import machine
 from fastflower.config import Config, Data
+from fastflower.environment import versions
 from fastflower.errors import UserError
 from fastflower.files import to_json
 from fastflower.options import (
@@ -46,7 +47,10 @@ from fastflower.runtime.signals import Interrupted, handling, interrupt
 if TYPE_CHECKING:
     from fastflower.evaluation.session import Testing
 
-DESCRIPTION = "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs."
+DESCRIPTION = (
+    "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs.\n\n"
+    "fastflower --version prints the versions of fastflower, torch, DALI and Triton."
+)
 _NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
 
 Command = (
@@ -83,6 +87,9 @@ def main() -> None:
 
 def _exit_code(argv: Sequence[str]) -> int | str | None:
     """Carry out the command line; says what is wrong with it."""
+    if list(argv) == ["--version"]:
+        print(versions())
+        return 0
     try:
         return run(parse(argv))
     except SystemExit as end:  # by help, or by an option that there is not

@@ -13,6 +13,8 @@ from fastflower import machine
 if TYPE_CHECKING:
     import torch
 
+_DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")  # one for each CUDA; the first is installed with fastflower
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, GPU and threads."""
@@ -42,6 +44,15 @@ def package_versions(*names: str) -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+def versions() -> str:
+    """One line: the versions of fastflower and of what it runs on, as installed; nothing is imported for them."""
+    found = package_versions("fastflower", "torch", "triton", *_DALI)
+    own = found["fastflower"] or f"(not installed, from {Path(__file__).parent})"
+    dali = next((found[name] for name in _DALI if found[name]), None)
+    others = {"torch": found["torch"], "DALI": dali, "Triton": found["triton"], "Python": platform.python_version()}
+    return f"fastflower {own}: " + ", ".join(f"{name} {version or 'missing'}" for name, version in others.items())
 
 
 def find_apex() -> Literal["nvidia", "another package"] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 import yaml
 
-from fastflower.cli import TrainCommand, parse
+from fastflower.cli import parse
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.stats import pixel_statistics
 from fastflower.data.view import Engine
+from fastflower.options import TrainCommand
 from fastflower.runtime.checkpoint import load_checkpoint
 from tests.conftest import fastflower, train_arguments
 
@@ -64,13 +66,36 @@ def test_help_shows_defaults_and_units(words: list[str], parts: list[str]) -> No
         assert part in result.stdout
 
 
-def test_help_does_not_import_torch_or_dali() -> None:
+@pytest.mark.parametrize("option", ["--help", "--version"])
+def test_what_answers_at_once_does_not_import_torch_or_dali(option: str) -> None:
     code = (
-        "import sys; sys.argv[1:] = ['--help']\nfrom fastflower.cli import main\ntry: main()\nexcept SystemExit: pass\n"
+        f"import sys; sys.argv[1:] = ['{option}']\nfrom fastflower.cli import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
     )
     code += "print(sorted({'torch', 'nvidia.dali', 'numpy', 'triton'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_version_is_that_of_the_package_and_of_what_it_runs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = {"fastflower": "7.8.9", "torch": "3.1", "nvidia-dali-cuda120": "4.1"}
+
+    def version(name: str) -> str:
+        try:
+            return installed[name]
+        except KeyError:
+            raise importlib.metadata.PackageNotFoundError(name) from None
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    answer = fastflower("--version")
+    assert (answer.code, answer.err) == (0, "")
+    assert answer.out.startswith("fastflower 7.8.9: torch 3.1, DALI 4.1, Triton missing, Python 3.")
+    assert len(answer.out.splitlines()) == 1
+    installed["nvidia-dali-cuda130"] = installed.pop("nvidia-dali-cuda120")
+    del installed["fastflower"]
+    assert fastflower("--version").out.startswith(
+        f"fastflower (not installed, from {ROOT / 'fastflower'}): torch 3.1, DALI 4.1,"
+    )
 
 
 def test_a_strangers_apex_breaks_nothing(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from fastflower import config as configuration
-from fastflower.cli import TrainCommand, parse
+from fastflower.cli import parse
 from fastflower.config import Config
 from fastflower.errors import UserError
+from fastflower.options import TrainCommand
 from tests.conftest import fastflower
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))

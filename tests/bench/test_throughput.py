@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ GEOMETRY = ["--crop", "32", "--scale", "36", "48"]
 SHORT = ["--steps", "2", "--warmup", "1", "--repeats", "1"]
 
 
-def rows(out: Path) -> list[dict]:
+def rows(out: Path) -> list[dict[str, Any]]:
     """The lines of --out, checked for what each must have."""
     found = [json.loads(line) for line in out.read_text().splitlines()]
     for row in found:
@@ -46,7 +47,7 @@ def rows(out: Path) -> list[dict]:
     return found
 
 
-def measure(out: Path, *arguments: object) -> list[dict]:
+def measure(out: Path, *arguments: object) -> list[dict[str, Any]]:
     """The rows of one run."""
     assert main([*map(str, arguments), "--out", str(out)]) == 0
     return rows(out)

@@ -1,0 +1,55 @@
+"""The options of all commands are those of options.txt: one is added, renamed or taken away on purpose."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import fastflower
+
+FROZEN = Path(__file__).with_name("options.txt")
+UPDATE = "python -m tests.test_options"
+
+
+def options() -> list[str]:
+    """COMMAND OPTION, and its other names, of all commands: what the parser itself offers a shell to complete."""
+    script = fastflower("--tyro-print-completion", "bash").out
+    offered = next(line for line in script.splitlines() if line.startswith("COMPLETION_SPEC = "))
+    return sorted(_options(ast.literal_eval(offered.partition(" = ")[2]), "fastflower"))
+
+
+def _options(parser: dict[str, Any], command: str) -> Iterator[str]:
+    for option in parser["options"]:
+        yield f"{command} {', '.join(option['flags'])}"
+    for name, below in parser["subcommands"].items():
+        yield from _options(below, f"{command} {name}")
+
+
+def test_options_are_those_that_are_written_down() -> None:
+    now, frozen = options(), FROZEN.read_text().splitlines()
+    new = [f"+ {line}" for line in now if line not in frozen]
+    gone = [f"- {line}" for line in frozen if line not in now]
+    assert now == frozen, "\n".join(
+        [
+            "The command line has changed:",
+            *gone,
+            *new,
+            f"Is it on purpose? Scripts and documentation that use what is gone break. Then run `{UPDATE}`, and commit "
+            "options.txt with the change and a line in CHANGELOG.md.",
+        ]
+    )
+
+
+def test_every_command_is_among_them() -> None:
+    """What they are found by sees all commands and their nested settings."""
+    named = options()
+    for command in ("train", "eval", "predict", "ensemble", "cv", "flops", "report", "doctor", "data check"):
+        assert f"fastflower {command} --debug, --no_debug" in named
+        assert fastflower(*command.split(), "--help").code == 0
+    assert "fastflower train --train.batch_size" in named
+
+
+if __name__ == "__main__":
+    FROZEN.write_text("\n".join(options()) + "\n")
