@@ -94,7 +94,8 @@ def fastflower_fault(
         if option == "--config" and value.endswith((".yaml", ".yml")):
             (folder / value).parent.mkdir(parents=True, exist_ok=True)
             (folder / value).write_text(find_config("demo").read_text(encoding="utf-8"), encoding="utf-8")
-    cli.parse(arguments)
+    if arguments != ["--version"]:  # which is answered before anything is parsed
+        cli.parse(arguments)
     return None
 
 
