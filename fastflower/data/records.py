@@ -25,7 +25,7 @@ from fastflower.errors import UserError
 SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
 MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
 NO_LABEL = np.iinfo(np.int64).min
-_COUNTED = re.compile(rf"\d+-(\d+)x\1-(?P<count>\d+)({'|'.join(map(re.escape, SUFFIXES))})")
+_COUNTED = re.compile(rf".*\d-(\d+)x\1-(?P<count>\d+)({'|'.join(map(re.escape, SUFFIXES))})")
 SIZE_FOLDER = re.compile(r"tfrecords-jpeg-(\d+)x(\d+)")
 
 

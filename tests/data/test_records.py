@@ -341,20 +341,24 @@ WORDS = ("00", "7", "192x192", "40x40", "192x224", "798", "2", "train", "00000",
 )
 @settings(deadline=None, max_examples=300)
 @hypothesis.example("00-192x192-798", "tfrec")
+@hypothesis.example("train-00-192x192-798", "tfrec")
+@hypothesis.example("train00-192x192-798", "tfrec")
 @hypothesis.example("train-00000-of-01024", "tfrecord")
 @hypothesis.example("2024-05-17", "tfrec")
 def test_only_names_as_kaggles_say_how_many_records_there_are(stem: str, suffix: str) -> None:
     parts = stem.split("-")
-    sides = parts[1].split("x") if len(parts) == 3 else []
-    says = len(sides) == 2 and sides[0] == sides[1] and all(each.isdigit() for each in (parts[0], *sides, parts[2]))
+    sides = parts[-2].split("x") if len(parts) > 2 else []
+    says = (
+        len(sides) == 2 and sides[0] == sides[1] and all(each.isdigit() for each in (parts[-3][-1:], *sides, parts[-1]))
+    )
     path = Path("/data") / f"{stem}.{suffix}"
     for count in (2, 798):
         one = np.zeros(1, np.int64)
         records = Records((path,), (Stamp(0, 0, 0, 0),), (count,), one, one, one, one, np.array(["a"]), one)
         expected = []
-        if says and int(parts[2]) != count:
+        if says and int(parts[-1]) != count:
             expected = [
-                f"{path} has {count} records, but by its name {int(parts[2])}: "
+                f"{path} has {count} records, but by its name {int(parts[-1])}: "
                 "copy or download it again, or correct its name."
             ]
         assert miscounted(records) == expected
