@@ -9,16 +9,18 @@ What is compared is each epoch's figures, but for times, and all weights. Exit c
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
+
+from fastflower.runtime.run_folder import RunFolder, read_rows
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TIMES = ("images_per_s", "epoch_s", "data_wait")
@@ -36,7 +38,7 @@ def differences(one: Path, other: Path) -> list[str]:
     found = []
     for number, (a, b) in enumerate(zip(_rows(one), _rows(other), strict=True), start=1):
         found += [f"epoch {number}: {key} is {a.get(key)} and {b.get(key)}" for key in a if a[key] != b.get(key)]
-    ours, theirs = (load_file(run / "checkpoints/best.safetensors") for run in (one, other))
+    ours, theirs = (load_file(RunFolder(run).best_weights) for run in (one, other))
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
             found.append(f"{name} is in one of them only")
@@ -46,10 +48,9 @@ def differences(one: Path, other: Path) -> list[str]:
     return found
 
 
-def _rows(run: Path) -> list[dict[str, float]]:
-    """The figures of each epoch, without times and without the number, which older versions count from 0."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in (*TIMES, "epoch")} for line in lines]
+def _rows(run: Path) -> list[dict[str, Any]]:
+    """The figures of each epoch, without times."""
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(RunFolder(run).metrics)]
 
 
 def main(arguments: Sequence[str]) -> int:
