@@ -23,7 +23,7 @@ from bench.common import CORES, need
 from bench.pictures import Pictures, decode_by_pil, decode_by_torchvision
 from bench.throughput_options import Output
 from bench.timing import Contender, Make
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded
 from fastflower.data.loader import Loader
 from fastflower.data.pipeline import decode, decode_region
@@ -42,7 +42,7 @@ class Work:
     """What all contenders do."""
 
     records: Records
-    data: Data
+    data: DataConfig
     engine: Engine
     device: torch.device  # where batches are handed over
     ranks: Ranks

@@ -21,7 +21,7 @@ from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from fastflower import config as configuration
 from fastflower import machine
-from fastflower.config import Config, Data
+from fastflower.config import Config, DataConfig
 from fastflower.environment import versions
 from fastflower.errors import UserError
 from fastflower.files import to_json
@@ -408,7 +408,7 @@ def _stats(command: StatsCommand) -> int:
     from fastflower.data.stats import pixel_statistics
     from fastflower.data.view import Engine
 
-    records = load_pictures(Data(root=command.root, sizes=command.sizes), command.split.split("+"), seed=0)
+    records = load_pictures(DataConfig(root=command.root, sizes=command.sizes), command.split.split("+"), seed=0)
     found = pixel_statistics(records, Engine(threads=machine.cpus()))
     settings = {"data": {"mean": list(found.normalization.mean), "std": list(found.normalization.std)}}
     print(yaml.safe_dump(settings, default_flow_style=None, width=120), end="")

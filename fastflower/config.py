@@ -47,7 +47,7 @@ Switch = Annotated[
 
 
 @dataclass(frozen=True)
-class Data:
+class DataConfig:
     """Pictures: where they are and how they become batches."""
 
     root: Folders | None = None
@@ -99,7 +99,7 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelConfig:
     """The network."""
 
     name: Literal[MODEL_NAMES] = "resnet34"  # type: ignore[valid-type]
@@ -121,7 +121,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainConfig:
     """Optimization."""
 
     epochs: PositiveInt = 70
@@ -208,9 +208,9 @@ class Config:
     """Where the network runs; auto = on the GPU where there is one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of initialization, order, augmentation, and of what validates (data.val_share, data.folds)."""
-    data: Data = field(default_factory=Data)
-    model: Model = field(default_factory=Model)
-    train: Train = field(default_factory=Train)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def resolve(config: Config) -> Config:

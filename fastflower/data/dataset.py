@@ -11,7 +11,7 @@ import torch
 from nvidia.dali import backend
 
 from fastflower import machine
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data import demo
 from fastflower.data.cache import Decoded
 from fastflower.data.contents import Progress, content_digests, require_pictures
@@ -60,7 +60,7 @@ class Dataset:
     left_out: int = 0  # records of both splits that data.skip lists
 
 
-def open_dataset(data: Data, seed: int, progress: Progress | None = None) -> Dataset:
+def open_dataset(data: DataConfig, seed: int, progress: Progress | None = None) -> Dataset:
     """Index both splits and check that every record has an image and a class in range.
 
     `seed` chooses what validates with data.folds, or where a folder of classes has no val; `progress` takes records
@@ -105,7 +105,7 @@ def look_over(dataset: Dataset, progress: Progress | None = None) -> list[str]:
     return notes
 
 
-def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
+def choose_engine(data: DataConfig, device: torch.device, ranks: Ranks) -> Engine:
     """DALI's device and resources on this machine.
 
     Raises:
@@ -124,14 +124,16 @@ def choose_engine(data: Data, device: torch.device, ranks: Ranks) -> Engine:
     )
 
 
-def choose_normalization(data: Data, train: Records, engine: Engine, inherited: Normalization | None) -> Normalization:
+def choose_normalization(
+    data: DataConfig, train: Records, engine: Engine, inherited: Normalization | None
+) -> Normalization:
     """The given constants, else those that belong to the weights to start from, else the training split's own."""
     if data.mean and data.std:
         return Normalization(data.mean, data.std)
     return inherited or pixel_statistics(train, engine).normalization
 
 
-def choose_lighting(data: Data, train: Records, engine: Engine) -> np.ndarray | None:
+def choose_lighting(data: DataConfig, train: Records, engine: Engine) -> np.ndarray | None:
     """Directions of the color shift for `fastflower.data.sampler.training_requests`: [3, 3], or None where it is off.
 
     They are the principal components of the training pixels, each times its eigenvalue and data.lighting (Krizhevsky et
@@ -234,7 +236,7 @@ class WholePictures:
 
 
 def training_batches(
-    data: Data,
+    data: DataConfig,
     records: Records,
     normalization: Normalization,
     engine: Engine,
@@ -271,7 +273,7 @@ def training_batches(
 
 
 def evaluation_batches(
-    data: Data,
+    data: DataConfig,
     records: Records,
     normalization: Normalization,
     engine: Engine,
@@ -289,7 +291,7 @@ def evaluation_batches(
 
 
 def whole_pictures(
-    data: Data,
+    data: DataConfig,
     records: Records,
     shapes: np.ndarray,
     normalization: Normalization,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.contents import Progress
 from fastflower.data.folds import assign_folds, hold_out
 from fastflower.data.names import are_places, class_index, find
@@ -29,7 +29,7 @@ class Part:
     names: list[str] | None  # what the labels stand for; None where they are mere numbers
 
 
-def load_parts(data: Data, seed: int, *splits: str, progress: Progress | None = None) -> list[list[Part]]:
+def load_parts(data: DataConfig, seed: int, *splits: str, progress: Progress | None = None) -> list[list[Part]]:
     """Index splits: for each of them the parts that the folders of `data.root` have of it.
 
     With data.folds, val is a fold of train and val together, and train the other folds (`assign_folds`). Without, a
@@ -54,7 +54,7 @@ def load_parts(data: Data, seed: int, *splits: str, progress: Progress | None = 
     return [[part for root in _roots(data) for part in load(root, split)] for split in splits]
 
 
-def load_pool(data: Data) -> list[Part]:
+def load_pool(data: DataConfig) -> list[Part]:
     """Index train and val of all folders of `data.root`, where they have both, for folds to divide.
 
     Ids of class folders with both start with the split, since the two may have pictures of the same name.
@@ -77,7 +77,7 @@ def load_pool(data: Data) -> list[Part]:
 Divided = list[tuple[Part, np.ndarray]]  # undivided parts, and which of their records validate ([n] bool)
 
 
-def _divide_by_fold(data: Data, seed: int, progress: Progress | None) -> Divided:
+def _divide_by_fold(data: DataConfig, seed: int, progress: Progress | None) -> Divided:
     """Everything, by data.folds, which all stored sizes have a say in: whichever are used, a picture's fold is one."""
     assert data.folds
     everything = load_pool(replace(data, sizes="all"))
@@ -94,7 +94,7 @@ def _places(records: Records) -> Iterator[tuple[Path, int]]:
     return zip((records.files[file] for file in records.file.tolist()), records.number.tolist(), strict=True)
 
 
-def _divide_by_share(data: Data, seed: int, progress: Progress | None) -> Divided:
+def _divide_by_share(data: DataConfig, seed: int, progress: Progress | None) -> Divided:
     """Class folders without val, by data.val_share."""
     whole = [
         _load(data, root, "train")
@@ -145,14 +145,16 @@ def join(parts: Sequence[Part], classes: list[str]) -> Records:
     return joined
 
 
-def load_records(data: Data, split: str, classes: list[str], seed: int, progress: Progress | None = None) -> Records:
+def load_records(
+    data: DataConfig, split: str, classes: list[str], seed: int, progress: Progress | None = None
+) -> Records:
     """A split with labels by a known class list, and without what data.skip lists; see `load_parts` and `join`."""
     (parts,) = load_parts(data, seed, split, progress=progress)
     records = join(parts, classes)
     return leave_out(records, data.skip) if data.skip else records
 
 
-def load_pictures(data: Data, splits: Sequence[str], *, seed: int) -> Records:
+def load_pictures(data: DataConfig, splits: Sequence[str], *, seed: int) -> Records:
     """The records of some splits together, for what asks for no classes; see `load_parts`."""
     return concatenate([part.records for parts in load_parts(data, seed, *splits) for part in parts])
 
@@ -199,7 +201,7 @@ def _settled(path: Path) -> Path:
     return path.parent.resolve() / path.name
 
 
-def _roots(data: Data) -> tuple[Path, ...]:
+def _roots(data: DataConfig) -> tuple[Path, ...]:
     if not data.root:
         raise UserError("--data.root names no folder: give one or more.")
     return data.root
@@ -218,7 +220,7 @@ def _holds_tfrecords(root: Path) -> bool:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from error
 
 
-def _load(data: Data, root: Path, split: str) -> Part:
+def _load(data: DataConfig, root: Path, split: str) -> Part:
     tfrecords, names = _holds_tfrecords(root), listed_classes(root)
     if tfrecords:
         records = load_split(root, split, sizes=data.sizes, scale_min=data.scale[0])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.names import display_names
 from fastflower.data.records import NO_LABEL, Records
 from fastflower.data.sources.folder import picture_files
@@ -72,7 +72,7 @@ def predict_run(
 
 def load_pictures(
     planned: Planned, split: str, testing: Testing, within: Session, *, sample: Path | None = None
-) -> tuple[Data, Records]:
+) -> tuple[DataConfig, Records]:
     """The records to predict, each id once (see `load_split`).
 
     Raises:
@@ -135,7 +135,7 @@ def _same_but_for(keys: Iterable[str], a: Mapping[str, object], b: Mapping[str, 
     return {**a, **anything} == {**b, **anything}
 
 
-def _score(trained: Trained, data: Data, records: Records, testing: Testing, within: Session) -> np.ndarray:
+def _score(trained: Trained, data: DataConfig, records: Records, testing: Testing, within: Session) -> np.ndarray:
     """Class probabilities [n, num_classes] float32, on every rank."""
     return probabilities(score(trained, data, records, testing, within))
 

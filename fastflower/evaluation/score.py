@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.dataset import (
     EvaluationBatches,
     WholePictures,
@@ -30,7 +30,7 @@ OTHER = "give another checkpoint, or train again with a lower train.lr"
 
 
 @torch.no_grad()
-def score(trained: Trained, data: Data, records: Records, testing: Testing, within: Session) -> np.ndarray:
+def score(trained: Trained, data: DataConfig, records: Records, testing: Testing, within: Session) -> np.ndarray:
     """Scores [n, num_classes] float32 of all records, on every rank; their softmax is class probabilities.
 
     By one crop they are the network's logits, by more views the logarithm of the mean probability.
@@ -75,7 +75,7 @@ def score(trained: Trained, data: Data, records: Records, testing: Testing, with
 
 
 def ready(
-    planned: Planned, data: Data, records: Records, testing: Testing, within: Session
+    planned: Planned, data: DataConfig, records: Records, testing: Testing, within: Session
 ) -> tuple[torch.nn.Module, np.ndarray | None]:
     """What scoring needs and can be refused before the first picture is: the network, and [n, 2] the heights and widths
     of the pictures where the views need them.
@@ -107,7 +107,7 @@ def ready(
     return network, shapes
 
 
-def _shapes(data: Data, records: Records, views: Views) -> np.ndarray:
+def _shapes(data: DataConfig, records: Records, views: Views) -> np.ndarray:
     """Heights and widths, [n, 2]; UserError where ten crops of a picture would be the same."""
     shapes = shapes_of(records)
     small = shapes.min(axis=1) <= data.crop

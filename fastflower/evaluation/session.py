@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.contents import require_pictures
 from fastflower.data.identity import identity
 from fastflower.data.records import Records, miscounted
@@ -69,7 +69,9 @@ def session(trained: Trained, testing: Testing, console: Console) -> Iterator[Se
         yield Session(device, ranks, signals, display)
 
 
-def load_split(planned: Planned, split: str, testing: Testing, within: Session, *, once: bool) -> tuple[Data, Records]:
+def load_split(
+    planned: Planned, split: str, testing: Testing, within: Session, *, once: bool
+) -> tuple[DataConfig, Records]:
     """The records to score, and how they are loaded.
 
     Args:
@@ -105,7 +107,7 @@ def load_split(planned: Planned, split: str, testing: Testing, within: Session, 
     return data, records
 
 
-def source(trained: Trained, data: Data, records: Records, testing: Testing, within: Session) -> dict[str, Any]:
+def source(trained: Trained, data: DataConfig, records: Records, testing: Testing, within: Session) -> dict[str, Any]:
     """What a result says of where it comes from, as JSON has it: network, pictures (by their bytes), and views.
 
     Two results of which this is the same, but for the precision, are of the same weights and the same input.

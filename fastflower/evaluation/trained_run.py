@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from fastflower.config import Config, Data, build
+from fastflower.config import Config, DataConfig, build
 from fastflower.data.view import Normalization
 from fastflower.errors import UserError
 from fastflower.runtime.checkpoint import load_checkpoint, weights_of
@@ -26,7 +26,7 @@ class Planned:
     config: Config
     classes: list[str]
 
-    def data(self, roots: tuple[Path, ...] | None, sizes: TestSizes | None) -> Data:
+    def data(self, roots: tuple[Path, ...] | None, sizes: TestSizes | None) -> DataConfig:
         """The run's data, in other folders or at other stored sizes where they are given.
 
         What the run leaves out (data.skip) is listed by file, and so not left out of folders that it does not know.

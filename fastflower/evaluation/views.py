@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.errors import UserError
 from fastflower.models import CLASSICS
 
@@ -35,11 +35,11 @@ class Views:
         """Whether the scorer takes whole resized pictures, and not their center."""
         return self.crops > 1 or bool(self.scales)
 
-    def passes(self, data: Data) -> list[Data]:
+    def passes(self, data: DataConfig) -> list[DataConfig]:
         """The geometry of each pass over the records."""
         return [replace(data, val_resize=scale) for scale in self.scales] or [data]
 
-    def check(self, data: Data, model: str) -> None:
+    def check(self, data: DataConfig, model: str) -> None:
         """Raise UserError where they do not fit together, the data's geometry or the network of that name."""
         if self.crops not in (1, 10):
             raise UserError(f"crops is {self.crops}: give 1, the center, or 10.")

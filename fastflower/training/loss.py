@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fastflower.config import Train
+from fastflower.config import TrainConfig
 from fastflower.data.sampler import generator
 
 
@@ -61,7 +61,7 @@ def balanced_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
 
 
 def mix(
-    images: torch.Tensor, labels: torch.Tensor, train: Train, *, seed: int, epoch: int, position: int
+    images: torch.Tensor, labels: torch.Tensor, train: TrainConfig, *, seed: int, epoch: int, position: int
 ) -> tuple[torch.Tensor, Targets]:
     """Mix each picture with its neighbor in the batch by mixup or cutmix, where they are on; one share for the batch.
 

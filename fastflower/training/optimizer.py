@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fastflower.config import Train
+from fastflower.config import TrainConfig
 from fastflower.environment import find_apex
 from fastflower.errors import UserError
 from fastflower.models.layers import head_prefix
@@ -15,7 +15,7 @@ from fastflower.models.layers import head_prefix
 LR_SCALE = "lr_scale"  # of a group: what the schedule's rate is multiplied by
 
 
-def new_optimizer(network: torch.nn.Module, train: Train, device: torch.device) -> torch.optim.Optimizer:
+def new_optimizer(network: torch.nn.Module, train: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
     """The configured optimizer over all parameters of `network`.
 
     Raises:
@@ -38,7 +38,7 @@ def new_optimizer(network: torch.nn.Module, train: Train, device: torch.device) 
     return FusedSGD(groups, lr=train.peak_lr, momentum=train.momentum, nesterov=train.nesterov)
 
 
-def parameter_groups(network: torch.nn.Module, train: Train) -> list[dict[str, Any]]:
+def parameter_groups(network: torch.nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
     """Backbone and head, each with and without the parameters that `decay_norm_and_bias` is about.
 
     The groups are the same whatever the settings, so that these may change when a run is resumed.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from fastflower.config import Model
+from fastflower.config import ModelConfig
 from fastflower.data.view import IMAGENET, Normalization
 from fastflower.errors import UserError
 from fastflower.models.layers import head_prefix
@@ -58,7 +58,7 @@ class Pretrained:
     normalization: Normalization  # of the pictures that they were trained on
 
 
-def open_pretrained(model: Model, say: Callable[[str], None]) -> Pretrained | None:
+def open_pretrained(model: ModelConfig, say: Callable[[str], None]) -> Pretrained | None:
     """The weights that `model.pretrained` names, on the CPU; None where it names none.
 
     A file without normalization of its own is taken to be trained with ImageNet's.
@@ -116,7 +116,7 @@ def load_pretrained(network: torch.nn.Module, pretrained: Pretrained) -> None:
     network.load_state_dict(weights, strict=False)
 
 
-def _torchvision_file(model: Model, say: Callable[[str], None]) -> Path:
+def _torchvision_file(model: ModelConfig, say: Callable[[str], None]) -> Path:
     """The file in torch.hub's folder, downloaded and its hash checked unless it is there."""
     kind = str(model.pretrained)
     if model.name not in FILES[kind]:
@@ -182,7 +182,7 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, Any]]:
     return saved.get("state_dict", saved.get("model", saved)), {}
 
 
-def _refuse_other_architecture(path: Path, about: Any, model: Model) -> None:
+def _refuse_other_architecture(path: Path, about: Any, model: ModelConfig) -> None:
     ours, its = asdict(model), about if isinstance(about, Mapping) else {}
     for key in ("name", "shortcut", "bottleneck_stride"):  # the last does not show in the weights
         if its.get(key) != ours[key]:

@@ -8,14 +8,14 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fastflower.config import Train
+from fastflower.config import TrainConfig
 from fastflower.training.optimizer import LR_SCALE
 
 # One-cycle's ends, as torch.optim.lr_scheduler.OneCycleLR has them: starts at peak/25, ends at start/10,000.
 ONECYCLE_START, ONECYCLE_END = 1 / 25, 1 / 250_000
 
 
-def learning_rate(train: Train, epochs_done: float) -> float:
+def learning_rate(train: TrainConfig, epochs_done: float) -> float:
     """The rate of step, cosine and onecycle after `epochs_done` epochs (fractions allowed).
 
     Step: times factor after each of the epochs in milestones. Cosine: linear from 0 in the warm-up, then half a cosine
@@ -43,7 +43,7 @@ class Schedule:
     than a relative 1e-4; after more than `patience` epochs without that, the rate is multiplied by `factor`.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, train: Train) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, train: TrainConfig) -> None:
         self._optimizer, self._train = optimizer, train
         self._plateau = (
             ReduceLROnPlateau(optimizer, factor=train.factor, patience=train.patience)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastflower.config import Config, Data, Model
+from fastflower.config import Config, DataConfig, ModelConfig
 from fastflower.data.cache import open_cache
 from fastflower.data.dataset import (
     Dataset,
@@ -119,7 +119,7 @@ def with_data(config: Config, ranks: Ranks, display: Display) -> Config:
     return replace(config, data=absolute(data))
 
 
-def absolute(data: Data) -> Data:
+def absolute(data: DataConfig) -> DataConfig:
     """The same folders and files from wherever the run is resumed or evaluated."""
     return replace(
         data, root=data.root and tuple(root.absolute() for root in data.root), skip=data.skip and data.skip.absolute()
@@ -253,7 +253,7 @@ def build_network(config: Config, classes: int, device: torch.device, ranks: Ran
     return network.to(device).to(memory_format=torch.channels_last)
 
 
-def _norm_options(model: Model, device: torch.device, ranks: Ranks) -> dict[str, Any]:
+def _norm_options(model: ModelConfig, device: torch.device, ranks: Ranks) -> dict[str, Any]:
     """How BatchNorm is computed, as `create_model` takes it."""
     if model.name in CLASSICS:  # which have none: nothing is chosen for them, and what the user chose is refused
         return {"norm": "torch" if model.norm == "auto" else model.norm, "sync_norm": model.sync_norm}

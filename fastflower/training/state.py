@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastflower.config import Config, Train
+from fastflower.config import Config, TrainConfig
 from fastflower.data.dataset import EvaluationBatches, TrainingBatches
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
@@ -135,7 +135,7 @@ def new_state(network: torch.nn.Module, config: Config, device: torch.device, pr
     )
 
 
-def _keeps_lr(before: dict[str, Any], train: Train) -> bool:
+def _keeps_lr(before: dict[str, Any], train: TrainConfig) -> bool:
     """Whether the learning rates go on as they were: plateau's, if they began the same; a curve sets its own."""
     same = (before["schedule"], before["lr"], before["head_lr"]) == (train.schedule, train.lr, train.head_lr)
     return train.schedule != "plateau" or same

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fastflower import machine
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data import cache
 from fastflower.data.cache import Decoded, choose_place, open_cache
 from fastflower.data.dataset import evaluation_batches, training_batches
@@ -35,7 +35,7 @@ def decoded(records: Records, choice: Any = "ram") -> tuple[Decoded | None, list
 
 
 def batches(records: Records, pixels: Decoded | None, epoch: int) -> list[torch.Tensor]:
-    data = Data(crop=32, scale=(36, 60), val_resize=40)
+    data = DataConfig(crop=32, scale=(36, 60), val_resize=40)
     common = (IMAGENET, Engine(), CPU, ALONE)
     train = training_batches(data, records, *common, batch_size=4, seed=0, decoded=pixels)
     val = evaluation_batches(data, records, *common, batch_size=3, decoded=pixels)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.dataset import Dataset, choose_normalization, open_dataset
 from fastflower.data.folds import Duplicate, assign_folds, duplicates
 from fastflower.data.records import Records, concatenate, read_image
@@ -163,7 +163,7 @@ def test_a_cache_that_is_damaged_or_cannot_be_written_costs_only_time(
 
 
 def opened(*roots: Path, seed: int = 0, **settings: Any) -> Dataset:
-    return open_dataset(Data(root=roots, **settings), seed)
+    return open_dataset(DataConfig(root=roots, **settings), seed)
 
 
 def parts_of(dataset: Dataset) -> tuple[list[str], list[str]]:
@@ -176,7 +176,7 @@ def test_each_record_validates_once_and_trains_in_the_other_folds(small: Path) -
     everything = [f"{i:06}" for i in range(68)]
     validated: list[str] = []
     for fold in range(5):
-        data = Data(root=(small,), folds=5, fold=fold)
+        data = DataConfig(root=(small,), folds=5, fold=fold)
         dataset = open_dataset(data, 3)
         train, val = parts_of(dataset)
         assert sorted(train + val) == everything
@@ -193,7 +193,7 @@ def test_each_record_validates_once_and_trains_in_the_other_folds(small: Path) -
 def test_the_test_split_and_data_without_folds_are_as_before(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "a", {"train": 12, "val": 6, "test": 4})
     names = ["0", "1", "2"]
-    data = Data(root=(root,), folds=3, fold=2)
+    data = DataConfig(root=(root,), folds=3, fold=2)
     assert load_records(data, "test", names, 0).ids.tolist() == load_split(root, "test").ids.tolist()
     train, val, test = ([part.split for part in parts] for parts in load_parts(data, 0, "train", "val", "test"))
     assert (train, val, test) == (["train"] * 2, ["val"] * 2, ["test"])
@@ -213,7 +213,7 @@ def test_training_pictures_alone_are_divided(tmp_path: Path) -> None:
 
 
 def load_ids(root: Path) -> list[str]:
-    return [name for part in load_pool(Data(root=(root,))) for name in part.records.ids.tolist()]
+    return [name for part in load_pool(DataConfig(root=(root,))) for name in part.records.ids.tolist()]
 
 
 def test_pictures_of_one_name_in_train_and_val_are_two(tmp_path: Path) -> None:
@@ -231,7 +231,7 @@ def test_pictures_of_one_name_in_train_and_val_are_two(tmp_path: Path) -> None:
             assert str(dataset.val.files[dataset.val.file[i]]) == f"{root}/{name}.jpg"
         validated += dataset.val.ids.tolist()
     assert sorted(validated) == sorted(load_ids(root))
-    assert load_parts(Data(root=(root,)), 0, "train")[0][0].records.ids[0] == "rose/000000"
+    assert load_parts(DataConfig(root=(root,)), 0, "train")[0][0].records.ids[0] == "rose/000000"
 
 
 def test_folders_are_pooled_and_what_they_share_is_one_picture(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_leaving_out_moves_no_picture_to_another_fold(small: Path, tmp_path: Pat
 def test_normalization_is_that_of_the_folds_training_part(small: Path) -> None:
     found = []
     for fold in range(2):
-        data = Data(root=(small,), folds=2, fold=fold)
+        data = DataConfig(root=(small,), folds=2, fold=fold)
         dataset = open_dataset(data, 0)
         found.append(choose_normalization(data, dataset.train, Engine(), None))
         pool = load_pool(data)
@@ -298,7 +298,7 @@ def test_real_ids_stay_together_over_all_sizes(flowers5: Path) -> None:
 
 
 def test_real_photographs_that_are_there_twice_are_found(flowers102: Path) -> None:
-    pool = load_pool(Data(root=(flowers102,)))
+    pool = load_pool(DataConfig(root=(flowers102,)))
     records = join(pool, class_list(pool))
     found = duplicates(records)
     assert [len(each.ids) for each in found] == [2] * 5

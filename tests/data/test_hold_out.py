@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.dataset import Dataset, open_dataset
 from fastflower.data.folds import hold_out
 from fastflower.data.records import Records, concatenate, read_image
@@ -21,7 +21,7 @@ from fastflower.errors import UserError
 
 
 def opened(*roots: Path, seed: int = 0, **settings: Any) -> Dataset:
-    return open_dataset(Data(root=roots, **settings), seed)
+    return open_dataset(DataConfig(root=roots, **settings), seed)
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -58,7 +58,7 @@ def test_the_split_is_the_seeds_alone(tmp_path: Path) -> None:
     assert len(first.val) == 12
     assert sorted([*first.train.ids, *first.val.ids]) == sorted(load_folder(root, "train")[0].ids)
     for seed, same in ((0, True), (1, False)):
-        again = load_records(Data(root=(root,), val_share=0.2), "val", first.classes, seed)
+        again = load_records(DataConfig(root=(root,), val_share=0.2), "val", first.classes, seed)
         assert (again.ids.tolist() == first.val.ids.tolist()) == same
     touch(root, *(f"daisy/{i}.jpg" for i in range(30)))  # labels shift, nothing else
     more = opened(root, val_share=0.2)
@@ -129,7 +129,7 @@ def test_copies_are_on_one_side(
     for k, found in enumerate(folders):
         names = [f"{kind}/{f'{k}-' if named_apart else ''}{i}.jpg" for kind, i in sorted(found)]
         roots.append(write(root / str(k), {name: f"picture {next(numbers)}" for name in names}))
-    divided = load_parts(Data(root=tuple(roots), val_share=share), 0, "train", "val")
+    divided = load_parts(DataConfig(root=tuple(roots), val_share=share), 0, "train", "val")
     train, val = (concatenate([part.records for part in parts]) for parts in divided)
     sides = [{read_image(each, i).tobytes() for i in range(len(each))} for each in (train, val)]
     assert not sides[0] & sides[1]

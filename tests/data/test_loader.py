@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data import pipeline as graph
 from fastflower.data.dataset import evaluation_batches, training_batches
 from fastflower.data.loader import Batch, Loader, normalize
@@ -345,7 +345,7 @@ def test_color_shift_is_added_to_each_picture(small: Path) -> None:
 
 def test_training_batches_follow_the_settings_and_validation_does_not(small: Path) -> None:
     records = load_split(small, "train").select(np.flatnonzero(np.arange(48) % 3 != 1))
-    data, lighting = Data(crop=32, scale=(36, 48), sampling="balanced", lighting=0.1), np.diag([0.2, 0.3, 0.1])
+    data, lighting = DataConfig(crop=32, scale=(36, 48), sampling="balanced", lighting=0.1), np.diag([0.2, 0.3, 0.1])
     common = (data, records, PLAIN, Engine(), CPU, Ranks())
     made = training_batches(*common, batch_size=8, seed=5, lighting=lighting)
     requests = partial(training_requests, len(records), seed=5, epoch=2, scale=(36, 48), global_batch=8, start=8)

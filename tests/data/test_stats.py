@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.dataset import choose_lighting
 from fastflower.data.records import read_image
 from fastflower.data.sources.kaggle import load_split
@@ -109,13 +109,13 @@ def test_a_channel_that_never_varies_is_refused(tmp_path: Path) -> None:
 def test_lighting_moves_along_the_principal_components_by_their_eigenvalues(tmp_path: Path) -> None:
     covariance = statistics(tmp_path, [png(picture) for picture in correlated()]).covariance
     records = load_split(tmp_path, "train")
-    lighting = choose_lighting(Data(lighting=0.1, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)), records, Engine())
+    lighting = choose_lighting(DataConfig(lighting=0.1, mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2)), records, Engine())
     assert lighting is not None
     np.testing.assert_allclose(lighting @ lighting.T, 0.01 * covariance @ covariance, rtol=1e-9)
     products = lighting.T @ lighting
     np.testing.assert_allclose(products - np.diag(np.diag(products)), 0, atol=1e-12)  # at right angles
     assert (lighting[np.abs(lighting).argmax(0), np.arange(3)] > 0).all()
-    assert choose_lighting(Data(), records, Engine()) is None
+    assert choose_lighting(DataConfig(), records, Engine()) is None
 
 
 def test_photographs(flowers5: Path) -> None:

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from torch._dynamo.utils import counters
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.dataset import whole_pictures
 from fastflower.data.selection import shapes_of
 from fastflower.data.sources.folder import picture_files
@@ -87,7 +87,7 @@ def test_ten_crops_are_torchvisions(height: int, width: int) -> None:
 
 
 def test_views_that_would_degenerate_are_refused() -> None:
-    data = Data(crop=56, val_resize=56)
+    data = DataConfig(crop=56, val_resize=56)
     for views, words in [
         (Views(10, (64,)), "two ways to test"),
         (Views(scales=(64, 48)), "--scales 48 is smaller than data.crop"),
@@ -95,16 +95,16 @@ def test_views_that_would_degenerate_are_refused() -> None:
     ]:
         with pytest.raises(UserError, match=words):
             views.check(data, "resnet18")
-    Views(10).check(Data(crop=56, val_resize=57), "vgg16")
+    Views(10).check(DataConfig(crop=56, val_resize=57), "vgg16")
     Views(scales=(56,)).check(data, "plain18")
     for name in CLASSICS:
         with pytest.raises(UserError, match=f"global average pooling, which {name} does not: give --crops 10"):
-            Views(scales=(224,)).check(Data(), name)
+            Views(scales=(224,)).check(DataConfig(), name)
 
 
 def test_whole_pictures_of_all_kinds_come_once_upright_and_by_shape(odd_images: Path) -> None:
     records = picture_files([odd_images / name for name in READABLE])
-    data = Data(crop=32, val_resize=48, prefetch=1)
+    data = DataConfig(crop=32, val_resize=48, prefetch=1)
     plain = Normalization((0, 0, 0), (1 / 255, 1 / 255, 1 / 255))
     whole = whole_pictures(data, records, shapes_of(records), plain, Engine(), CPU, Ranks(), batch_size=8)
     seen: dict[int, torch.Tensor] = {}
@@ -125,7 +125,7 @@ def test_whole_pictures_are_resized_as_torchvision_does(tmp_path: Path) -> None:
         paths.append(tmp_path / f"{seed}.jpg")
         paths[-1].write_bytes(jpeg(width, height, seed))
     records = picture_files(paths)
-    data = Data(crop=32, val_resize=45, prefetch=1)
+    data = DataConfig(crop=32, val_resize=45, prefetch=1)
     plain = Normalization((0, 0, 0), (1 / 255, 1 / 255, 1 / 255))
     whole = whole_pictures(data, records, shapes_of(records), plain, Engine(), CPU, Ranks(), batch_size=8)
     for batch in whole.once():

@@ -14,7 +14,7 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from fastflower.config import Model
+from fastflower.config import ModelConfig
 from fastflower.data.view import IMAGENET
 from fastflower.errors import UserError
 from fastflower.models import create_model
@@ -33,7 +33,7 @@ def tiny_weights(classes: int = 7) -> Weights:
 
 
 def opened(source: object, **model: Any) -> Pretrained:
-    found = open_pretrained(Model(pretrained=str(source), **model), print)
+    found = open_pretrained(ModelConfig(pretrained=str(source), **model), print)
     assert found
     return found
 
@@ -208,7 +208,7 @@ def test_torchvisions_weights_are_downloaded_once_and_their_hash_is_checked(
 ) -> None:
     file, cached = published(monkeypatch, tiny_weights(), tmp_path / "server")
     said: list[str] = []
-    model = Model(name="resnet18", pretrained="IMAGENET1K_V1")
+    model = ModelConfig(name="resnet18", pretrained="IMAGENET1K_V1")
     first = open_pretrained(model, said.append)
     assert first
     assert first.normalization == IMAGENET

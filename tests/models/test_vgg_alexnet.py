@@ -12,7 +12,7 @@ import torchvision
 import yaml
 from torch import nn
 
-from fastflower.config import Config, Train, build, resolve
+from fastflower.config import Config, TrainConfig, build, resolve
 from fastflower.errors import UserError
 from fastflower.models import CLASSICS, create_model, min_size
 from fastflower.models.layers import head_prefix
@@ -152,7 +152,7 @@ class TestHead:
     def test_it_learns_at_its_own_rate_and_alone_while_the_rest_is_frozen(self, name: str) -> None:
         network, _ = pair(name)
         names = {id(p): key for key, p in network.named_parameters()}
-        groups = parameter_groups(network, Train(lr=0.01, head_lr=0.1))
+        groups = parameter_groups(network, TrainConfig(lr=0.01, head_lr=0.1))
         assert {names[id(p)] for group in groups if group[LR_SCALE] == 10 for p in group["params"]} == HEAD
         freeze(network, frozen=True)
         assert {key for key, p in network.named_parameters() if p.requires_grad} == HEAD

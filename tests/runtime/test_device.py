@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.dataset import choose_engine
 from fastflower.errors import UserError
 from fastflower.runtime.device import choose_device, choose_precision
@@ -51,8 +51,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_decoder_shares_the_machine_and_refuses_a_gpu_that_is_not_there() -> None:
-    engine = choose_engine(Data(), CPU, Ranks(local_world_size=1000))
+    engine = choose_engine(DataConfig(), CPU, Ranks(local_world_size=1000))
     assert (engine.device, engine.device_id, engine.threads) == ("cpu", None, 1)
-    assert choose_engine(Data(threads=3, prefetch=5), CPU, Ranks()).threads == 3
+    assert choose_engine(DataConfig(threads=3, prefetch=5), CPU, Ranks()).threads == 3
     with pytest.raises(UserError, match=r"data\.decoder is gpu"):
-        choose_engine(Data(decoder="gpu"), CPU, Ranks())
+        choose_engine(DataConfig(decoder="gpu"), CPU, Ranks())

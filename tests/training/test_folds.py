@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.dataset import open_dataset
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stats import pixel_statistics
@@ -31,7 +31,7 @@ def test_a_folds_run_is_evaluated_to_the_logged_figures(small: Path, tmp_path: P
     run = tmp_path / "run"
     result = fastflower(*train_arguments(small, run), *ONE_EPOCH, *FOLD, "--seed", 3)
     assert result.code == 0, result.err
-    dataset = open_dataset(Data(root=(small,), folds=3, fold=1), seed=3)
+    dataset = open_dataset(DataConfig(root=(small,), folds=3, fold=1), seed=3)
     assert dataset.val is not None
     assert f"train: {len(dataset.train)} pictures" in result.out
     assert f"val: {len(dataset.val)} pictures" in result.out

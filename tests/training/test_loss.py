@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastflower.config import Train
+from fastflower.config import TrainConfig
 from fastflower.training.loss import Criterion, Targets, balanced_weights, mix
 
 LABELS = torch.tensor([0, 2, 2, 1, 2])
@@ -53,7 +53,7 @@ def test_labels_have_the_share_that_the_pixels_have(options: dict[str, Any]) -> 
     shares, kinds = [], set()
     for position in range(40):
         labels = torch.arange(5)
-        images, targets = mix(pictures(), labels, Train(**options), seed=0, epoch=0, position=position)
+        images, targets = mix(pictures(), labels, TrainConfig(**options), seed=0, epoch=0, position=position)
         assert images.is_contiguous(memory_format=torch.channels_last)
         assert targets.others is not None
         assert 0.5 <= targets.share <= 1
@@ -70,7 +70,7 @@ def test_labels_have_the_share_that_the_pixels_have(options: dict[str, Any]) -> 
 
 
 def test_a_mixture_is_a_function_of_its_place() -> None:
-    train = Train(mixup=0.2, cutmix=1.0)
+    train = TrainConfig(mixup=0.2, cutmix=1.0)
     first, targets = mix(pictures(), torch.arange(5), train, **PLACE)
     again, same = mix(pictures(), torch.arange(5), train, **PLACE)
     assert torch.equal(first, again)
@@ -81,10 +81,10 @@ def test_a_mixture_is_a_function_of_its_place() -> None:
 
 def test_nothing_is_mixed_where_nothing_is_asked_for_or_there_is_no_neighbor() -> None:
     images = pictures()
-    kept, targets = mix(images, LABELS, Train(), **PLACE)
+    kept, targets = mix(images, LABELS, TrainConfig(), **PLACE)
     assert kept is images
     assert targets.others is None
-    assert mix(pictures(1), LABELS[:1], Train(mixup=1.0), **PLACE)[1].others is None
+    assert mix(pictures(1), LABELS[:1], TrainConfig(mixup=1.0), **PLACE)[1].others is None
 
 
 def test_parts_keep_labels_beside_their_partners() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastflower.config import Config, Train, resolve
+from fastflower.config import Config, TrainConfig, resolve
 from fastflower.data.loader import Batch
 from fastflower.errors import UserError
 from fastflower.runtime.device import Precision
@@ -38,7 +38,7 @@ def options_by_name(network: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_every_parameter_has_its_rate_and_decay(name: Any) -> None:
     network = TinyNet("", 3)
-    train = Train(lr=0.2, head_lr=1.0, weight_decay=0.01, decay_norm_and_bias=False, optimizer=name)
+    train = TrainConfig(lr=0.2, head_lr=1.0, weight_decay=0.01, decay_norm_and_bias=False, optimizer=name)
     optimizer = new_optimizer(network, train, CPU)
     assert optimizer.defaults["fused"]
     found = options_by_name(network, optimizer)
@@ -52,13 +52,15 @@ def test_every_parameter_has_its_rate_and_decay(name: Any) -> None:
         "fc.weight": (1.0, 0.01),
         "fc.bias": (1.0, 0.0),
     }
-    plain = options_by_name(network, new_optimizer(network, Train(lr=0.2, weight_decay=0.01, optimizer=name), CPU))
+    plain = options_by_name(
+        network, new_optimizer(network, TrainConfig(lr=0.2, weight_decay=0.01, optimizer=name), CPU)
+    )
     assert set(plain.values()) == {(0.2, 0.01)}
 
 
 @pytest.mark.parametrize("schedule", ["plateau", "step", "cosine", "onecycle"])
 def test_the_head_follows_the_schedule_at_its_own_rate(schedule: Any) -> None:
-    train = Train(
+    train = TrainConfig(
         lr=0.2, head_lr=1.0, schedule=schedule, epochs=10, warmup_epochs=1, milestones=(2, 4), patience=0, factor=0.5
     )
     network = TinyNet("", 3)
@@ -74,7 +76,7 @@ def test_the_head_follows_the_schedule_at_its_own_rate(schedule: Any) -> None:
 
 
 def test_step_lowers_the_rate_after_its_milestones() -> None:
-    train = Train(lr=0.4, schedule="step", milestones=(30, 60), factor=0.1)
+    train = TrainConfig(lr=0.4, schedule="step", milestones=(30, 60), factor=0.1)
     optimizer = new_optimizer(TinyNet("", 3), train, CPU)
     schedule = Schedule(optimizer, train)
     for epochs_done, rate in ((0, 0.4), (29.99, 0.4), (30, 0.04), (59.9, 0.04), (60.1, 0.004), (500, 0.004)):
@@ -84,10 +86,10 @@ def test_step_lowers_the_rate_after_its_milestones() -> None:
 
 def test_restored_options_are_those_of_the_configuration_and_rates_as_wanted() -> None:
     network = TinyNet("", 3)
-    saved = new_optimizer(network, Train(lr=0.2, momentum=0.5, weight_decay=0.1), CPU).state_dict()
+    saved = new_optimizer(network, TrainConfig(lr=0.2, momentum=0.5, weight_decay=0.1), CPU).state_dict()
     for group in saved["param_groups"]:
         group["lr"] = 0.02  # as plateau left it
-    now = Train(lr=0.2, momentum=0.9, weight_decay=0.0, nesterov=True)
+    now = TrainConfig(lr=0.2, momentum=0.9, weight_decay=0.0, nesterov=True)
     for keep, rate in ((True, 0.02), (False, 0.2)):
         optimizer = new_optimizer(network, now, CPU)
         load_optimizer(optimizer, saved, keep_lr=keep)
@@ -97,7 +99,7 @@ def test_restored_options_are_those_of_the_configuration_and_rates_as_wanted() -
 
 
 def test_apex_is_refused_where_it_cannot_be_and_used_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    train = Train(optimizer="apex_sgd", lr=0.1)
+    train = TrainConfig(optimizer="apex_sgd", lr=0.1)
     with pytest.raises(UserError, match="runs on a GPU only"):
         new_optimizer(TinyNet("", 3), train, CPU)
     for found, sentence in ((None, "not installed"), ("another package", "another package of that name")):
@@ -114,7 +116,7 @@ def test_apex_is_refused_where_it_cannot_be_and_used_where_it_is(monkeypatch: py
 def test_a_frozen_backbone_keeps_weights_and_statistics() -> None:
     network = TinyNet("", 3)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    optimizer = new_optimizer(network, Train(lr=0.5), CPU)
+    optimizer = new_optimizer(network, TrainConfig(lr=0.5), CPU)
     for frozen in (True, False):
         freeze(network, frozen=frozen)
         network(torch.randn(4, 3, 8, 8)).square().sum().backward()
@@ -156,7 +158,7 @@ class Plain(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-def step_once(train: Train, pictures: int = 10) -> State:
+def step_once(train: TrainConfig, pictures: int = 10) -> State:
     """The state after one step on random pictures."""
     torch.manual_seed(0)
     config = replace(Config(), train=train)
@@ -172,7 +174,7 @@ def step_once(train: Train, pictures: int = 10) -> State:
 
 @pytest.mark.parametrize("pieces", [2, 5, 3])  # 3: pieces of 4, 3 and 3
 def test_pieces_give_the_gradient_and_figures_of_the_whole(pieces: int) -> None:
-    whole, parts = step_once(Train(lr=0.3)), step_once(Train(lr=0.3, accumulate=pieces))
+    whole, parts = step_once(TrainConfig(lr=0.3)), step_once(TrainConfig(lr=0.3, accumulate=pieces))
     for a, b in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
         torch.testing.assert_close(a, b)
     assert parts.sums.means() == pytest.approx(whole.sums.means())
@@ -180,7 +182,7 @@ def test_pieces_give_the_gradient_and_figures_of_the_whole(pieces: int) -> None:
 
 
 def test_the_gradients_norm_is_clipped() -> None:
-    free, clipped = step_once(Train(lr=1.0)), step_once(Train(lr=1.0, clip_grad=0.01))
+    free, clipped = step_once(TrainConfig(lr=1.0)), step_once(TrainConfig(lr=1.0, clip_grad=0.01))
     norms = [
         torch.cat([p.grad.flatten() for p in s.network.parameters() if p.grad is not None]).norm()
         for s in (free, clipped)
@@ -193,5 +195,5 @@ def test_the_learning_rate_that_stands_for_none() -> None:
     assert resolve(Config()).train.lr == 0.1
     pretrained = replace(Config(), model=replace(Config().model, pretrained="IMAGENET1K_V1"))
     assert resolve(pretrained).train.lr == 0.01
-    given = replace(pretrained, train=Train(lr=0.5))
+    given = replace(pretrained, train=TrainConfig(lr=0.5))
     assert resolve(given).train.lr == 0.5

@@ -12,7 +12,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastflower.config import Config, Train
+from fastflower.config import Config, TrainConfig
 from fastflower.data.loader import Batch
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
@@ -45,7 +45,7 @@ def pictures(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 class Case:
     """How to train, and in which steps the gradients overflow."""
 
-    train: Train
+    train: TrainConfig
     overflows: list[bool]
     frozen: int  # so many steps at first
 
@@ -53,7 +53,7 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     sgd = draw(st.integers(0, 2)) > 0
-    train = Train(
+    train = TrainConfig(
         optimizer="sgd" if sgd else "adamw",
         lr=0.1 if sgd else 0.01,
         momentum=draw(st.sampled_from([0.9, 0.5])),
@@ -128,7 +128,7 @@ def test_steps_that_overflow_leave_everything_as_it_was(case: Case) -> None:
 def test_without_overflow_a_momentum_of_zeros_is_torchs_own_bit_for_bit(
     nesterov: bool, decay: float, frozen: int
 ) -> None:
-    train = Train(lr=0.1, nesterov=nesterov, weight_decay=decay)
+    train = TrainConfig(lr=0.1, nesterov=nesterov, weight_decay=decay)
     mine, theirs = network_of(1), network_of(1)
     ours = new_optimizer(mine, train, CPU)
     torchs = torch.optim.SGD(
@@ -150,7 +150,7 @@ def test_without_overflow_a_momentum_of_zeros_is_torchs_own_bit_for_bit(
 
 def test_what_a_checkpoint_lacks_is_zero_and_what_it_has_is_kept() -> None:
     """Of a frozen backbone, or of a run without momentum; a momentum from before it was off is not taken up again."""
-    network, train = network_of(2), Train(lr=0.1)
+    network, train = network_of(2), TrainConfig(lr=0.1)
     saved = new_optimizer(network, train, CPU).state_dict()
     parameters = [p for group in parameter_groups(network, train) for p in group["params"]]
     saved["state"] = {k: {"momentum_buffer": torch.randn_like(p)} for k, p in enumerate(parameters)}

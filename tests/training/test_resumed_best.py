@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastflower.config import Config, Data, Train, to_plain
+from fastflower.config import Config, DataConfig, TrainConfig, to_plain
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.training import step
 from fastflower.training.metrics import Evaluation
@@ -73,7 +73,7 @@ def test_later_epochs_must_beat_what_the_kept_best_has_of_the_new_figure(
 ) -> None:
     state = new_state()
     see(state, first, before)
-    configs = [Config(train=Train(lr=0.1, best=figure)) for figure in (before, now)]  # type: ignore[arg-type]
+    configs = [Config(train=TrainConfig(lr=0.1, best=figure)) for figure in (before, now)]  # type: ignore[arg-type]
     resumed(state, configs, first, "first")
     column = FIGURES.index(now)
     values = [sign(now) * each[column] for each in first]
@@ -95,8 +95,8 @@ def test_on_other_records_what_is_best_begins_anew(
 ) -> None:
     state = new_state()
     see(state, first, "loss")
-    config = Config(train=Train(lr=0.1, best=figure))  # type: ignore[arg-type]
-    (sentence,) = resumed(state, (Config(train=Train(lr=0.1)), config), first, "other")
+    config = Config(train=TrainConfig(lr=0.1, best=figure))  # type: ignore[arg-type]
+    (sentence,) = resumed(state, (Config(train=TrainConfig(lr=0.1)), config), first, "other")
     assert "Validation is on other records" in sentence
     assert state.epoch - 1 - state.improved_epoch == 0  # early_stop counts anew
     see(state, second, figure)
@@ -105,7 +105,7 @@ def test_on_other_records_what_is_best_begins_anew(
     # and by another figure only those are compared that are of the same records
     for other in FIGURES:
         if other != figure:
-            configs = [Config(train=Train(lr=0.1, best=each)) for each in (figure, other)]  # type: ignore[arg-type]
+            configs = [Config(train=TrainConfig(lr=0.1, best=each)) for each in (figure, other)]  # type: ignore[arg-type]
             again = new_state()
             again.__dict__.update(state.__dict__)
             resumed(again, configs, [*first, *second], "first")
@@ -113,11 +113,11 @@ def test_on_other_records_what_is_best_begins_anew(
             assert again.improved_epoch == len(first) + values.index(min(values))
 
 
-@pytest.mark.parametrize("data", [Data(val_resize=240), Data(crop=192)])
-def test_another_view_of_the_same_records_is_not_compared(data: Data) -> None:
+@pytest.mark.parametrize("data", [DataConfig(val_resize=240), DataConfig(crop=192)])
+def test_another_view_of_the_same_records_is_not_compared(data: DataConfig) -> None:
     state, figures = new_state(), [(0.1, 0.2, 0.3)]
     see(state, figures, "loss")
-    train = Train(lr=0.1)
+    train = TrainConfig(lr=0.1)
     (sentence,) = resumed(state, (Config(train=train), Config(train=train, data=data)), figures, "first")
     assert "Validation is of another data.crop or data.val_resize" in sentence
     assert (state.best, state.best_epoch) == (None, -1)

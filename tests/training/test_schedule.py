@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
-from fastflower.config import Train
+from fastflower.config import TrainConfig
 from fastflower.training.schedule import Schedule, learning_rate
 
 
@@ -19,7 +19,7 @@ def optimizer(lr: float = 0.1) -> torch.optim.SGD:
 def test_plateau_is_torchs_on_the_validation_loss() -> None:
     losses = [3, 2, 2.5, 2.1, 2.2, 2.0001, 1.99995, 1.9, 2, 2, 2, 2, 2, 2, math.inf, 1]
     ours, theirs = optimizer(), optimizer()
-    schedule = Schedule(ours, Train(lr=0.1, patience=2, factor=0.5))
+    schedule = Schedule(ours, TrainConfig(lr=0.1, patience=2, factor=0.5))
     reference = ReduceLROnPlateau(theirs, factor=0.5, patience=2)
     seen = []
     for loss in losses:
@@ -34,14 +34,14 @@ def test_plateau_is_torchs_on_the_validation_loss() -> None:
 @pytest.mark.parametrize("stop", range(9))
 def test_plateau_goes_on_from_its_state_with_changed_patience(stop: int) -> None:
     losses = [3.0, 2, 2.5, 2.1, 2.2, 2.3, 2.4, 2.2, 2.1, 2.5]
-    whole = Schedule(optimizer(), Train(patience=3))
+    whole = Schedule(optimizer(), TrainConfig(patience=3))
     first_optimizer = optimizer()
-    first = Schedule(first_optimizer, Train(patience=9))
+    first = Schedule(first_optimizer, TrainConfig(patience=9))
     for loss in losses[:stop]:
         first.after_epoch(loss)
         whole.after_epoch(loss)
     second_optimizer = optimizer()
-    second = Schedule(second_optimizer, Train(patience=3))
+    second = Schedule(second_optimizer, TrainConfig(patience=3))
     second.load_state_dict(first.state_dict())
     second_optimizer.load_state_dict(first_optimizer.state_dict())
     # as long as the longer patience made no difference, the resumed schedule is that of the shorter from the start
@@ -54,7 +54,7 @@ def test_plateau_goes_on_from_its_state_with_changed_patience(stop: int) -> None
 
 def test_onecycle_is_torchs_curve() -> None:
     steps, share = 400, 0.25
-    train = Train(schedule="onecycle", lr=0.4, epochs=10, warmup_epochs=share * 10)
+    train = TrainConfig(schedule="onecycle", lr=0.4, epochs=10, warmup_epochs=share * 10)
     theirs = optimizer()
     reference = OneCycleLR(theirs, 0.4, total_steps=steps + 1, pct_start=share, cycle_momentum=False)
     for step in range(steps):
@@ -68,7 +68,7 @@ def test_onecycle_is_torchs_curve() -> None:
 
 
 def test_cosine_warms_up_linearly_and_ends_at_zero() -> None:
-    train = Train(schedule="cosine", lr=0.2, epochs=10, warmup_epochs=2)
+    train = TrainConfig(schedule="cosine", lr=0.2, epochs=10, warmup_epochs=2)
     assert learning_rate(train, 0.0) == 0
     assert learning_rate(train, 1.0) == pytest.approx(0.1)
     assert learning_rate(train, 2.0) == pytest.approx(0.2)
@@ -80,4 +80,4 @@ def test_cosine_warms_up_linearly_and_ends_at_zero() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "onecycle"])
 def test_no_warmup_starts_at_the_peak(schedule: str) -> None:
-    assert learning_rate(Train(schedule=schedule, lr=0.3, epochs=5, warmup_epochs=0), 0.0) == 0.3  # type: ignore[arg-type]
+    assert learning_rate(TrainConfig(schedule=schedule, lr=0.3, epochs=5, warmup_epochs=0), 0.0) == 0.3  # type: ignore[arg-type]

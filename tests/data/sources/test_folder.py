@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastflower.config import Data
+from fastflower.config import DataConfig
 from fastflower.data.dataset import Dataset, open_dataset
 from fastflower.data.decoding import decodable, has_header
 from fastflower.data.records import NO_LABEL, Records, read_image
@@ -27,7 +27,7 @@ from tests.conftest import example, write_dataset, write_folders
 
 
 def opened(*roots: Path, seed: int = 0, **settings: Any) -> Dataset:
-    return open_dataset(Data(root=roots, **settings), seed)
+    return open_dataset(DataConfig(root=roots, **settings), seed)
 
 
 def touch(root: Path, *names: str) -> Path:
@@ -212,7 +212,7 @@ def test_a_val_folder_is_taken_as_it_is(tmp_path: Path) -> None:
 
 def test_without_val_there_may_be_a_test(tmp_path: Path) -> None:
     touch(tmp_path, "train/rose/1.jpg", "train/rose/2.jpg", "test/3.jpg")
-    parts = load_parts(Data(root=(tmp_path,)), 0, "train", "val", "test")
+    parts = load_parts(DataConfig(root=(tmp_path,)), 0, "train", "val", "test")
     assert [len(part.records) for (part,) in parts] == [1, 1, 1]
     assert parts[2][0].records.ids.tolist() == ["3"]
 
@@ -231,7 +231,7 @@ def test_a_final_fit_trains_on_both(tmp_path: Path) -> None:
 def test_labels_of_a_known_class_list(tmp_path: Path) -> None:
     touch(tmp_path, "val/rose/1.jpg", "val/tulip/2.jpg", "test/3.jpg", "test/tulip/4.jpg", "test/batch/5.jpg")
     classes = ["tulip", "iris", "rose"]
-    data = Data(root=(tmp_path,))
+    data = DataConfig(root=(tmp_path,))
     val = load_records(data, "val", classes, seed=0)
     assert (val.ids.tolist(), val.labels.tolist()) == (["rose/1", "tulip/2"], [2, 0])
     test = load_records(data, "test", classes, seed=0)
@@ -245,7 +245,7 @@ def test_labels_of_a_known_class_list(tmp_path: Path) -> None:
 
 def test_tfrecords_with_other_names_are_mapped_by_name(small: Path) -> None:
     (small / "class_names.json").write_text(json.dumps(["rose", "tulip", "daisy"]))
-    data = Data(root=(small,))
+    data = DataConfig(root=(small,))
     val = load_records(data, "val", ["daisy", "lily", "rose", "tulip"], seed=0)
     assert val.labels.tolist() == [(2, 3, 0)[i % 3] for i in range(20)]
     text = refusal(lambda: load_records(data, "val", ["daisy", "tulip"], seed=0))
@@ -340,7 +340,7 @@ def test_listed_records_are_left_out(tmp_path: Path, small: Path) -> None:
     assert set(whole.val.ids) - set(rest.val.ids) == {whole.val.ids[7]}
     assert rest.left_out == 5
     assert rest.classes == whole.classes
-    val = load_records(Data(root=(small, folder), skip=skip), "val", rest.classes, seed=0)
+    val = load_records(DataConfig(root=(small, folder), skip=skip), "val", rest.classes, seed=0)
     assert val.ids.tolist() == rest.val.ids.tolist()
 
 
