@@ -25,8 +25,9 @@ from bench.throughput_options import Output
 from bench.timing import Contender, Make
 from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded
+from fastflower.data.decoding import decode
 from fastflower.data.loader import Loader
-from fastflower.data.pipeline import decode, decode_region
+from fastflower.data.pipeline import decode_region
 from fastflower.data.records import Records, read_image
 from fastflower.data.sampler import Request, training_requests
 from fastflower.data.view import IMAGENET, Engine, View

@@ -18,9 +18,8 @@ import torch
 from nvidia.dali.pipeline import DataNode
 
 from fastflower import machine
-from fastflower.data.pictures import decoded_pictures
+from fastflower.data.decoding import decoded_pictures, shapes_of
 from fastflower.data.records import Records
-from fastflower.data.selection import shapes_of
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks

@@ -9,14 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from nvidia.dali import fn, pipeline_def
-from nvidia.dali.pipeline import DataNode, Pipeline
 from rich.table import Table
 
 from fastflower.config import SPLITS
 from fastflower.data.contents import digest
-from fastflower.data.decoding import has_header
-from fastflower.data.pipeline import decode
+from fastflower.data.decoding import BATCH, ShapeDecoder, has_header
 from fastflower.data.records import (
     MAX_CLASSES,
     NO_LABEL,
@@ -32,12 +29,10 @@ from fastflower.data.records import (
 from fastflower.data.sources.folder import load_folder, split_folder, without_pictures
 from fastflower.data.sources.kaggle import find_files, holds_tfrecords, load_files
 from fastflower.data.sources.tfrecord import damaged_payloads
-from fastflower.data.view import Engine
 from fastflower.errors import UserError
 
 MAX_ASPECT = 8  # a square crop of anything longer shows less than an eighth of it
 MIN_SIDE = 16  # pixels; what is smaller is an icon or a placeholder, and a blur once it is enlarged
-BATCH = 32  # pictures that are decoded, and so held in memory, at once
 SHOWN = 40  # problems on screen
 
 Kind = Literal["file", "count", "crc", "unreadable", "shape", "class", "no id", "id twice", "duplicate", "leak"]
@@ -209,7 +204,7 @@ def _examine(records: Records, threads: int, progress: Progress) -> tuple[np.nda
     """
     digests, shapes = np.zeros(len(records), np.uint64), np.zeros((len(records), 2), np.int64)
     unread: dict[int, str] = {}
-    decoder = _Decoder(threads)
+    decoder = ShapeDecoder(threads)
     stored = np.flatnonzero(records.offset >= 0)
     for start in range(0, len(stored), BATCH):
         batch = stored[start : start + BATCH]
@@ -230,36 +225,6 @@ def _examine(records: Records, threads: int, progress: Progress) -> tuple[np.nda
         for done in range(start, start + len(batch)):
             progress(done + 1, len(stored))
     return digests, shapes, unread
-
-
-class _Decoder:
-    """Decodes as training on a CPU does, and keeps only what the pictures' shapes are."""
-
-    def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._pipeline: Pipeline | None = None
-
-    def shapes(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
-        """Heights and widths, [n, 2]; 0 where a picture cannot be decoded."""
-        try:
-            return self._decode(encoded)
-        except RuntimeError:  # it names no picture, and leaves a pipeline that cannot go on
-            self._pipeline = None
-            if len(encoded) == 1:
-                return np.zeros((1, 2), np.int64)
-            return np.concatenate([self.shapes([data]) for data in encoded])
-
-    def _decode(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
-        @pipeline_def(batch_size=BATCH, num_threads=self._threads, device_id=None, prefetch_queue_depth=1)
-        def definition() -> DataNode:
-            return decode(fn.external_source(name="encoded"), Engine()).shape()
-
-        if self._pipeline is None:
-            self._pipeline = definition()
-            self._pipeline.build()
-        self._pipeline.feed_input("encoded", list(encoded))
-        (shapes,) = self._pipeline.run()
-        return shapes.as_array()[:, :2].copy()  # the next run writes over it
 
 
 _Finding = tuple[int, Kind, str]  # number of the record, kind, text

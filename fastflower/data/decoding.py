@@ -1,19 +1,23 @@
-"""Whether encoded pictures can be decoded, and the sentence for those that cannot."""
+"""From encoded bytes to pixels: what can be decoded and what not, by one decoder for whoever asks."""
 
 from __future__ import annotations
 
-import numpy as np
-from nvidia import nvimgcodec
-from nvidia.dali import fn, pipeline_def
-from nvidia.dali.pipeline import DataNode
+from collections.abc import Callable, Iterator, Sequence
 
-from fastflower.data.pipeline import decode
+import numpy as np
+import torch
+from nvidia import nvimgcodec
+from nvidia.dali import fn, pipeline_def, types
+from nvidia.dali.backend import TensorListGPU
+from nvidia.dali.pipeline import DataNode, Pipeline
+
 from fastflower.data.records import Records, read_image
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
 
 END = b"\xff\xd9"  # of a JPEG file
 NAMED = 5  # records in a sentence
+BATCH = 32  # pictures that are decoded at once, and held until the next batch
 
 
 def read_picture(records: Records, index: int) -> np.ndarray:
@@ -72,6 +76,29 @@ def undecodable(*bad: tuple[Records, int]) -> UserError:
     )
 
 
+def shapes_of(records: Records) -> np.ndarray:
+    """Height and width of each picture by its header, [n, 2] int64; not turned by EXIF.
+
+    Raises:
+        UserError: names a record that cannot be read or has no picture's header.
+    """
+    streams = (nvimgcodec.CodeStream(read_picture(records, index)) for index in range(len(records)))
+    return np.array([(stream.height, stream.width) for stream in streams], np.int64).reshape(-1, 2)
+
+
+def decode(encoded: DataNode, engine: Engine) -> DataNode:
+    """Encoded bytes to RGB uint8 [H, W, C], turned upright by EXIF."""
+    if engine.device == "cpu":
+        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
+    return fn.decoders.image(
+        encoded,
+        device="mixed",
+        output_type=types.RGB,
+        hw_decoder_load=engine.hw_decoder_load,
+        jpeg_fancy_upsampling=True,  # as CPU decoders do; without it chroma differs visibly
+    )
+
+
 def decodable(encoded: np.ndarray) -> bool:
     """Whether the decoder can read encoded image bytes ([length] uint8)."""
 
@@ -92,3 +119,102 @@ def first_undecodable(records: Records, indices: np.ndarray) -> UserError | None
         if not decodable(read_image(records, index)):
             return undecodable((records, index))
     return None
+
+
+class ShapeDecoder:
+    """Decodes as training on a CPU does, and keeps only what the pictures' shapes are."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._pipeline: Pipeline | None = None
+
+    def shapes(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
+        """Heights and widths, [n, 2]; 0 where a picture cannot be decoded."""
+        try:
+            return self._decode(encoded)
+        except RuntimeError:  # it names no picture, and leaves a pipeline that cannot go on
+            self._pipeline = None
+            if len(encoded) == 1:
+                return np.zeros((1, 2), np.int64)
+            return np.concatenate([self.shapes([data]) for data in encoded])
+
+    def _decode(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
+        @pipeline_def(batch_size=BATCH, num_threads=self._threads, device_id=None, prefetch_queue_depth=1)
+        def definition() -> DataNode:
+            return decode(fn.external_source(name="encoded"), Engine()).shape()
+
+        if self._pipeline is None:
+            self._pipeline = definition()
+            self._pipeline.build()
+        self._pipeline.feed_input("encoded", list(encoded))
+        (shapes,) = self._pipeline.run()
+        return shapes.as_array()[:, :2].copy()  # the next run writes over it
+
+
+def decoded_pictures(
+    records: Records, indices: np.ndarray, engine: Engine, finish: Callable[[DataNode], DataNode]
+) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
+    """The records at `indices` ([n] int64), in that order.
+
+    Args:
+        records: of a split.
+        indices: which.
+        engine: where they are decoded.
+        finish: the rest of the DALI graph, from decoded pictures, uint8 RGB [H, W, 3] in the engine's memory, on.
+
+    Yields:
+        A record's number and what `finish` makes of it, in host memory or on the GPU; valid until the next batch.
+
+    Raises:
+        UserError: a record cannot be read or decoded; names file and record.
+    """
+    batches = [indices[start : start + BATCH] for start in range(0, len(indices), BATCH)]
+    encoded = ([read_picture(records, int(index)) for index in batch] for batch in batches)
+    failures: list[UserError] = []
+
+    def source() -> list[np.ndarray]:
+        try:
+            return next(encoded)
+        except UserError as error:
+            failures.append(error)  # it would cross DALI's native code: end the data and raise it after
+            raise StopIteration from error
+
+    @pipeline_def(batch_size=BATCH, num_threads=engine.threads, device_id=engine.device_id)
+    def definition() -> DataNode:
+        return finish(decode(fn.external_source(source=source, batch=True), engine))
+
+    pipeline = definition()
+    for batch in batches:
+        try:
+            (found,) = pipeline.run()
+        except StopIteration:
+            raise failures[0] from None
+        except RuntimeError as error:
+            raise first_undecodable(records, batch) or error from error
+        on_gpu = isinstance(found, TensorListGPU)
+        for i, index in enumerate(batch.tolist()):
+            yield index, torch.from_dlpack(found[i]) if on_gpu else np.asarray(found[i])
+        if on_gpu:  # DALI uses the memory of its pictures again when we drop them
+            torch.cuda.synchronize(engine.device_id)
+
+
+def thumbnails(records: Records, indices: Sequence[int] | np.ndarray, side: int, engine: Engine) -> list[np.ndarray]:
+    """The records at `indices` in that order, each uint8 RGB [h, w, 3] with its longer side resized to `side` pixels.
+
+    Raises:
+        UserError: a record cannot be read or decoded; names file and record.
+    """
+
+    def small(pictures: DataNode) -> DataNode:
+        resized: DataNode = fn.resize(
+            pictures,
+            size=(side, side),
+            mode="not_larger",
+            subpixel_scale=False,  # all of the picture, where its shorter side would not be a whole number
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        return resized.cpu()
+
+    chosen = np.asarray(indices, np.int64)
+    return [np.array(picture) for _, picture in decoded_pictures(records, chosen, engine, small)]

@@ -17,6 +17,7 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.backend import TensorListCPU, TensorListGPU
 from nvidia.dali.pipeline import DataNode, Pipeline
 
+from fastflower.data.decoding import decode
 from fastflower.data.view import Engine, Normalization, View
 
 Pictures = TensorListCPU | TensorListGPU
@@ -160,19 +161,6 @@ def decode_region(
         axis_names="HW",
     )
     return pixels, corner, shape
-
-
-def decode(encoded: DataNode, engine: Engine) -> DataNode:
-    """Encoded bytes to RGB uint8 [H, W, C], turned upright by EXIF."""
-    if engine.device == "cpu":
-        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-    return fn.decoders.image(
-        encoded,
-        device="mixed",
-        output_type=types.RGB,
-        hw_decoder_load=engine.hw_decoder_load,
-        jpeg_fancy_upsampling=True,  # as CPU decoders do; without it chroma differs visibly
-    )
 
 
 def _geometry(shape: DataNode, shorter: DataNode, crop_yx: DataNode, view: View) -> tuple[DataNode, DataNode]:

@@ -1,11 +1,9 @@
-"""Which records are tested, and in which order: each picture once, from its largest record, shapes together."""
+"""Which records are tested: each picture once, from its largest record."""
 
 from __future__ import annotations
 
 import numpy as np
-from nvidia import nvimgcodec
 
-from fastflower.data.decoding import read_picture
 from fastflower.data.records import Records, stored_size
 
 
@@ -31,13 +29,3 @@ def largest_of_each(records: Records) -> tuple[Records, list[str]]:
         again = "; ".join(records.describe(index) for index in twice[1:])
         notes.append(f"{records.describe(chosen[number])} is taken for its id, which is there again: {again}")
     return records.select(chosen[np.argsort(first)]), notes
-
-
-def shapes_of(records: Records) -> np.ndarray:
-    """Height and width of each picture by its header, [n, 2] int64; not turned by EXIF.
-
-    Raises:
-        UserError: names a record that cannot be read or has no picture's header.
-    """
-    streams = (nvimgcodec.CodeStream(read_picture(records, index)) for index in range(len(records)))
-    return np.array([(stream.height, stream.width) for stream in streams], np.int64).reshape(-1, 2)

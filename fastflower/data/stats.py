@@ -11,8 +11,8 @@ from nvidia import dali
 from nvidia.dali import fn
 from nvidia.dali.pipeline import DataNode
 
-from fastflower.data import pictures, pipeline
-from fastflower.data.pictures import decoded_pictures
+from fastflower.data import decoding
+from fastflower.data.decoding import decoded_pictures
 from fastflower.data.records import Records, fingerprint
 from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
@@ -37,7 +37,7 @@ def pixel_statistics(records: Records, engine: Engine) -> PixelStatistics:
         UserError: a record cannot be decoded; names file and record. Or a channel never varies.
     """
     # decoders differ by a level, with their version and on a GPU
-    code = code_digest(__file__, pictures.__file__, pipeline.__file__) + dali.__version__ + engine.device
+    code = code_digest(__file__, decoding.__file__) + dali.__version__ + engine.device
     cached = cache_dir() / "statistics" / f"{fingerprint(records, code)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         known = json.loads(cached.read_text())

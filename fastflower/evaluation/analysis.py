@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastflower import machine
-from fastflower.data.pictures import thumbnails
+from fastflower.data.decoding import thumbnails
 from fastflower.data.view import Engine
 from fastflower.evaluation.evaluate import Evaluated
 from fastflower.evaluation.plots import contact_sheet, plot_confusion

@@ -13,8 +13,8 @@ from fastflower.data.dataset import (
     evaluation_batches,
     whole_pictures,
 )
+from fastflower.data.decoding import shapes_of
 from fastflower.data.records import Records
-from fastflower.data.selection import shapes_of
 from fastflower.errors import UserError
 from fastflower.evaluation.session import Session, Testing
 from fastflower.evaluation.trained_run import Planned, Trained

@@ -1,4 +1,4 @@
-"""Which encoded bytes can be decoded."""
+"""From encoded bytes to pixels: which can be decoded, and small pictures to look at, against PIL."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
-from fastflower.data.decoding import decodable, has_header, is_sound
-from tests.conftest import example
+from fastflower.data.decoding import decodable, has_header, is_sound, thumbnails
+from fastflower.data.records import Records
+from fastflower.data.sources.kaggle import load_split
+from fastflower.data.sources.tfrecord import write_tfrecord
+from fastflower.data.view import Engine
+from fastflower.errors import UserError
+from tests.conftest import READABLE, example, jpeg
 
 
 @pytest.mark.parametrize("name", ["truncated.jpg", "zero_bytes.jpg", "html_error_page.jpg"])
@@ -36,3 +41,52 @@ def test_what_is_cut_off_anywhere_is_not_sound(kind: str) -> None:
     for length in (*range(0, len(whole), 97), len(whole) - 1):
         cut = np.frombuffer(whole[:length], np.uint8)
         assert not is_sound(cut), length
+
+
+def records_of(folder: Path, images: list[bytes]) -> Records:
+    write_tfrecord(folder / "train" / "a.tfrec", [example(i, 0, image) for i, image in enumerate(images)])
+    return load_split(folder, "train")
+
+
+def expected(encoded: bytes, side: int) -> np.ndarray:
+    """Upright, the longer side `side` pixels, by PIL."""
+    picture = ImageOps.exif_transpose(Image.open(BytesIO(encoded))).convert("RGB")
+    scale = side / max(picture.size)
+    width, height = (max(1, round(scale * pixels)) for pixels in picture.size)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def test_pictures_come_in_the_order_asked_for_with_their_longer_side_as_asked(tmp_path: Path) -> None:
+    shapes = [(40 + 7 * i, 90 - 2 * i) for i in range(20)]  # more than a batch, wide ones and tall ones
+    images = [jpeg(width, height, seed) for seed, (width, height) in enumerate(shapes)]
+    order = [*range(19, -1, -2), 3, 3, 0]
+    found = thumbnails(records_of(tmp_path, images), order, 48, Engine())
+    assert len(found) == len(order)
+    for index, picture in zip(order, found, strict=True):
+        wanted = expected(images[index], 48)
+        assert picture.dtype == np.uint8
+        assert picture.shape == wanted.shape
+        assert max(picture.shape) == 48
+        assert np.abs(picture.astype(int) - wanted).max() <= 4
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+def test_odd_pictures_are_shown_as_they_are_meant(tmp_path: Path, odd_images: Path) -> None:
+    images = [(odd_images / name).read_bytes() for name in READABLE]
+    found = thumbnails(records_of(tmp_path, images), np.arange(len(images)), 160, Engine())
+    for name, image, picture in zip(READABLE, images, found, strict=True):
+        wanted = expected(image, 160)
+        assert picture.shape == wanted.shape, name
+        assert np.abs(picture.astype(int) - wanted).mean() < 1, name
+
+
+def test_nothing_asked_for_is_nothing(tmp_path: Path) -> None:
+    assert thumbnails(records_of(tmp_path, [jpeg(40, 40)]), [], 32, Engine()) == []
+
+
+@pytest.mark.parametrize("broken", [jpeg(40, 40)[:300], b"<html>404</html>"], ids=["cut", "no picture"])
+def test_a_record_that_cannot_be_decoded_is_named(tmp_path: Path, broken: bytes) -> None:
+    records = records_of(tmp_path, [jpeg(40, 40), broken, jpeg(40, 40)])
+    assert len(thumbnails(records, [0, 2], 32, Engine())) == 2
+    with pytest.raises(UserError, match=r"a\.tfrec, record 1 \(id 000001\) cannot be decoded"):
+        thumbnails(records, [0, 1], 32, Engine())

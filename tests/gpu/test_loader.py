@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from fastflower.data.cache import open_cache
+from fastflower.data.decoding import shapes_of
 from fastflower.data.loader import Batch, Loader
 from fastflower.data.records import Records
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
-from fastflower.data.selection import shapes_of
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.view import IMAGENET, Engine, View

@@ -87,12 +87,11 @@ def test_no_decoder_is_heard_but_crashes_are(tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 import numpy as np
-from fastflower.data.check import _Decoder
-from fastflower.data.decoding import has_header
+from fastflower.data.decoding import ShapeDecoder, has_header
 from fastflower.runtime.output import without_decoders
 
 with without_decoders():
-    decoder = _Decoder(1)
+    decoder = ShapeDecoder(1)
     for path in sorted(Path({str(tmp_path)!r}).iterdir()):
         if has_header(data := np.fromfile(path, np.uint8)):
             decoder.shapes([data])
