@@ -11,6 +11,7 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.backend import TensorListGPU
 from nvidia.dali.pipeline import DataNode, Pipeline
 
+from fastflower.arrays import Bytes, Ints
 from fastflower.data.records import Records, read_image
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
@@ -20,7 +21,7 @@ NAMED = 5  # records in a sentence
 BATCH = 32  # pictures that are decoded at once, and held until the next batch
 
 
-def read_picture(records: Records, index: int) -> np.ndarray:
+def read_picture(records: Records, index: int) -> Bytes:
     """The encoded image of a record, [length] uint8, that has a picture's header and is not cut off.
 
     One without a header among others makes DALI 2.4 crash now and then, where it should report an error. One that is
@@ -35,12 +36,12 @@ def read_picture(records: Records, index: int) -> np.ndarray:
     return encoded
 
 
-def is_sound(encoded: np.ndarray) -> bool:
+def is_sound(encoded: Bytes) -> bool:
     """Whether encoded image bytes ([length] uint8) have a picture's header and are not cut off."""
     return has_header(encoded) and not is_cut_off(encoded)
 
 
-def has_header(encoded: np.ndarray) -> bool:
+def has_header(encoded: Bytes) -> bool:
     """Whether encoded image bytes ([length] uint8) begin as a picture that DALI's decoder library knows (6 µs)."""
     try:
         return nvimgcodec.CodeStream(encoded).width > 0  # which parses it
@@ -48,7 +49,7 @@ def has_header(encoded: np.ndarray) -> bool:
         return False
 
 
-def is_cut_off(encoded: np.ndarray) -> bool:
+def is_cut_off(encoded: Bytes) -> bool:
     """Whether encoded image bytes ([length] uint8) of a JPEG, PNG or WebP file lack their end (1 µs for most).
 
     Other bytes may follow it. Of other kinds there is no telling before they are decoded.
@@ -76,7 +77,7 @@ def undecodable(*bad: tuple[Records, int]) -> UserError:
     )
 
 
-def shapes_of(records: Records) -> np.ndarray:
+def shapes_of(records: Records) -> Ints:
     """Height and width of each picture by its header, [n, 2] int64; not turned by EXIF.
 
     Raises:
@@ -99,21 +100,12 @@ def decode(encoded: DataNode, engine: Engine) -> DataNode:
     )
 
 
-def decodable(encoded: np.ndarray) -> bool:
+def decodable(encoded: Bytes) -> bool:
     """Whether the decoder can read encoded image bytes ([length] uint8)."""
-
-    @pipeline_def(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def one_picture() -> DataNode:
-        return decode(fn.external_source(source=lambda: [encoded], batch=True), Engine())
-
-    try:
-        one_picture().run()
-    except RuntimeError:
-        return False
-    return True
+    return bool(ShapeDecoder(threads=1).shapes([encoded]).all())
 
 
-def first_undecodable(records: Records, indices: np.ndarray) -> UserError | None:
+def first_undecodable(records: Records, indices: Ints) -> UserError | None:
     """The sentence for the first of the records at `indices` ([m] int64) that the decoder cannot read."""
     for index in indices:
         if not decodable(read_image(records, index)):
@@ -122,14 +114,15 @@ def first_undecodable(records: Records, indices: np.ndarray) -> UserError | None
 
 
 class ShapeDecoder:
-    """Decodes as training on a CPU does, and keeps only what the pictures' shapes are."""
+    """Decodes as training on a CPU does, and keeps only the pictures' shapes."""
 
     def __init__(self, threads: int) -> None:
+        """Prepare for pictures that `threads` threads decode; DALI is asked when the first ones come."""
         self._threads = threads
         self._pipeline: Pipeline | None = None
 
-    def shapes(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
-        """Heights and widths, [n, 2]; 0 where a picture cannot be decoded."""
+    def shapes(self, encoded: Sequence[Bytes]) -> Ints:
+        """Heights and widths, [n, 2], of at most BATCH pictures' bytes; 0 where a picture cannot be decoded."""
         try:
             return self._decode(encoded)
         except RuntimeError:  # it names no picture, and leaves a pipeline that cannot go on
@@ -138,7 +131,7 @@ class ShapeDecoder:
                 return np.zeros((1, 2), np.int64)
             return np.concatenate([self.shapes([data]) for data in encoded])
 
-    def _decode(self, encoded: Sequence[np.ndarray]) -> np.ndarray:
+    def _decode(self, encoded: Sequence[Bytes]) -> Ints:
         @pipeline_def(batch_size=BATCH, num_threads=self._threads, device_id=None, prefetch_queue_depth=1)
         def definition() -> DataNode:
             return decode(fn.external_source(name="encoded"), Engine()).shape()
@@ -152,8 +145,8 @@ class ShapeDecoder:
 
 
 def decoded_pictures(
-    records: Records, indices: np.ndarray, engine: Engine, finish: Callable[[DataNode], DataNode]
-) -> Iterator[tuple[int, np.ndarray | torch.Tensor]]:
+    records: Records, indices: Ints, engine: Engine, finish: Callable[[DataNode], DataNode]
+) -> Iterator[tuple[int, Bytes | torch.Tensor]]:
     """The records at `indices` ([n] int64), in that order.
 
     Args:
@@ -172,7 +165,7 @@ def decoded_pictures(
     encoded = ([read_picture(records, int(index)) for index in batch] for batch in batches)
     failures: list[UserError] = []
 
-    def source() -> list[np.ndarray]:
+    def source() -> list[Bytes]:
         try:
             return next(encoded)
         except UserError as error:
@@ -186,19 +179,19 @@ def decoded_pictures(
     pipeline = definition()
     for batch in batches:
         try:
-            (found,) = pipeline.run()
+            (pictures,) = pipeline.run()
         except StopIteration:
             raise failures[0] from None
         except RuntimeError as error:
             raise first_undecodable(records, batch) or error from error
-        on_gpu = isinstance(found, TensorListGPU)
+        on_gpu = isinstance(pictures, TensorListGPU)
         for i, index in enumerate(batch.tolist()):
-            yield index, torch.from_dlpack(found[i]) if on_gpu else np.asarray(found[i])
+            yield index, torch.from_dlpack(pictures[i]) if on_gpu else np.asarray(pictures[i])
         if on_gpu:  # DALI uses the memory of its pictures again when we drop them
             torch.cuda.synchronize(engine.device_id)
 
 
-def thumbnails(records: Records, indices: Sequence[int] | np.ndarray, side: int, engine: Engine) -> list[np.ndarray]:
+def thumbnails(records: Records, indices: Sequence[int] | Ints, side: int, engine: Engine) -> list[Bytes]:
     """The records at `indices` in that order, each uint8 RGB [h, w, 3] with its longer side resized to `side` pixels.
 
     Raises:

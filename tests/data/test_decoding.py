@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from fastflower.data.decoding import decodable, has_header, is_sound, thumbnails
+from fastflower.arrays import Bytes
+from fastflower.data.decoding import BATCH, ShapeDecoder, decodable, has_header, is_sound, thumbnails
 from fastflower.data.records import Records
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
@@ -43,12 +44,28 @@ def test_what_is_cut_off_anywhere_is_not_sound(kind: str) -> None:
         assert not is_sound(cut), length
 
 
+def test_shapes_are_those_of_upright_pictures_and_zero_of_broken_ones(odd_images: Path) -> None:
+    rng = np.random.default_rng(0)
+    pictures: list[tuple[bytes, tuple[int, int]]] = []
+    for name in READABLE:
+        upright = ImageOps.exif_transpose(Image.open(odd_images / name))
+        pictures.append(((odd_images / name).read_bytes(), (upright.height, upright.width)))
+    for width, height in rng.integers(8, 90, (2 * BATCH, 2)).tolist():
+        whole = jpeg(width, height)
+        pictures.append((whole, (height, width)) if rng.random() < 0.8 else (whole[:200], (0, 0)))
+    decoder = ShapeDecoder(threads=2)
+    for _ in range(6):  # it goes on after broken ones
+        chosen = rng.choice(len(pictures), rng.integers(1, BATCH + 1), replace=False).tolist()
+        shapes = decoder.shapes([np.frombuffer(pictures[i][0], np.uint8) for i in chosen])
+        assert shapes.tolist() == [list(pictures[i][1]) for i in chosen]
+
+
 def records_of(folder: Path, images: list[bytes]) -> Records:
     write_tfrecord(folder / "train" / "a.tfrec", [example(i, 0, image) for i, image in enumerate(images)])
     return load_split(folder, "train")
 
 
-def expected(encoded: bytes, side: int) -> np.ndarray:
+def expected(encoded: bytes, side: int) -> Bytes:
     """Upright, the longer side `side` pixels, by PIL."""
     picture = ImageOps.exif_transpose(Image.open(BytesIO(encoded))).convert("RGB")
     scale = side / max(picture.size)
@@ -60,9 +77,9 @@ def test_pictures_come_in_the_order_asked_for_with_their_longer_side_as_asked(tm
     shapes = [(40 + 7 * i, 90 - 2 * i) for i in range(20)]  # more than a batch, wide ones and tall ones
     images = [jpeg(width, height, seed) for seed, (width, height) in enumerate(shapes)]
     order = [*range(19, -1, -2), 3, 3, 0]
-    found = thumbnails(records_of(tmp_path, images), order, 48, Engine())
-    assert len(found) == len(order)
-    for index, picture in zip(order, found, strict=True):
+    small = thumbnails(records_of(tmp_path, images), order, 48, Engine())
+    assert len(small) == len(order)
+    for index, picture in zip(order, small, strict=True):
         wanted = expected(images[index], 48)
         assert picture.dtype == np.uint8
         assert picture.shape == wanted.shape
@@ -73,8 +90,8 @@ def test_pictures_come_in_the_order_asked_for_with_their_longer_side_as_asked(tm
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 def test_odd_pictures_are_shown_as_they_are_meant(tmp_path: Path, odd_images: Path) -> None:
     images = [(odd_images / name).read_bytes() for name in READABLE]
-    found = thumbnails(records_of(tmp_path, images), np.arange(len(images)), 160, Engine())
-    for name, image, picture in zip(READABLE, images, found, strict=True):
+    small = thumbnails(records_of(tmp_path, images), np.arange(len(images)), 160, Engine())
+    for name, image, picture in zip(READABLE, images, small, strict=True):
         wanted = expected(image, 160)
         assert picture.shape == wanted.shape, name
         assert np.abs(picture.astype(int) - wanted).mean() < 1, name
