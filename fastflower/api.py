@@ -21,7 +21,6 @@ from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.output import Console, Tolerant
 from fastflower.runtime.progress import Display
-from fastflower.runtime.signals import Interrupted
 from fastflower.training.metrics import Evaluation
 from fastflower.training.pretrained import load_pretrained, open_pretrained
 from fastflower.training.run import train_run
@@ -84,9 +83,7 @@ def train(config: Config, run: str | Path, *, overwrite: bool = False, quiet: bo
         KeyboardInterrupt: by Ctrl-C or another signal to stop; all steps until then are saved.
     """
     console = _console(quiet)
-    if received := train_run(config, name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=console):
-        raise Interrupted(received)
-    return Path(run)
+    return train_run(config, name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=console)
 
 
 def evaluate(

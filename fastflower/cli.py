@@ -216,7 +216,7 @@ def _train(command: TrainCommand) -> int:
         dry_run(command.settings, Console())
         return 0
     name = _run_name(command.config, command.settings.data.root)
-    received = train_run(
+    train_run(
         command.settings,
         name=name,
         run=command.run,
@@ -224,7 +224,7 @@ def _train(command: TrainCommand) -> int:
         overwrite=command.overwrite,
         console=Console(),
     )
-    return 128 + received if received else 0
+    return 0
 
 
 def _eval(command: EvalCommand) -> int:
@@ -309,8 +309,6 @@ def _cv(command: CvCommand) -> int:
         submission=command.submission,
         console=Console(),
     )
-    if isinstance(found, int):
-        return 128 + found
     if is_main():
         Console().print(summary(found))
     return 0

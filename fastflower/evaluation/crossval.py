@@ -35,7 +35,7 @@ from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.lock import own_folder
 from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import RunFolder, changes
-from fastflower.runtime.signals import Signals
+from fastflower.runtime.signals import Signals, Stopped
 from fastflower.training.metrics import Evaluation
 from fastflower.training.run import train_into
 from fastflower.training.setup import prepare, with_data
@@ -95,7 +95,7 @@ def cross_validate(
     test: bool,
     submission: Path | None,
     console: Console,
-) -> CrossValidation | int:
+) -> CrossValidation:
     """Train and predict the folds of `config.data.folds`, one after another; finished ones are not trained again.
 
     Args:
@@ -108,12 +108,9 @@ def cross_validate(
         submission: the competition's CSV of that; None = none is written.
         console: where progress is shown.
 
-    Returns:
-        The figures, or the number of the signal that ended a fold's training.
-
     Raises:
         UserError: as training and prediction; or `run` holds folds of other settings.
-        Interrupted: a signal came while it predicted.
+        Stopped: a signal came; all steps until then are saved.
     """
     config, testing, test = resolve(config), Testing(views=views), test or submission is not None
     device = choose_device(config.device, local_rank())
@@ -144,9 +141,11 @@ def cross_validate(
                 display.say(f"Fold {fold.settings.data.fold} is finished: {fold.folder.path}")
                 continue
             with own_folder(fold.folder.path, "", ranks):
-                if received := train_into(fold.folder, fold.settings, fold.checkpoint, device, ranks, console):
+                try:
+                    train_into(fold.folder, fold.settings, fold.checkpoint, device, ranks, console)
+                except Stopped:
                     display.say(f"Go on with the same command and --run {path}")
-                    return received
+                    raise
                 if ranks.is_main:
                     _mark(fold.folder).touch()
         with Signals() as signals, display:

@@ -40,7 +40,7 @@ def evaluate_run(run: Path, split: str, testing: Testing, console: Console, name
 
     Raises:
         UserError: no such run, or the data or the views do not fit it.
-        Interrupted: a signal came.
+        Stopped: a signal came.
     """
     trained = open_trained(run)
     shown = display_names(trained.classes, names)

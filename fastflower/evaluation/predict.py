@@ -51,7 +51,7 @@ def predict_run(
 
     Raises:
         UserError: no such run, data or views that do not fit it, or a sample that does not fit both.
-        Interrupted: a signal came.
+        Stopped: a signal came.
     """
     trained = open_trained(run)
     out = out or trained.result(RunFolder(trained.folder).predictions(split))
@@ -186,7 +186,7 @@ def predict_pictures(
 
     Raises:
         UserError: no such run, a file that is no picture that can be decoded, or names that are not the classes'.
-        Interrupted: a signal came.
+        Stopped: a signal came.
     """
     trained = open_trained(run)
     shown = display_names(trained.classes, names)

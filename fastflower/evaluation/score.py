@@ -44,7 +44,7 @@ def score(trained: Trained, data: DataConfig, records: Records, testing: Testing
 
     Raises:
         UserError: see `ready`; or a record cannot be decoded, or scores are not finite.
-        Interrupted: a rank got a signal.
+        Stopped: a rank got a signal.
     """
     views, device, ranks = testing.views, within.device, within.ranks
     config = trained.config

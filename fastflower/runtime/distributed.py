@@ -22,7 +22,7 @@ import torch.distributed.nn
 from fastflower import machine
 from fastflower.errors import UserError
 from fastflower.runtime import launcher
-from fastflower.runtime.signals import Interrupted, Signals, handling
+from fastflower.runtime.signals import Signals, Stopped, handling
 
 T = TypeVar("T")
 
@@ -115,7 +115,7 @@ class Ranks:
         """Yield batches while every rank can go on; ranks may have unequal numbers of them.
 
         Raises:
-            Interrupted: some rank got a signal; every rank raises this at the same step, with the same number.
+            Stopped: some rank got a signal; every rank raises this at the same step, with the same number.
             UserError: some rank's batches failed; its sentence, on every rank.
         """
         iterator = iter(batches)
@@ -131,7 +131,7 @@ class Ranks:
             if verdict == _FAILED:
                 self._raise_first(failure)
             if verdict == _STOP:
-                raise Interrupted(self.max(signals.received or 0))
+                raise Stopped(self.max(signals.received or 0))
             if verdict == _END:
                 return
             if batch is not None:
@@ -164,7 +164,10 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     except UserError as error:
         error.said_elsewhere = _is_said(str(error), store, ranks)
         raise
-    dist.destroy_process_group()  # only after success: after a failure it could wait for a process that is gone
+    except Stopped:
+        dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()  # but not after a failure, when it could wait for a process that is gone
 
 
 def _meet(backend: str, ranks: Ranks) -> dist.Store:

@@ -13,11 +13,15 @@ ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked this process, or one that it works with, to stop. A command ends with 128 + its number."""
+    """A signal asked this process to stop. A command ends with 128 + its number."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+
+
+class Stopped(Interrupted):
+    """A signal asked some process of a run to stop, and all of them do so between the same two batches."""
 
 
 @contextlib.contextmanager
@@ -31,14 +35,14 @@ def handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers)
     previous = {}
     if threading.current_thread() is threading.main_thread():
         for number in ASKING:
-            known = signal.getsignal(number)  # None: a handler that is not Python's
-            if known is not None and (known != signal.SIG_IGN or number == signal.SIGINT):
+            present = signal.getsignal(number)  # None: a handler that is not Python's
+            if present is not None and (present != signal.SIG_IGN or number == signal.SIGINT):
                 previous[number] = signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, known in previous.items():
-            signal.signal(number, known)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def interrupt(number: int, _: FrameType | None) -> None:
@@ -62,5 +66,5 @@ class Signals:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:
-            raise KeyboardInterrupt  # and nothing is saved: `Interrupted` is for what all ranks know
+            raise Interrupted(number)  # in this process only, which therefore saves nothing
         self.received = number

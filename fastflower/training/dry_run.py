@@ -21,7 +21,7 @@ def rehearse(setup: Setup, state: State, display: Display) -> None:
 
     Raises:
         UserError: a record is bad.
-        Interrupted: a signal came.
+        Stopped: a signal came.
     """
     network, validated = training_network(setup, state), compiled(setup, state.validated)
     with Signals() as signals:

@@ -16,7 +16,7 @@ from fastflower.errors import UserError
 from fastflower.runtime.checkpoint import first_non_finite, load_checkpoint, save_checkpoint, save_weights, weights_of
 from fastflower.runtime.progress import Display, Figures
 from fastflower.runtime.run_folder import RunFolder, RunLog
-from fastflower.runtime.signals import Interrupted, Signals
+from fastflower.runtime.signals import Signals, Stopped
 from fastflower.training.metrics import Evaluation, TrainingSums
 from fastflower.training.optimizer import freeze
 from fastflower.training.profile import Profiler
@@ -30,16 +30,14 @@ class DivergenceError(UserError):
     """The loss is not finite, so that the weights are not worth keeping."""
 
 
-def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> int | None:
+def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> None:
     """Train until the configured epochs or steps are done, nothing improves any more, or a signal comes.
 
     After each epoch: validate, let the schedule see the loss, log, save. A signal saves at the next step, and so does a
     record that cannot be read or decoded, in training or validation.
 
-    Returns:
-        None when the run has come to its end, else the number of the signal.
-
     Raises:
+        Stopped: a signal came, and all steps until then are saved.
         UserError: a record is bad, the loss or a weight is not finite, or a file cannot be written. Checkpoints that
             were written before stay as they are.
     """
@@ -72,9 +70,6 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> in
                 _save(setup, state, folder)
             if state.epoch < config.epochs:
                 display.say(end)
-            return None
-        except Interrupted as interrupted:
-            return interrupted.number
         finally:
             if profiler:
                 profiler.close()
@@ -105,7 +100,7 @@ def _saving(setup: Setup, state: State, folder: RunFolder) -> Iterator[None]:
         yield
     except DivergenceError:
         raise
-    except Interrupted:
+    except Stopped:
         _refuse_bad_loss(setup, state)
         _save(setup, state, folder)
         raise

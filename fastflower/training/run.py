@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.lock import own_folder
 from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import RunFolder
+from fastflower.runtime.signals import Stopped
 from fastflower.training.dry_run import rehearse
 from fastflower.training.loop import settle, train, why_ended
 from fastflower.training.resume import restore
@@ -39,7 +39,7 @@ def dry_run(config: Config, console: Console) -> None:
 
 def train_run(
     config: Config, *, name: str, run: Path | None, checkpoint: Path | None, overwrite: bool, console: Console
-) -> int | None:
+) -> Path:
     """Train from a configuration into a run folder; new, or going on from a checkpoint.
 
     Args:
@@ -51,10 +51,11 @@ def train_run(
         console: where progress is shown.
 
     Returns:
-        None when all epochs are done, else the number of the signal that ended it.
+        The run folder.
 
     Raises:
         UserError: see `train_into` and `own_folder`; or `run` already holds a run.
+        Stopped: a signal came, and all steps until then are saved.
     """
     config = resolve(config)
     device = choose_device(config.device, local_rank())
@@ -62,23 +63,27 @@ def train_run(
     with processes(device) as ranks, own_folder(given, name, ranks) as folder:
         with ranks.together():
             if ranks.is_main and folder.exists and not (checkpoint or overwrite):
-                found = "a run" if folder.checkpoint else "a run, but none of its checkpoints"
+                content = "a run" if folder.checkpoint else "a run, but none of its checkpoints"
                 resume = f"--resume {folder.path}, " if folder.checkpoint else ""
-                raise UserError(f"{folder.path} already holds {found}: give {resume}--overwrite or another --run.")
-        received = train_into(folder, config, checkpoint, device, ranks, console)
-        if received and ranks.is_main:
-            console.print(f"Go on with: fastflower train --resume {folder.path}", highlight=False, soft_wrap=True)
-        return received
+                raise UserError(f"{folder.path} already holds {content}: give {resume}--overwrite or another --run.")
+        try:
+            train_into(folder, config, checkpoint, device, ranks, console)
+        except Stopped:
+            if ranks.is_main:
+                console.print(f"Go on with: fastflower train --resume {folder.path}", highlight=False, soft_wrap=True)
+            raise
+        return folder.path
 
 
 def train_into(
     folder: RunFolder, config: Config, checkpoint: Path | None, device: torch.device, ranks: Ranks, console: Console
-) -> int | None:
+) -> None:
     """Train in these processes, into a folder that is theirs (`own_folder`); see `train_run`.
 
     Raises:
         UserError: see `prepare`, `fastflower.training.resume.restore` and `fastflower.training.loop.train`; or the
             folder cannot be written.
+        Stopped: a signal came, and all steps until then are saved.
     """
     display = Display(console, shown=ranks.is_main)
     saved = load_checkpoint(checkpoint, resumed=True) if checkpoint else None
@@ -99,14 +104,14 @@ def train_into(
     display.say(f"Run folder: {folder.path}")
     if end:
         display.say(end)
-        return None
-    with display:
-        received = train(setup, state, folder, display)
-    if received:
-        display.say(f"Stopped by {signal.Signals(received).name} and saved.")
-    else:
-        display.say(f"Done. {_outcome(state, config, folder)}")
-    return received
+        return
+    try:
+        with display:
+            train(setup, state, folder, display)
+    except Stopped as signal:
+        display.say(f"Stopped by {signal} and saved.")
+        raise
+    display.say(f"Done. {_outcome(state, config, folder)}")
 
 
 def _outcome(state: State, config: Config, folder: RunFolder) -> str:

@@ -39,7 +39,7 @@ def evaluate(
             then sees one shape and compiles once.
 
     Raises:
-        Interrupted: a rank got a signal.
+        Stopped: a rank got a signal.
         UserError: a record of some rank cannot be read or decoded.
     """
     network.eval()
