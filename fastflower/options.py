@@ -25,8 +25,16 @@ Numbers = Annotated[
 ]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What every command takes."""
+
+    debug: bool = False
+    """Show the traceback of an error, and what decoders say of pictures."""
+
+
 @dataclass(frozen=True)
-class TrainCommand:
+class TrainCommand(Options):
     """Train a network: fastflower train --amp
 
     Settings come from the defaults, then --config (or the run that is resumed), then the options given here.
@@ -48,12 +56,10 @@ class TrainCommand:
     dry_run: bool = False
     """Build everything, train two steps, validate one batch, and say what time and memory they took; no run folder is
     made."""
-    debug: bool = False
-    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestOptions:
+class TestOptions(Options):
     """What to test on, and how."""
 
     root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
@@ -92,8 +98,6 @@ class EvalCommand(TestOptions):
     """Folder for what is written; None = eval-SPLIT in the run folder."""
     json: bool = False
     """Print one JSON object: split, n, loss, accuracy, top5, macro_f1."""
-    debug: bool = False
-    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +123,10 @@ class PredictCommand(TestOptions):
     name; None = by name where a class is called by a number, else by place."""
     names: str | None = None
     """Names of the classes for --images: a JSON list, a text file with one a line, or kaggle104; None = the data's."""
-    debug: bool = False
-    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
-class EnsembleCommand:
+class EnsembleCommand(Options):
     """Combine networks: fastflower ensemble runs/A runs/B runs/C --submission submission.csv
 
     On a split with classes it prints the figures of each member and of the ensemble.
@@ -151,12 +153,10 @@ class EnsembleCommand:
     name; None = by name where a class is called by a number, else by place."""
     json: bool = False
     """Print the figures as one JSON list of objects: name, weight, n, loss, accuracy, top5, macro_f1."""
-    debug: bool = False
-    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
-class CvCommand:
+class CvCommand(Options):
     """Cross-validate: fastflower cv --folds 5 --config resnet34 --data.root DATA --run runs/cv
 
     Train and val together are divided by class into folds, and never one picture into two; each fold validates a
@@ -181,12 +181,10 @@ class CvCommand:
     """Also predict the test split, by the mean of the folds' networks."""
     submission: Path | None = None
     """Write the competition's CSV, id,label, of that."""
-    debug: bool = False
-    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
-class FlopsCommand:
+class FlopsCommand(Options):
     """Count what networks cost: fastflower flops resnet34 resnet50 resnet50-v1
 
     Parameters, multiply-adds (MACs) and FLOPs (2 x MACs) of one forward pass of one image, for 1000 classes. Only
@@ -201,12 +199,10 @@ class FlopsCommand:
     """Also each network's layers one by one."""
     json: bool = False
     """Print a JSON list of objects: model, size, params, macs, flops, and with --layers layers."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
-class ReportCommand:
+class ReportCommand(Options):
     """Compare runs: fastflower report runs/A runs/B runs/C --out report
 
     Prints a table and which run converges first, and writes report.html, which shows the learning curves too, and each
@@ -220,12 +216,10 @@ class ReportCommand:
     """Folder to write into."""
     throughput: Path | None = None
     """Results of bench/throughput.py (its --out) to draw too."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
-class DoctorCommand:
+class DoctorCommand(Options):
     """Say what this machine gives, what will be used, and what is missing and how to get it: fastflower doctor
 
     Exit code 1 if something is missing that nothing runs without.
@@ -233,12 +227,10 @@ class DoctorCommand:
 
     json: bool = False
     """Print one JSON list of objects: section, item, value, mend, essential."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
-class DemoCommand:
+class DemoCommand(Options):
     """Draw the synthetic flowers in the Kaggle layout: fastflower data demo DIR"""
 
     dir: Positional[Path]
@@ -253,12 +245,10 @@ class DemoCommand:
     """Pictures in the test split (without classes)."""
     seed: int = 0
     """Of the drawing."""
-    debug: bool = False
-    """Show the traceback of an error."""
 
 
 @dataclass(frozen=True)
-class CheckCommand:
+class CheckCommand(Options):
     """Read and decode every record of all splits and sizes, and name what is wrong: fastflower data check ROOT
 
     Exit code 1 if there is a problem.
@@ -268,12 +258,10 @@ class CheckCommand:
     """Data folder."""
     json: bool = False
     """Print one JSON object: root, splits, classes, problems."""
-    debug: bool = False
-    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
-class StatsCommand:
+class StatsCommand(Options):
     """Measure all pixels, for data.mean and data.std: fastflower data stats ROOT
 
     Prints YAML for a configuration file; the covariance is a comment in it.
@@ -285,8 +273,6 @@ class StatsCommand:
     """What to measure, as data.train_on."""
     sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
     """Stored sizes to measure (pixels), as data.sizes."""
-    debug: bool = False
-    """Show the traceback of an error, and what decoders say of pictures."""
 
 
 @dataclass(frozen=True)
