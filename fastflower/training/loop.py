@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
-from fastflower.config import to_plain
-from fastflower.errors import UserError
-from fastflower.runtime.checkpoint import first_non_finite, load_checkpoint, save_checkpoint, save_weights, weights_of
 from fastflower.runtime.progress import Display, Figures
 from fastflower.runtime.run_folder import RunFolder, RunLog
-from fastflower.runtime.signals import Signals, Stopped
+from fastflower.runtime.signals import Signals
 from fastflower.training.metrics import Evaluation, TrainingSums
 from fastflower.training.optimizer import freeze
 from fastflower.training.profile import Profiler
-from fastflower.training.state import Setup, State, makes_best
+from fastflower.training.saving import DivergenceError, refuse_bad_loss, save, saving
+from fastflower.training.state import Setup, State
 from fastflower.training.step import compiled, evaluate_in, is_frozen, training_network, training_step
-
-T = TypeVar("T")
-
-
-class DivergenceError(UserError):
-    """The loss is not finite, so that the weights are not worth keeping."""
+from fastflower.training.stopwatch import Stopwatch
 
 
 def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> None:
@@ -53,7 +41,7 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> No
                 if state.epoch == config.freeze_epochs > 0:
                     network = training_network(setup, state)
                 watch = Stopwatch()
-                with _saving(setup, state, folder):
+                with saving(setup, state, folder):
                     _train_epoch(setup, state, network, signals, display, watch, profiler)
                     if setup.train.left(state.position):
                         continue  # out of steps
@@ -64,10 +52,10 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> No
                 if evaluation:
                     state.schedule.after_epoch(evaluation.loss)
                 state.epoch, state.position, state.sums = state.epoch + 1, 0, TrainingSums(setup.device)
-                _save(setup, state, folder, improved=improved, log=log, row=row)
+                save(setup, state, folder, improved=improved, log=log, row=row)
                 display.row(row)
             if state.position:
-                _save(setup, state, folder)
+                save(setup, state, folder)
             if state.epoch < config.epochs:
                 display.say(end)
         finally:
@@ -91,28 +79,6 @@ def why_ended(setup: Setup, state: State) -> str | None:
             "to go on."
         )
     return None
-
-
-@contextlib.contextmanager
-def _saving(setup: Setup, state: State, folder: RunFolder) -> Iterator[None]:
-    """Save what is trained of the epoch when a signal or a bad record ends it, which it does on all ranks together."""
-    try:
-        yield
-    except DivergenceError:
-        raise
-    except Stopped:
-        _refuse_bad_loss(setup, state)
-        _save(setup, state, folder)
-        raise
-    except UserError as error:
-        if not state.position:
-            raise  # nothing that an earlier save has not
-        _refuse_bad_loss(setup, state)
-        _save(setup, state, folder)
-        raise UserError(
-            f"{error} Epoch {_trained_epoch(state)} is saved up to step {state.step}: then go on with --resume "
-            f"{folder.path}."
-        ) from error
 
 
 def _train_epoch(
@@ -140,12 +106,12 @@ def _train_epoch(
         if profiler:
             profiler.step()
         if state.step % setup.config.train.log_every == 0:
-            _refuse_bad_loss(setup, state)
+            refuse_bad_loss(setup, state)
             step = state.position // data.global_batch
             display.figures(epoch, step, steps, figures=_figures(setup, state, watch))
         if state.step == setup.config.train.max_steps:
             break
-    _refuse_bad_loss(setup, state)  # also waits for the device, so that the epoch's time is the device's
+    refuse_bad_loss(setup, state)  # also waits for the device, so that the epoch's time is the device's
     watch.training_s = watch.elapsed_s
 
 
@@ -171,22 +137,6 @@ def _validate(
 
 def _epoch_of(setup: Setup, state: State) -> str:
     return f"epoch {state.epoch + 1}/{setup.config.train.epochs}"
-
-
-def _trained_epoch(state: State) -> int:
-    """The epoch, from 1, of the last step."""
-    return state.epoch + 1 if state.position else state.epoch
-
-
-def _refuse_bad_loss(setup: Setup, state: State) -> None:
-    """Raise UserError on every rank if the loss of any was not finite."""
-    found = [bad for bad in setup.ranks.gather(state.sums.first_bad()) if bad]
-    if found:
-        step, lr = min(found)
-        raise DivergenceError(
-            f"the loss was not finite for the first time at step {step} (epoch {state.epoch + 1}, lr {lr:g}); nothing "
-            "of it was saved. Resume from the last checkpoint, or start again, with a lower train.lr."
-        )
 
 
 def _figures(setup: Setup, state: State, watch: Stopwatch) -> Figures:
@@ -218,83 +168,3 @@ def _row(
         "epoch_s": watch.elapsed_s,
         "data_wait": watch.waited_s / watch.elapsed_s,
     }
-
-
-def _save(
-    setup: Setup,
-    state: State,
-    folder: RunFolder,
-    *,
-    improved: bool = False,
-    log: RunLog | None = None,
-    row: dict[str, float | None] | None = None,
-) -> None:
-    """Write the log's row, last and best (where improved), in this order.
-
-    A run goes on from last: a kill before it is there takes the row back, and after it best is made from it.
-    """
-    saved = state.to_dict(setup.ranks) | setup.saved_with | {"config": to_plain(setup.config)}
-    with setup.ranks.together():
-        weights = {"model": saved["model"], "ema": saved["ema"] or {}}
-        if name := first_non_finite(weights | {"optimizer": saved["optimizer"]["state"]}):
-            raise UserError(
-                f"{name} is not finite at step {state.step} (epoch {_trained_epoch(state)}, lr {state.schedule.lr:g}); "
-                "it was not saved. Resume from the last checkpoint, or start again, with a lower train.lr."
-            )
-        if not setup.ranks.is_main:
-            return
-        with folder.writing():
-            if log and row:
-                log.write(row)
-            save_checkpoint(folder.last, saved)
-            if improved:
-                keep_best(folder, saved)
-
-
-def settle(folder: RunFolder, checkpoint: Path, saved: Mapping[str, Any], *, goes_on: bool) -> None:
-    """Make last of an older checkpoint that is gone on from, before anything of the later epochs is taken back; and
-    best of a last that is of the best epoch, where best is of another one, as a kill between the two leaves it.
-    """
-    if not (folder.last.is_file() and checkpoint.samefile(folder.last)):
-        if not goes_on:
-            return
-        save_checkpoint(folder.last, saved)
-    if not makes_best(saved):
-        return
-    with contextlib.suppress(UserError):  # damaged or not there
-        best = load_checkpoint(folder.best, resumed=True)
-        if (best["step"], best["best"]) == (saved["step"], saved["best"]) and folder.best_weights.is_file():
-            return
-    keep_best(folder, saved)
-
-
-def keep_best(folder: RunFolder, saved: Mapping[str, Any]) -> None:
-    """Write best, all of a checkpoint and its weights alone; OSError where that fails."""
-    metadata = {key: saved[key] for key in ("classes", "normalization", "train_records")}
-    save_weights(folder.best_weights, weights_of(saved), {"architecture": saved["config"]["model"]} | metadata)
-    save_checkpoint(folder.best, saved)
-
-
-class Stopwatch:
-    """Time of an epoch, and how much of it was spent waiting for batches."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self.waited_s = 0.0
-        self.training_s = 0.0
-        self.pictures = 0
-
-    @property
-    def elapsed_s(self) -> float:
-        """Seconds since the epoch began."""
-        return time.perf_counter() - self._start
-
-    def waiting_for(self, items: Iterator[T]) -> Iterator[T]:
-        """The same items; the time until each comes counts as waiting."""
-        while True:
-            asked = time.perf_counter()
-            item = next(items, None)
-            self.waited_s += time.perf_counter() - asked
-            if item is None:
-                return
-            yield item

@@ -19,8 +19,9 @@ from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import RunFolder
 from fastflower.runtime.signals import Stopped
 from fastflower.training.dry_run import rehearse
-from fastflower.training.loop import settle, train, why_ended
+from fastflower.training.loop import train, why_ended
 from fastflower.training.resume import restore
+from fastflower.training.saving import settle
 from fastflower.training.setup import prepare
 from fastflower.training.state import State
 
