@@ -22,16 +22,16 @@ _ROW = (
     "{val_macro_f1:>6} │ {images_per_s:>8} {data_wait:>5} {epoch_s:>7}"
 )
 _FORMATS = {"lr": ".2g", "images_per_s": ",.0f", "data_wait": ".0%", "epoch": "", "step": "", "epoch_s": ""} | {
-    f"{split}_{figure}": spec
+    f"{split}_{metric}": spec
     for split in ("train", "val")
-    for figure, spec in {"loss": ".4f", "accuracy": ".1%", "top5": ".1%", "macro_f1": ".3f"}.items()
+    for metric, spec in {"loss": ".4f", "accuracy": ".1%", "top5": ".1%", "macro_f1": ".3f"}.items()
 }
 PLAIN_LINE_S = 10  # a log file wants a sign of life, not a line a second
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What is known at a logging interval."""
+class StepMetrics:
+    """What is shown at a logging interval."""
 
     loss: float  # mean of the epoch so far
     lr: float
@@ -51,12 +51,12 @@ class Display:
             TextColumn("{task.description}"),
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[metrics]}"),
             console=console,
             transient=True,
             disable=not self._live,
         )
-        self._task = self._progress.add_task("", figures="")
+        self._task = self._progress.add_task("", metrics="")
         self._last_line = 0.0
 
     def __enter__(self) -> Display:
@@ -73,7 +73,7 @@ class Display:
 
     def task(self, description: str, total: int, completed: int = 0) -> None:
         """Begin something of `total` steps."""
-        self._progress.reset(self._task, description=description, total=total, completed=completed, figures="")
+        self._progress.reset(self._task, description=description, total=total, completed=completed, metrics="")
 
     def advance(self, steps: int = 1) -> None:
         """So many steps are done (or on their way to the device)."""
@@ -95,14 +95,14 @@ class Display:
             yield item
             self.advance()
 
-    def figures(self, epoch: str, step: int, steps: int, *, figures: Figures) -> None:
+    def step(self, epoch: str, step: int, steps: int, metrics: StepMetrics) -> None:
         """The state at a logging interval, `step` of `steps` steps into `epoch` (such as "epoch 1/6")."""
         text = (
-            f"loss {figures.loss:.3f} lr {figures.lr:.2g} {figures.images_per_s:,.0f} images/s "
-            f"wait {figures.data_wait:.0%} ETA {_clock(figures.eta_s)}"
+            f"loss {metrics.loss:.3f} lr {metrics.lr:.2g} {metrics.images_per_s:,.0f} images/s "
+            f"wait {metrics.data_wait:.0%} ETA {_clock(metrics.eta_s)}"
         )
         if self._live:
-            self._progress.update(self._task, figures=text)
+            self._progress.update(self._task, metrics=text)
         elif time.monotonic() - self._last_line > PLAIN_LINE_S:
             self._last_line = time.monotonic()
             self.say(f"{epoch} step {step}/{steps}  {text}")

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastflower.runtime.progress import Display, Figures
+from fastflower.runtime.progress import Display, StepMetrics
 from fastflower.runtime.run_folder import RunFolder, RunLog
 from fastflower.runtime.signals import Signals
 from fastflower.training.metrics import Evaluation, TrainingSums
@@ -45,12 +45,12 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> No
                     _train_epoch(setup, state, network, signals, display, watch, profiler)
                     if setup.train.left(state.position):
                         continue  # out of steps
-                    trained = state.sums.means(setup.ranks)
-                    evaluation = _validate(setup, state, validated, signals, display, watch)
-                row = _row(state, trained, evaluation, watch)
-                improved = state.see(evaluation, config.best)
-                if evaluation:
-                    state.schedule.after_epoch(evaluation.loss)
+                    training = state.sums.means(setup.ranks)
+                    validation = _validate(setup, state, validated, signals, display, watch)
+                row = _row(state, training, validation, watch)
+                improved = state.see(validation, config.best)
+                if validation:
+                    state.schedule.after_epoch(validation.loss)
                 state.epoch, state.position, state.sums = state.epoch + 1, 0, TrainingSums(setup.device)
                 save(setup, state, folder, improved=improved, log=log, row=row)
                 display.row(row)
@@ -107,8 +107,7 @@ def _train_epoch(
             profiler.step()
         if state.step % setup.config.train.log_every == 0:
             refuse_bad_loss(setup, state)
-            step = state.position // data.global_batch
-            display.figures(epoch, step, steps, figures=_figures(setup, state, watch))
+            display.step(epoch, state.position // data.global_batch, steps, _step_metrics(setup, state, watch))
         if state.step == setup.config.train.max_steps:
             break
     refuse_bad_loss(setup, state)  # also waits for the device, so that the epoch's time is the device's
@@ -118,9 +117,9 @@ def _train_epoch(
 def _validate(
     setup: Setup, state: State, network: torch.nn.Module, signals: Signals, display: Display, watch: Stopwatch
 ) -> Evaluation | None:
-    """The figures of the validation split, where there is one."""
-    for net in dict.fromkeys((state.network, state.validated)):  # in the same order on every rank
-        setup.ranks.broadcast_buffers(net)  # DDP does it before each step, so the last step's are still apart
+    """The metrics of the validation split, where there is one."""
+    for module in dict.fromkeys((state.network, state.validated)):  # in the same order on every rank
+        setup.ranks.broadcast_buffers(module)  # DDP does it before each step, so the last step's are still apart
     if not setup.val:
         return None
     display.task(f"{_epoch_of(setup, state)} validate", setup.val.steps)
@@ -139,32 +138,33 @@ def _epoch_of(setup: Setup, state: State) -> str:
     return f"epoch {state.epoch + 1}/{setup.config.train.epochs}"
 
 
-def _figures(setup: Setup, state: State, watch: Stopwatch) -> Figures:
+def _step_metrics(setup: Setup, state: State, watch: Stopwatch) -> StepMetrics:
     data, config = setup.train, setup.config.train
     rate = watch.pictures / watch.elapsed_s
     steps = (config.epochs - state.epoch - 1) * data.steps + data.left(state.position)
     if config.max_steps is not None:
         steps = min(steps, config.max_steps - state.step)
     loss, _ = state.sums.means()
-    return Figures(loss, state.schedule.lr, rate, watch.waited_s / watch.elapsed_s, steps * data.global_batch / rate)
+    eta_s = steps * data.global_batch / rate
+    return StepMetrics(loss, state.schedule.lr, rate, watch.waited_s / watch.elapsed_s, eta_s)
 
 
 def _row(
-    state: State, trained: tuple[float, float], evaluation: Evaluation | None, watch: Stopwatch
+    state: State, training: tuple[float, float], validation: Evaluation | None, watch: Stopwatch
 ) -> dict[str, float | None]:
-    """What metrics.jsonl holds of an epoch."""
-    rate = watch.pictures / watch.training_s if watch.pictures else None  # after a stop in validation
+    """What metrics.jsonl holds of an epoch: loss and accuracy of training, and all metrics of validation."""
+    loss, accuracy = training
     return {
         "epoch": state.epoch + 1,
         "step": state.step,
         "lr": state.schedule.lr,
-        "train_loss": trained[0],
-        "train_accuracy": trained[1],
-        "val_loss": evaluation.loss if evaluation else None,
-        "val_accuracy": evaluation.accuracy if evaluation else None,
-        "val_top5": evaluation.top5 if evaluation else None,
-        "val_macro_f1": evaluation.macro_f1 if evaluation else None,
-        "images_per_s": rate,
+        "train_loss": loss,
+        "train_accuracy": accuracy,
+        "val_loss": validation.loss if validation else None,
+        "val_accuracy": validation.accuracy if validation else None,
+        "val_top5": validation.top5 if validation else None,
+        "val_macro_f1": validation.macro_f1 if validation else None,
+        "images_per_s": watch.pictures / watch.training_s if watch.pictures else None,  # None: stopped in validation
         "epoch_s": watch.elapsed_s,
         "data_wait": watch.waited_s / watch.elapsed_s,
     }

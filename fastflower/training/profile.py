@@ -43,13 +43,13 @@ class Profiler:
                 f"train.profile: nothing recorded, a run needs {SKIPPED + WARMUP + RECORDED} steps for it."
             )
 
-    def _report(self, found: profile) -> None:
+    def _report(self, recorded: profile) -> None:
         if self._left:
             return
         trace = self._folder.trace
-        found.export_chrome_trace(str(trace))  # which tells nobody of a full disk
-        where = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-        self._display.say(found.key_averages().table(sort_by=where, row_limit=HEAVIEST))
+        recorded.export_chrome_trace(str(trace))  # which tells nobody of a full disk
+        time_spent = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+        self._display.say(recorded.key_averages().table(sort_by=time_spent, row_limit=HEAVIEST))
         if _is_json(trace):
             self._display.say(f"Trace of {RECORDED} steps, for chrome://tracing or ui.perfetto.dev: {trace}")
         else:

@@ -43,9 +43,9 @@ def saving(setup: Setup, state: State, folder: RunFolder) -> Iterator[None]:
 
 def refuse_bad_loss(setup: Setup, state: State) -> None:
     """Raise UserError on every rank if the loss of any was not finite."""
-    found = [bad for bad in setup.ranks.gather(state.sums.first_bad()) if bad]
-    if found:
-        step, lr = min(found)
+    bad_steps = [bad for bad in setup.ranks.gather(state.sums.first_bad()) if bad]
+    if bad_steps:
+        step, lr = min(bad_steps)
         raise DivergenceError(
             f"the loss was not finite for the first time at step {step} (epoch {state.epoch + 1}, lr {lr:g}); nothing "
             "of it was saved. Resume from the last checkpoint, or start again, with a lower train.lr."

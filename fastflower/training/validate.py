@@ -1,4 +1,4 @@
-"""A network's outputs on a split, and figures of them: every record counts once, whatever ranks and batch size."""
+"""A network's outputs on a split, and metrics of them: every record counts once, whatever ranks and batch size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def evaluate(
         classes: how many there are.
         device: where the network and the batches are.
         precision: of the forward pass.
-        ranks: over which the figures are taken.
+        ranks: over which the metrics are taken.
         signals: asked before each batch.
         pad_to: a short batch is filled up to this many pictures, whose outputs are cut off again: a compiled network
             then sees one shape and compiles once.
@@ -44,8 +44,8 @@ def evaluate(
     """
     network.eval()
     sums = EvaluationSums(classes, device)
-    together = ranks.lockstep(batches, signals)
-    for batch, logits in outputs(network, together, device=device, precision=precision, pad_to=pad_to):
+    batches = ranks.lockstep(batches, signals)
+    for batch, logits in outputs(network, batches, device=device, precision=precision, pad_to=pad_to):
         sums.add(logits, batch.labels)
     return sums.result(ranks)
 

@@ -21,8 +21,7 @@ from fastflower import config as configuration
 from fastflower.data.sources.kaggle import load_split
 from fastflower.models import create_model
 from fastflower.runtime.checkpoint import load_checkpoint
-from fastflower.training import loop as training
-from fastflower.training import step
+from fastflower.training import saving, step
 from fastflower.training.ema import Ema
 from tests.conftest import fastflower, train_arguments, write_dataset
 
@@ -218,14 +217,14 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(finished: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        original = training.save_checkpoint
+        original = saving.save_checkpoint
 
         def save(path: Path, state: Any) -> None:
             with pytest.MonkeyPatch.context() as inner:
                 inner.setattr(os, "fsync", full)
                 original(path, state)
 
-        patch.setattr(training, "save_checkpoint", save)
+        patch.setattr(saving, "save_checkpoint", save)
         result = fastflower("train", "--resume", finished, "--train.epochs", "3")
     assert result.code == 2
     assert "cannot be written (No space left on device)" in result.err
