@@ -1,7 +1,7 @@
 """Cross-validation: each fold validates a network that the others trained.
 
-A folder holds fold-0, fold-1, ... as runs, cv.json with the figures of those that are finished, and the predictions of
-the whole: of train and val, where each picture is predicted by the network that did not train on it, and of test.
+A folder holds fold-0, fold-1, ... as runs, cv.json with the metrics of all, and the predictions of the whole: of train
+and val, where each picture is predicted by the network that did not train on it, and of test.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +41,7 @@ from fastflower.training.metrics import Evaluation
 from fastflower.training.run import train_into
 from fastflower.training.setup import prepare, with_data
 
-FIGURES = ("loss", "accuracy", "top5", "macro_f1")
+METRICS = ("loss", "accuracy", "top5", "macro_f1")
 # Settings that may differ between the folds, and from call to call: what is computed stays the same, but for records
 # that turn out to be bad, and are left out from there on.
 HARMLESS = (
@@ -67,20 +68,20 @@ class CrossValidation:
     folds: list[Evaluation]  # each on its own part, every picture once
     whole: Evaluation  # of all those predictions together
 
-    def mean(self, figure: str) -> float:
+    def mean(self, metric: str) -> float:
         """Over the folds."""
-        return float(np.mean([getattr(fold, figure) for fold in self.folds]))
+        return float(np.mean([getattr(fold, metric) for fold in self.folds]))
 
-    def std(self, figure: str) -> float:
+    def std(self, metric: str) -> float:
         """Standard deviation over the folds, with n - 1."""
-        return float(np.std([getattr(fold, figure) for fold in self.folds], ddof=1))
+        return float(np.std([getattr(fold, metric) for fold in self.folds], ddof=1))
 
     def to_plain(self) -> dict[str, Any]:
         """What cv.json holds."""
         return {
             "folds": [asdict(fold) for fold in self.folds],
-            "mean": {figure: self.mean(figure) for figure in FIGURES},
-            "std": {figure: self.std(figure) for figure in FIGURES},
+            "mean": {metric: self.mean(metric) for metric in METRICS},
+            "std": {metric: self.std(metric) for metric in METRICS},
             "together": asdict(self.whole),
         }
 
@@ -115,7 +116,6 @@ def cross_validate(
     config, testing, test = resolve(config), Testing(views=views), test or submission is not None
     device = choose_device(config.device, local_rank())
     with processes(device) as ranks, own_folder(run, name, ranks) as whole:
-        path = whole.path
         display = Display(console, shown=ranks.is_main)
         config = with_data(config, ranks, display)
         with ranks.main_first():
@@ -127,34 +127,23 @@ def cross_validate(
         _require_all(folds, data["classes"], test, testing, Session(device, ranks, Signals(), silent))
         with ranks.main_first():
             if ranks.is_main:
-                for result in (
-                    *_results(path),
-                    *(fold.folder.predictions(split) for fold in folds for split in SPLITS),
-                ):
-                    remove_temporaries(result)
-                if overwrite:
-                    _clear(path)
-                with atomic_write(_data(path)) as file:
-                    file.write(to_json(data).encode())
+                _begin(whole.path, folds, data, overwrite)
         for fold in folds:
             if fold.finished:
                 display.say(f"Fold {fold.settings.data.fold} is finished: {fold.folder.path}")
                 continue
-            with own_folder(fold.folder.path, "", ranks):
-                try:
-                    train_into(fold.folder, fold.settings, fold.checkpoint, device, ranks, console)
-                except Stopped:
-                    display.say(f"Go on with the same command and --run {path}")
-                    raise
-                if ranks.is_main:
-                    _mark(fold.folder).touch()
+            try:
+                _train(fold, device, ranks, console)
+            except Stopped:
+                display.say(f"Go on with the same command and --run {whole.path}")
+                raise
         with Signals() as signals, display:
-            within = Session(device, ranks, signals, display)
+            session = Session(device, ranks, signals, display)
             trained = [open_trained(fold.folder.path) for fold in folds]
-            found = _validate(path, trained, testing, within)
+            validation = _validate(whole.path, trained, testing, session)
             if test:
-                _predict_test(path, trained, testing, within, submission)
-        return found
+                _predict_test(whole.path, trained, testing, session, submission)
+        return validation
 
 
 def _plan(whole: RunFolder, config: Config, data: dict[str, Any], overwrite: bool) -> list[Fold]:
@@ -205,10 +194,28 @@ def _data(path: Path) -> Path:
     return path / "data.json"
 
 
+def _begin(path: Path, folds: Sequence[Fold], data: dict[str, Any], overwrite: bool) -> None:
+    """Take away what an earlier call left half written (or all of it), and say what the folds are trained on."""
+    for file in (*_results(path), *(fold.folder.predictions(split) for fold in folds for split in SPLITS)):
+        remove_temporaries(file)
+    if overwrite:
+        _clear(path)
+    with atomic_write(_data(path)) as stream:
+        stream.write(to_json(data).encode())
+
+
+def _train(fold: Fold, device: torch.device, ranks: Ranks, console: Console) -> None:
+    """Train a fold to its end, and mark it."""
+    with own_folder(fold.folder.path, "", ranks):
+        train_into(fold.folder, fold.settings, fold.checkpoint, device, ranks, console)
+        if ranks.is_main:
+            _mark(fold.folder).touch()
+
+
 def _clear(path: Path) -> None:
     """Remove what an earlier call left, and nothing else."""
-    for each in path.glob("fold-*"):
-        with own_folder(each, "", Ranks()) as folder:
+    for fold in path.glob("fold-*"):
+        with own_folder(fold, "", Ranks()) as folder:
             folder.clear()
             _mark(folder).unlink(missing_ok=True)
     for file in _results(path):
@@ -220,17 +227,17 @@ def _results(path: Path) -> tuple[Path, ...]:
     return (path / "cv.json", _data(path), *map(RunFolder(path).predictions, SPLITS))
 
 
-def _require_all(folds: Sequence[Fold], classes: list[str], test: bool, testing: Testing, within: Session) -> None:
+def _require_all(folds: Sequence[Fold], classes: list[str], test: bool, testing: Testing, session: Session) -> None:
     """Raise UserError, before the first fold, for whatever would be refused in a later one or after them."""
     for fold in folds:
         if not fold.finished:
-            _require_trainable(fold.settings, fold.checkpoint, within)
-        require_predictable(Planned(fold.settings, classes), "val", testing, within)
+            _require_trainable(fold.settings, fold.checkpoint, session)
+        require_predictable(Planned(fold.settings, classes), "val", testing, session)
     if test:
-        require_predictable(Planned(folds[0].settings, classes), "test", testing, within)
+        require_predictable(Planned(folds[0].settings, classes), "test", testing, session)
 
 
-def _require_trainable(settings: Config, checkpoint: Path | None, within: Session) -> None:
+def _require_trainable(settings: Config, checkpoint: Path | None, session: Session) -> None:
     """Build all that a fold's training needs, and leave it again.
 
     Raises:
@@ -238,7 +245,7 @@ def _require_trainable(settings: Config, checkpoint: Path | None, within: Sessio
     """
     settings = replace(settings, data=replace(settings.data, cache="off"))
     saved = load_checkpoint(checkpoint, resumed=True) if checkpoint else None
-    setup, _ = prepare(settings, within.device, within.ranks, within.display, saved)
+    setup, _ = prepare(settings, session.device, session.ranks, session.display, saved)
     steps = settings.train.max_steps
     if steps is not None and steps < setup.train.steps:
         raise UserError(
@@ -256,53 +263,54 @@ def _look_at(config: Config, display: Display) -> dict[str, Any]:
     pool = load_pool(replace(config.data, sizes="all"))
     classes = class_list(pool)
     records = join(pool, classes)
-    found = duplicates(records)
-    if found:
-        display.say(f"{len(found)} pictures stand under several ids, which are kept in one fold:")
-    for each in found[:SHOWN]:
-        conflict = f", of classes {', '.join(classes[label] for label in each.labels)}" if len(each.labels) > 1 else ""
-        display.say(f"  {' = '.join(each.ids)}{conflict}")
-    if len(found) > SHOWN:
-        display.say(f"  … and {len(found) - SHOWN} more (fastflower data check names them).")
+    pictures = duplicates(records)
+    if pictures:
+        display.say(f"{len(pictures)} pictures stand under several ids, which are kept in one fold:")
+    for picture in pictures[:SHOWN]:
+        several = len(picture.labels) > 1
+        conflict = f", of classes {', '.join(classes[label] for label in picture.labels)}" if several else ""
+        display.say(f"  {' = '.join(picture.ids)}{conflict}")
+    if len(pictures) > SHOWN:
+        display.say(f"  … and {len(pictures) - SHOWN} more (fastflower data check names them).")
     # with what data.skip lists, which may grow on the way
     return {"classes": classes, "records": asdict(identity(records, display.follow("read the pictures")))}
 
 
-def _validate(path: Path, trained: Sequence[Trained], testing: Testing, within: Session) -> CrossValidation:
+def _validate(path: Path, trained: Sequence[Trained], testing: Testing, session: Session) -> CrossValidation:
     """Each fold's part by its own network; writes cv.json and the predictions of all."""
-    parts = [predictions_of(each, "val", testing, within) for each in trained]
+    parts = [predictions_of(fold, "val", testing, session) for fold in trained]
     together = of_folds(parts, "val")
-    found = CrossValidation([figures(part) for part in parts], figures(together))
-    if within.ranks.is_main:
+    validation = CrossValidation([figures(part) for part in parts], figures(together))
+    if session.ranks.is_main:
         with atomic_write(path / "cv.json") as file:
-            file.write(to_json(found.to_plain(), indent=1).encode())
+            file.write(to_json(validation.to_plain(), indent=1).encode())
         write_predictions(RunFolder(path).predictions("val"), together)
-    return found
+    return validation
 
 
 def _predict_test(
-    path: Path, trained: Sequence[Trained], testing: Testing, within: Session, submission: Path | None
+    path: Path, trained: Sequence[Trained], testing: Testing, session: Session, submission: Path | None
 ) -> None:
     """The test split by the mean of all networks."""
-    together = of_folds([predictions_of(each, "test", testing, within) for each in trained], "test")
-    if within.ranks.is_main:
+    together = of_folds([predictions_of(fold, "test", testing, session) for fold in trained], "test")
+    if session.ranks.is_main:
         for note in hand_in(together, out=RunFolder(path).predictions("test"), submission=submission):
-            within.display.say(note)
+            session.display.say(note)
 
 
-def summary(found: CrossValidation) -> Table:
-    """The folds' figures, their mean and deviation, and those of all predictions together, for a terminal."""
-    rows = [(str(fold), asdict(each)) for fold, each in enumerate(found.folds)]
+def summary(validation: CrossValidation) -> Table:
+    """The folds' metrics, their mean and deviation, and those of all predictions together, for a terminal."""
+    rows = [(str(number), asdict(fold)) for number, fold in enumerate(validation.folds)]
     grid = Table("fold", "pictures", "loss", "top-1", "top-5", "macro F1")
     for column in grid.columns[1:]:
         column.justify = "right"
-    for name, row in (*rows, ("together", asdict(found.whole))):
-        grid.add_row(name, str(row["n"]), *(_shown(figure, row[figure]) for figure in FIGURES))
+    for name, row in (*rows, ("together", asdict(validation.whole))):
+        grid.add_row(name, str(row["n"]), *(_shown(metric, row[metric]) for metric in METRICS))
     grid.add_section()
-    for name, over_folds in (("mean", found.mean), ("± std", found.std)):
-        grid.add_row(name, "", *(_shown(figure, over_folds(figure)) for figure in FIGURES))
+    for name, over_folds in (("mean", validation.mean), ("± std", validation.std)):
+        grid.add_row(name, "", *(_shown(metric, over_folds(metric)) for metric in METRICS))
     return grid
 
 
-def _shown(figure: str, value: float) -> str:
-    return f"{value:.2%}" if figure in ("accuracy", "top5") else f"{value:.4f}"
+def _shown(metric: str, value: float) -> str:
+    return f"{value:.2%}" if metric in ("accuracy", "top5") else f"{value:.4f}"

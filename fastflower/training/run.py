@@ -70,8 +70,7 @@ def train_run(
         try:
             train_into(folder, config, checkpoint, device, ranks, console)
         except Stopped:
-            if ranks.is_main:
-                console.print(f"Go on with: fastflower train --resume {folder.path}", highlight=False, soft_wrap=True)
+            Display(console, shown=ranks.is_main).say(f"Go on with: fastflower train --resume {folder.path}")
             raise
         return folder.path
 
