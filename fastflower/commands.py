@@ -1,0 +1,281 @@
+"""What each command does: it calls one function, which is imported only now, and prints what that gives.
+
+What comes back from each is the exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fastflower import config as configuration
+from fastflower import machine
+from fastflower.errors import UserError
+from fastflower.files import to_json
+from fastflower.options import (
+    CheckCommand,
+    CvCommand,
+    DemoCommand,
+    DoctorCommand,
+    EnsembleCommand,
+    EvalCommand,
+    FlopsCommand,
+    Options,
+    PredictCommand,
+    ReportCommand,
+    StatsCommand,
+    TestOptions,
+    TrainCommand,
+)
+from fastflower.runtime.launcher import is_main
+from fastflower.runtime.output import Console, without_decoders
+
+if TYPE_CHECKING:
+    from fastflower.evaluation.session import Testing
+
+
+def carry_out(command: Options) -> int:
+    """Carry out a command; the exit code."""
+    decodes = type(command) in DECODING and not command.debug
+    with without_decoders() if decodes else contextlib.nullcontext():
+        return FUNCTIONS[type(command)](command)
+
+
+def run_name(config: str | Path | None, root: object) -> str:
+    """What a new folder under runs/ is called after."""
+    return Path(config).stem if config else "train" if root else "demo"
+
+
+def _train(command: TrainCommand) -> int:
+    if command.print_config:
+        print(configuration.to_yaml(command.settings), end="")
+        return 0
+    from fastflower.training.run import dry_run, train_run
+
+    if command.dry_run:
+        dry_run(command.settings, Console())
+        return 0
+    train_run(
+        command.settings,
+        name=run_name(command.config, command.settings.data.root),
+        run=command.run,
+        checkpoint=command.resume,
+        overwrite=command.overwrite,
+        console=Console(),
+    )
+    return 0
+
+
+def _eval(command: EvalCommand) -> int:
+    from fastflower.evaluation.analysis import analyse_run, summary, write_run
+    from fastflower.evaluation.evaluate import evaluate_run
+
+    evaluated = evaluate_run(command.run, command.split, _testing(command), Console(stderr=True), command.names)
+    if not is_main():
+        return 0
+    analysis = analyse_run(evaluated)
+    metrics = {"split": command.split, **asdict(evaluated.figures)}
+    if command.json:
+        print(to_json(metrics))
+    else:
+        metrics |= {"ece": analysis.ece}
+        texts = (
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in metrics.items()
+        )
+        Console().print("  ".join(texts), soft_wrap=True)
+        for part in summary(analysis):
+            Console().print(part)
+    folder = write_run(evaluated, analysis, command.out)
+    if not command.json:
+        _say(f"Confusion matrix, classes and mistakes: {folder}")
+    return 0
+
+
+def _predict(command: PredictCommand) -> int:
+    from fastflower.evaluation.predict import likeliest, predict_pictures, predict_run
+
+    testing = _testing(command)
+    if command.images is None:
+        files = {"out": command.out, "submission": command.submission, "sample": command.sample}
+        predict_run(command.run, command.split, testing, Console(), **files)
+        return 0
+    if command.submission or command.sample or command.root or command.sizes:
+        raise UserError("--submission, --sample, --data.root and --sizes are about a split: drop them, or --images.")
+    predictions, shown = predict_pictures(
+        command.run, command.images, testing, Console(stderr=True), names=command.names, out=command.out
+    )
+    if is_main():
+        for line in likeliest(predictions, shown):
+            print(line)
+    return 0
+
+
+def _ensemble(command: EnsembleCommand) -> int:
+    from fastflower.evaluation.ensemble import ensemble_runs, table
+
+    ensembled = ensemble_runs(
+        command.members,
+        command.method,
+        command.split,
+        Console(stderr=True),
+        roots=command.root,
+        fit_on=command.fit_on,
+        out=command.out,
+        submission=command.submission,
+        sample=command.sample,
+    )
+    if command.json:
+        rows = ensembled.rows
+        print(to_json([{"name": row.name, "weight": row.weight, **asdict(row.evaluation)} for row in rows]))
+        return 0
+    if ensembled.rows:
+        Console().print(table(ensembled.rows))
+    for note in ensembled.notes:
+        _say(note)
+    return 0
+
+
+def _cv(command: CvCommand) -> int:
+    from fastflower.evaluation.crossval import cross_validate, summary
+    from fastflower.evaluation.views import Views
+
+    validation = cross_validate(
+        command.settings,
+        name=f"cv-{run_name(command.config, command.settings.data.root)}",
+        run=command.run,
+        overwrite=command.overwrite,
+        views=Views(command.crops, command.scales),
+        test=command.test,
+        submission=command.submission,
+        console=Console(),
+    )
+    if is_main():
+        Console().print(summary(validation))
+    return 0
+
+
+def _flops(command: FlopsCommand) -> int:
+    from fastflower.flops import NAMES, count, layers_table, table
+
+    costs = [count(name, command.size) for name in command.models or NAMES]
+    if command.json:
+        rows = [asdict(cost) for cost in costs]
+        print(to_json([{k: v for k, v in row.items() if k != "layers" or command.layers} for row in rows]))
+        return 0
+    for cost in costs if command.layers else ():
+        Console().print(layers_table(cost))
+    Console().print(table(costs))
+    return 0
+
+
+def _report(command: ReportCommand) -> int:
+    from fastflower.report.page import table, write_report
+
+    report = write_report(command.runs, command.out, command.throughput)
+    Console().print(table(report.rows))
+    for sentence in (*report.sentences, f"Report: {report.page}"):
+        _say(sentence)
+    return 0
+
+
+def _doctor(command: DoctorCommand) -> int:
+    from fastflower.doctor import examine, is_ready, table
+
+    findings = examine()
+    if command.json:
+        print(to_json([asdict(finding) for finding in findings]))
+    else:
+        Console().print(table(findings))
+    return 0 if is_ready(findings) else 1
+
+
+def _demo(command: DemoCommand) -> int:
+    from fastflower.data.demo import write_demo
+    from fastflower.runtime.progress import Display
+
+    with Display(Console(), shown=True) as display:
+        write_demo(
+            command.dir,
+            sizes=command.sizes,
+            train=command.train,
+            val=command.val,
+            test=command.test,
+            seed=command.seed,
+            progress=display.follow("draw synthetic flowers"),
+        )
+        display.say(f"Synthetic flowers: {command.dir}")
+    return 0
+
+
+def _check(command: CheckCommand) -> int:
+    from fastflower.data.check import check, sentences, table
+    from fastflower.runtime.progress import Display
+
+    with Display(Console(stderr=command.json), shown=True) as display:
+        report = check(command.root, threads=machine.cpus(), follow=display.follow)
+    if command.json:
+        print(to_json(report.to_plain()))
+    else:
+        Console().print(table(report))
+        for sentence in sentences(report):
+            _say(sentence)
+    return 1 if report.problems else 0
+
+
+def _stats(command: StatsCommand) -> int:
+    from fastflower.data.splits import load_pictures
+    from fastflower.data.stats import pixel_statistics
+    from fastflower.data.view import Engine
+
+    data = configuration.DataConfig(root=command.root, sizes=command.sizes)
+    records = load_pictures(data, command.split.split("+"), seed=0)
+    statistics = pixel_statistics(records, Engine(threads=machine.cpus()))
+    mean, std = statistics.normalization.mean, statistics.normalization.std
+    settings = {"data": {"mean": list(mean), "std": list(std)}}
+    print(yaml.safe_dump(settings, default_flow_style=None, width=120), end="")
+    print("  # covariance, which data.lighting uses:")
+    for row in statistics.covariance.tolist():
+        print(f"  # - {row}")
+    return 0
+
+
+def _testing(options: TestOptions) -> Testing:
+    from fastflower.evaluation.session import Testing
+    from fastflower.evaluation.views import Views
+
+    if options.batch_size is not None and options.batch_size < 1:
+        raise UserError(f"--batch_size is {options.batch_size}: give at least 1.")
+    return Testing(
+        roots=options.root,
+        sizes=options.sizes,
+        views=Views(options.crops, options.scales),
+        device=options.device,
+        batch_size=options.batch_size,
+        compiled=options.compile,
+    )
+
+
+def _say(text: str) -> None:
+    """A line as it is, however long."""
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+FUNCTIONS: dict[type[Options], Callable[[Any], int]] = {
+    TrainCommand: _train,
+    EvalCommand: _eval,
+    PredictCommand: _predict,
+    EnsembleCommand: _ensemble,
+    CvCommand: _cv,
+    FlopsCommand: _flops,
+    ReportCommand: _report,
+    DoctorCommand: _doctor,
+    DemoCommand: _demo,
+    CheckCommand: _check,
+    StatsCommand: _stats,
+}
+DECODING = (TrainCommand, EvalCommand, PredictCommand, EnsembleCommand, CvCommand, CheckCommand, StatsCommand)
