@@ -12,14 +12,17 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from signal import SIGHUP, SIGINT, SIGTERM, SIGUSR1
 from typing import Any
 
+import numpy as np
 import pytest
 
 import fastflower as api
 from fastflower.data import loader
 from fastflower.runtime.checkpoint import load_checkpoint
-from fastflower.runtime.signals import ASKING, Interrupted, Signals, handling, interrupt
+from fastflower.runtime.lock import LOCK
+from fastflower.runtime.signals import ASKING, Interrupted, Signals, Stopped, handling, interrupt
 from tests.conftest import ROOT, fastflower, train_arguments
 
 WORKER = ROOT / "tests/training/tiny_worker.py"
@@ -39,17 +42,21 @@ def worker(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, str(WORKER), *map(str, arguments)], env=environment, cwd=ROOT, **options)
 
 
-def sending(number: int, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, which sends this process a signal when it is first called."""
-    sent: list[int] = []
+def sending(number: int, function: Callable[..., Any], at: int = 1) -> Callable[..., Any]:
+    """The same function, which sends this process a signal when it is called for the time `at`."""
+    calls = itertools.count(1)
 
     def call(*arguments: Any, **named: Any) -> Any:
-        if not sent:
-            sent.append(number)
+        if next(calls) == at:
             os.kill(os.getpid(), number)
         return function(*arguments, **named)
 
     return call
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """All files in a folder, but for the locks of run folders."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.name != LOCK}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])  # SIGHUP: below; all: without saving
@@ -99,31 +106,58 @@ def test_a_terminal_that_closes_stops_and_saves(small: Path, tmp_path: Path) -> 
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] >= 6
 
 
-def test_any_command_ends_with_its_number(
+def test_any_command_ends_with_its_number_and_leaves_what_was_there(
     small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, other = tmp_path / "run", tmp_path / "other"
     for folder, seed in ((run, 1), (other, 2)):
         assert fastflower(*train_arguments(small, folder), "--train.epochs", 1, "--seed", seed).code == 0
-    folds = train_arguments(small, tmp_path / "folds")[1:]
-    commands: list[tuple[list[object], str]] = [
-        (["eval", run], "fastflower.data.loader.read_picture"),
-        (["predict", run, "--split", "val"], "fastflower.data.loader.read_picture"),
-        (["ensemble", run, other, "--split", "train"], "fastflower.data.loader.read_picture"),
-        (["cv", "--folds", 2, *folds, "--train.epochs", 1], "fastflower.data.loader.read_picture"),
-        (["train", "--dry_run", *train_arguments(small, None)[1:]], "fastflower.data.loader.read_picture"),
-        (["data", "check", small], "fastflower.data.check.read_image"),
-        (["data", "stats", small, "--split", "train+val"], "fastflower.data.pictures.read_picture"),
-        (["data", "demo", tmp_path / "drawn", "--train", 8, "--val", 8, "--test", 8], "fastflower.data.demo._expose"),
-        (["report", run, "--out", tmp_path / "report"], "fastflower.report.page.write_report"),
-        (["doctor"], "fastflower.doctor.examine"),
+    settings, epochs = train_arguments(small, None)[1:], ("--train.epochs", 9)
+    loader, drawn, report = "fastflower.data.loader.read_picture", tmp_path / "drawn", tmp_path / "report"
+    trainings: list[list[object]] = [
+        ["train", *settings, *epochs, "--run", tmp_path / "new", "--overwrite"],
+        ["train", "--resume", run, *epochs],
+        ["cv", "--folds", 2, *settings, *epochs, "--run", tmp_path / "folds"],
     ]
-    for number, (words, place) in zip(itertools.cycle(ASKING), commands):
+    others: list[tuple[list[object], str, int]] = [  # what is called while they run, and how many times
+        (["train", "--dry_run", *settings], loader, 16),
+        (["eval", run], loader, 20),
+        (["predict", run, "--split", "val"], loader, 20),
+        (["ensemble", run, other, "--split", "train"], loader, 48),
+        (["data", "check", small], "fastflower.data.check.read_image", 68),
+        (["data", "stats", small, "--split", "train+val"], "fastflower.data.pictures.read_picture", 68),
+        (["data", "demo", drawn, "--train", 8, "--val", 8, "--test", 8], "fastflower.data.demo._expose", 24),
+        (["report", run, "--out", report], "fastflower.report.page.write_report", 1),
+        (["flops", "resnet18"], "fastflower.flops.count", 1),
+        (["doctor"], "fastflower.doctor.examine", 1),
+    ]
+    moments = np.random.default_rng(0)
+
+    def stop(words: list[object], place: str, calls: int, number: int) -> str:
+        """What a command says that gets a signal at a drawn moment."""
+        at = int(moments.integers(calls)) + 1
         with monkeypatch.context() as patch:
-            patch.setattr(place, sending(number, pkgutil.resolve_name(place)))
-            assert fastflower(*words).code == 128 + number, words
-    assert all(signal.getsignal(each) != interrupt for each in ASKING), "handlers are as before"
-    assert not (tmp_path / "drawn").exists()
+            patch.setattr(place, sending(number, pkgutil.resolve_name(place), at))
+            result = fastflower(*words)
+        assert (result.code, result.err) == (128 + number, ""), (words, at)
+        return result.out
+
+    rarer = itertools.cycle((SIGHUP, SIGUSR1))
+    for words, place, calls in others:
+        for number in (SIGTERM, SIGINT) if calls > 1 else (next(rarer),):
+            before = contents(tmp_path)
+            assert "saved" not in stop(words, place, calls, number)
+            assert contents(tmp_path) == before, words
+    finished, log = load_checkpoint(run / "checkpoints/best.pt")["step"], (run / "metrics.jsonl").read_text()
+    for words in trainings:
+        for number in (SIGTERM, SIGINT):
+            out = stop(words, loader, 100, number)
+            assert f"Stopped by {signal.Signals(number).name} and saved." in out
+            assert "Go on with" in out
+    for folder in (run, tmp_path / "new", tmp_path / "folds/fold-0"):
+        assert load_checkpoint(folder / "checkpoints/last.pt")["step"] >= (finished if folder == run else 0)
+    assert (run / "metrics.jsonl").read_text().startswith(log)
+    assert all(signal.getsignal(asking) != interrupt for asking in ASKING), "handlers are as before"
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
@@ -133,7 +167,7 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
         assert signals.received == signal.SIGINT
         with pytest.raises(KeyboardInterrupt) as error:
             signal.raise_signal(signal.SIGINT)
-        assert not isinstance(error.value, Interrupted), "what runs does not save"
+        assert not isinstance(error.value, Stopped), "what runs does not save"
 
 
 def test_outside_the_main_thread_everything_works_without_them(
