@@ -32,18 +32,18 @@ def place() -> Place | None:
     given = {name: value for name in (*_NUMBERS, *_MEETING) if (value := os.environ.get(name, "").strip())}
     if not any(name in given for name in _NUMBERS):
         return None
-    found = ", ".join(f"{name}={value}" for name, value in given.items())
+    variables = ", ".join(f"{name}={value}" for name, value in given.items())
     start = "start the processes by torchrun, which sets them all, or unset them to run on one"
     if missing := [name for name in (*_NUMBERS, *_MEETING) if name not in given]:
-        raise UserError(f"{found} without {', '.join(missing)}: {start}.")
+        raise UserError(f"{variables} without {', '.join(missing)}: {start}.")
     if not all(given[name].isdecimal() for name in (*_NUMBERS, "MASTER_PORT")):
-        raise UserError(f"{found}: these are not whole numbers from 0; {start}.")
-    its = Place(*(int(given[name]) for name in _NUMBERS))
+        raise UserError(f"{variables}: these are not whole numbers from 0; {start}.")
+    process = Place(*(int(given[name]) for name in _NUMBERS))
     if not 0 < int(given["MASTER_PORT"]) <= LAST_PORT:
-        raise UserError(f"{found}: ports are 1 to {LAST_PORT}; {start}.")
-    if not (its.rank < its.world_size and its.local_rank < its.local_world_size <= its.world_size):
-        raise UserError(f"{found}: ranks are below the numbers of processes, here and in all; {start}.")
-    return its
+        raise UserError(f"{variables}: ports are 1 to {LAST_PORT}; {start}.")
+    if not (process.rank < process.world_size and process.local_rank < process.local_world_size <= process.world_size):
+        raise UserError(f"{variables}: ranks are below the numbers of processes, here and in all; {start}.")
+    return process
 
 
 def is_main() -> bool:
@@ -52,8 +52,8 @@ def is_main() -> bool:
     Raises:
         UserError: see `place`.
     """
-    its = place()
-    return its is None or its.rank == 0
+    process = place()
+    return process is None or process.rank == 0
 
 
 def local_rank() -> int:
@@ -62,5 +62,5 @@ def local_rank() -> int:
     Raises:
         UserError: see `place`.
     """
-    its = place()
-    return its.local_rank if its else 0
+    process = place()
+    return process.local_rank if process else 0

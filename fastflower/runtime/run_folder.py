@@ -117,10 +117,10 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            known = "what was saved before is whole" if self.checkpoint else "nothing was saved before"
+            kept = "what was saved before is whole" if self.checkpoint else "nothing was saved before"
             then = f"go on with --resume {self.path}" if self.checkpoint else "start again"
             reason = f"{error.filename or self.path} cannot be written ({error.strerror or error})"
-            raise UserError(f"{reason}; {known}. Make room and {then}.") from error
+            raise UserError(f"{reason}; {kept}. Make room and {then}.") from error
 
     def write_environment(self, environment: Mapping[str, Any]) -> None:
         """Add what this start of the run runs on."""
@@ -157,8 +157,8 @@ def find_checkpoint(given: str, run: Path | None, name: str) -> Path | None:
     if given == "auto":
         stamped = f"{glob.escape(name)}-{'[0-9]' * 8}-{'[0-9]' * 6}*"  # as in STAMP, of no name that begins like this
         folders = [run] if run else RUNS.glob(stamped)
-        found = [checkpoint for folder in folders if (checkpoint := RunFolder(folder).checkpoint)]
-        return max(found, key=lambda path: path.stat().st_mtime, default=None)
+        checkpoints = [checkpoint for folder in folders if (checkpoint := RunFolder(folder).checkpoint)]
+        return max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
     path, folder = Path(given), RunFolder(Path(given))
     checkpoint = path.absolute() if path.is_file() else folder.checkpoint
     if not checkpoint and folder.config.is_file() and not folder.exists:

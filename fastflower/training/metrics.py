@@ -57,7 +57,7 @@ class TrainingSums:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures over all records of a split."""
+    """Metrics over all records of a split."""
 
     n: int
     loss: float  # mean cross entropy
@@ -67,7 +67,7 @@ class Evaluation:
 
 
 class EvaluationSums:
-    """Exact figures over records that are spread over batches and ranks: sums of losses, and counts."""
+    """Exact metrics over records that are spread over batches and ranks: sums of losses, and counts."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
         # counts are exact in float64 too, and so all travel between the ranks as one tensor
@@ -95,10 +95,10 @@ class EvaluationSums:
         hits.scatter_add_(0, labels, (place == 0).double())
 
     def result(self, ranks: Ranks) -> Evaluation:
-        """The figures over the given ranks, each of which must ask."""
+        """The metrics over the given ranks, each of which must ask."""
         total = ranks.sum(torch.cat([self._sums, self._by_class.flatten()])).cpu()
         (loss, top5), (true, predicted, hits) = total[:2], total[2:].view_as(self._by_class)
         n, either = true.sum(), true + predicted
         f1 = (2 * hits / either)[either > 0]
-        shares = (float(each) for each in (loss / n, hits.sum() / n, top5 / n, f1.mean()))
-        return Evaluation(int(n), *shares)
+        metrics = (loss / n, hits.sum() / n, top5 / n, f1.mean())
+        return Evaluation(int(n), *map(float, metrics))
