@@ -125,7 +125,7 @@ def test_any_command_ends_with_its_number_and_leaves_what_was_there(
         (["predict", run, "--split", "val"], loader, 20),
         (["ensemble", run, other, "--split", "train"], loader, 48),
         (["data", "check", small], "fastflower.data.check.read_image", 68),
-        (["data", "stats", small, "--split", "train+val"], "fastflower.data.pictures.read_picture", 68),
+        (["data", "stats", small, "--split", "train+val"], "fastflower.data.decoding.read_picture", 68),
         (["data", "demo", drawn, "--train", 8, "--val", 8, "--test", 8], "fastflower.data.demo._expose", 24),
         (["report", run, "--out", report], "fastflower.report.page.write_report", 1),
         (["flops", "resnet18"], "fastflower.flops.count", 1),
