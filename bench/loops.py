@@ -19,7 +19,7 @@ from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.progress import Display
 from fastflower.runtime.signals import Signals
-from fastflower.training.loop import Stopwatch
+from fastflower.training.stopwatch import Stopwatch
 from fastflower.training.metrics import Evaluation
 from fastflower.training.setup import build_loaders, prepare
 from fastflower.training.state import Setup, State

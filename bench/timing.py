@@ -24,7 +24,7 @@ from rich.progress import Progress
 from bench.common import MissingError
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
-from fastflower.training.loop import Stopwatch
+from fastflower.training.stopwatch import Stopwatch
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's and DALI's allocators say
 

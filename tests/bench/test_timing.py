@@ -14,7 +14,7 @@ from bench.common import MissingError
 from bench.timing import Contender, measure, time_steps
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
-from fastflower.training.loop import Stopwatch
+from fastflower.training.stopwatch import Stopwatch
 
 CPU = torch.device("cpu")
 

@@ -177,18 +177,18 @@ def test_outside_the_main_thread_everything_works_without_them(
         "data": {"root": str(small), "crop": 32, "scale": [36, 48], "val_resize": 36},
         "train": {"epochs": 1, "batch_size": 8},
     }
-    found: list[Any] = []
+    evaluations: list[Any] = []
 
     def work() -> None:
         with handling(interrupt), Signals():
             run = api.train(api.load_config(settings=settings), tmp_path / "run", quiet=True)
-            found.append(api.evaluate(run))
+            evaluations.append(api.evaluate(run))
 
     before = [signal.getsignal(number) for number in ASKING]
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert found[0].n == 20
+    assert evaluations[0].n == 20
     assert [signal.getsignal(number) for number in ASKING] == before
 
 
