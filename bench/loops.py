@@ -19,11 +19,11 @@ from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.progress import Display
 from fastflower.runtime.signals import Signals
-from fastflower.training.stopwatch import Stopwatch
 from fastflower.training.metrics import Evaluation
 from fastflower.training.setup import build_loaders, prepare
 from fastflower.training.state import Setup, State
 from fastflower.training.step import compiled, evaluate_in, training_network, training_step
+from fastflower.training.stopwatch import Stopwatch
 from fastflower.training.validate import outputs
 
 
