@@ -12,7 +12,7 @@ from rich.console import Console
 from bench.loaders import Work, reads_ahead
 from bench.timing import Contender
 from fastflower.config import Config
-from fastflower.data.dataset import EvaluationBatches, TrainingBatches
+from fastflower.data.batches import EvaluationBatches, TrainingBatches
 from fastflower.errors import UserError
 from fastflower.flops import count
 from fastflower.runtime.device import Precision

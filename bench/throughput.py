@@ -53,8 +53,8 @@ from bench.throughput_options import (
 from bench.throughput_report import show, show_overview, write_csv
 from bench.timing import Contender, Make, measure
 from fastflower.config import Config
+from fastflower.data.batches import choose_engine
 from fastflower.data.cache import open_cache
-from fastflower.data.dataset import choose_engine
 from fastflower.data.splits import load_pictures
 from fastflower.environment import package_versions
 from fastflower.errors import UserError

@@ -252,7 +252,7 @@ def _compile() -> str:
 
 
 def _decoding() -> str:
-    from fastflower.data.dataset import choose_engine
+    from fastflower.data.batches import choose_engine
     from fastflower.runtime.device import choose_device
     from fastflower.runtime.distributed import Ranks
 

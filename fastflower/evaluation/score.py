@@ -6,13 +6,7 @@ import numpy as np
 import torch
 
 from fastflower.config import DataConfig
-from fastflower.data.dataset import (
-    EvaluationBatches,
-    WholePictures,
-    choose_engine,
-    evaluation_batches,
-    whole_pictures,
-)
+from fastflower.data.batches import EvaluationBatches, WholePictures, choose_engine, evaluation_batches, whole_pictures
 from fastflower.data.decoding import shapes_of
 from fastflower.data.records import Records
 from fastflower.errors import UserError

@@ -10,21 +10,17 @@ import numpy as np
 import torch
 
 from fastflower.config import Config, DataConfig, ModelConfig
-from fastflower.data.cache import open_cache
-from fastflower.data.dataset import (
-    Dataset,
+from fastflower.data.batches import (
     EvaluationBatches,
     TrainingBatches,
-    builtin_root,
     choose_engine,
     choose_lighting,
     choose_normalization,
-    ensure_builtin,
     evaluation_batches,
-    look_over,
-    open_dataset,
     training_batches,
 )
+from fastflower.data.cache import open_cache
+from fastflower.data.dataset import Dataset, builtin_root, ensure_builtin, look_over, open_dataset
 from fastflower.data.identity import identity, names_digest
 from fastflower.data.view import Normalization
 from fastflower.errors import UserError

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastflower.config import Config, TrainConfig
-from fastflower.data.dataset import EvaluationBatches, TrainingBatches
+from fastflower.data.batches import EvaluationBatches, TrainingBatches
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.ema import Ema

@@ -13,8 +13,8 @@ import torch
 from fastflower import machine
 from fastflower.config import DataConfig
 from fastflower.data import cache
+from fastflower.data.batches import evaluation_batches, training_batches
 from fastflower.data.cache import Decoded, choose_place, open_cache
-from fastflower.data.dataset import evaluation_batches, training_batches
 from fastflower.data.records import Records
 from fastflower.data.sources.folder import picture_files
 from fastflower.data.sources.kaggle import load_split

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from fastflower.config import DataConfig
-from fastflower.data.dataset import Dataset, choose_normalization, open_dataset
+from fastflower.data.batches import choose_normalization
+from fastflower.data.dataset import Dataset, open_dataset
 from fastflower.data.folds import Duplicate, assign_folds, duplicates
 from fastflower.data.records import Records, concatenate, read_image
 from fastflower.data.sources.kaggle import load_files, load_split

@@ -23,7 +23,7 @@ from PIL import Image
 
 from fastflower.config import DataConfig
 from fastflower.data import pipeline as graph
-from fastflower.data.dataset import evaluation_batches, training_batches
+from fastflower.data.batches import evaluation_batches, training_batches
 from fastflower.data.loader import Batch, Loader, normalize
 from fastflower.data.records import Records, read_image
 from fastflower.data.resample import Region, Resampler

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastflower.config import DataConfig
-from fastflower.data.dataset import choose_lighting
+from fastflower.data.batches import choose_lighting
 from fastflower.data.records import read_image
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord

@@ -18,7 +18,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from fastflower.config import DataConfig
-from fastflower.data.dataset import whole_pictures
+from fastflower.data.batches import whole_pictures
 from fastflower.data.decoding import shapes_of
 from fastflower.data.sources.folder import picture_files
 from fastflower.data.view import Engine, Normalization

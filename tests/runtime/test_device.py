@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastflower.config import DataConfig
-from fastflower.data.dataset import choose_engine
+from fastflower.data.batches import choose_engine
 from fastflower.errors import UserError
 from fastflower.runtime.device import choose_device, choose_precision
 from fastflower.runtime.distributed import Ranks

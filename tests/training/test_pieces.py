@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastflower.config import Config
-from fastflower.data.dataset import TrainingBatches, training_batches
+from fastflower.data.batches import TrainingBatches, training_batches
 from fastflower.data.loader import Batch
 from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
