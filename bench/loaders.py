@@ -27,7 +27,7 @@ from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded
 from fastflower.data.decoding import decode
 from fastflower.data.loader import Loader
-from fastflower.data.pipeline import decode_region
+from fastflower.data.pipeline import Inputs, decode_region, inputs
 from fastflower.data.records import Records, read_image
 from fastflower.data.sampler import Request, training_requests
 from fastflower.data.view import IMAGENET, Engine, View
@@ -147,10 +147,9 @@ def by_dali(
         prefetch_queue_depth=engine.prefetch,
     )
     def pipeline(requests: Iterator[Request]) -> DataNode:
-        def source() -> tuple[list[np.ndarray], np.ndarray, np.ndarray, np.ndarray]:
+        def source() -> Inputs:
             request = next(requests)
-            images = [read_image(work.records, index) for index in request.indices]
-            return images, request.shorter.astype(np.float32), request.crop_yx, request.mirror
+            return inputs([read_image(work.records, index) for index in request.indices], request)
 
         return definition(*fn.external_source(source=source, num_outputs=4, batch=True))
 
@@ -187,7 +186,10 @@ def separate_operators(work: Work, batch: int) -> Contender:
 
     def definition(encoded: DataNode, shorter: DataNode, crop_yx: DataNode, mirror: DataNode) -> DataNode:
         pictures = fn.resize(
-            decode(encoded, work.engine), resize_shorter=shorter, interp_type=types.INTERP_LINEAR, antialias=True
+            decode(encoded, work.engine),
+            resize_shorter=fn.cast(shorter, dtype=types.FLOAT),
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
         )
         place = {"crop": (crop, crop), "crop_pos_y": crop_yx[0], "crop_pos_x": crop_yx[1]}
         return fn.crop_mirror_normalize(pictures, mirror=mirror, output_layout="CHW", **place, **finish)

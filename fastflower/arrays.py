@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]  # pixels, or the bytes of a file
 Ints = NDArray[np.int64]
+Int32s = NDArray[np.int32]
 Hashes = NDArray[np.uint64]
 Floats = NDArray[np.float64]
 Singles = NDArray[np.float32]

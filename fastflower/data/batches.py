@@ -108,7 +108,7 @@ class EvaluationBatches:
     """A rank's share of a split, each record once."""
 
     loader: Loader
-    shorter: int
+    shorter: int | None  # pixels that the shorter side is resized to; None = as stored
     ranks: Ranks
 
     @property
@@ -201,9 +201,9 @@ def evaluation_batches(
 ) -> EvaluationBatches:
     """Center crop of the resized (or stored) picture; `batch_size` is over all ranks."""
     share = max(1, min(batch_size, len(records)) // ranks.world_size)
-    view = View(data.crop, "center", resize=data.val_resize is not None)
+    view = View(data.crop, "center")
     loader = Loader(records, view, normalization, engine, device, share, read_ahead=data.prefetch, decoded=decoded)
-    return EvaluationBatches(loader, data.val_resize or 0, ranks)
+    return EvaluationBatches(loader, data.val_resize, ranks)
 
 
 def whole_pictures(
@@ -219,6 +219,6 @@ def whole_pictures(
 ) -> WholePictures:
     """The resized (or stored) picture without a crop; `batch_size` is of crops, over all ranks."""
     share = max(1, min(batch_size, len(records)) // ranks.world_size)
-    view = View(data.crop, "whole", resize=data.val_resize is not None)
+    view = View(data.crop, "whole")
     loader = Loader(records, view, normalization, engine, device, batch=share, read_ahead=data.prefetch)
     return WholePictures(loader, shapes, data.val_resize, ranks)

@@ -218,7 +218,7 @@ class _Producer:
             self._failure = error  # an exception would cross DALI's native code: end the data and raise it after
             raise StopIteration from error
         self._in_work.append(request)
-        return images, request.shorter, request.crop_yx, request.mirror
+        return graph.inputs(images, request)
 
     def _to_torch(self, pictures: graph.Pictures, request: Request) -> Iterator[_Item]:
         if pictures.is_dense_tensor():

@@ -17,13 +17,22 @@ from nvidia.dali import fn, math, pipeline_def, types
 from nvidia.dali.backend import TensorListCPU, TensorListGPU
 from nvidia.dali.pipeline import DataNode, Pipeline
 
+from fastflower.arrays import Bytes, Int32s, Singles
 from fastflower.data.decoding import decode
+from fastflower.data.geometry import centered
+from fastflower.data.sampler import Request
 from fastflower.data.view import Engine, Normalization, View
 
 Pictures = TensorListCPU | TensorListGPU
-Images = Sequence[np.ndarray | torch.Tensor]
-Inputs = tuple[Images, np.ndarray, np.ndarray, np.ndarray]
+Images = Sequence[Bytes | torch.Tensor]
+Inputs = tuple[Images, Int32s, Singles, Int32s]
 Source = Callable[[], Inputs]
+
+
+def inputs(images: Images, request: Request) -> Inputs:
+    """What a source gives for a request, with its `images`: a shorter side of 0 says "as stored" there, for None."""
+    shorter = np.zeros(len(request), np.int32) if request.shorter is None else request.shorter
+    return images, shorter, request.crop_yx, request.mirror
 
 
 def build_pipeline(
@@ -38,8 +47,7 @@ def build_pipeline(
     """A built pipeline whose single output is a batch of RGB pictures in [N, H, W, C] layout.
 
     Args:
-        source: called once a batch for the inputs: encoded images, shorter sides, crop positions, flips
-            (`fastflower.data.sampler.Request` says which); raises StopIteration at the end.
+        source: called once a batch for its `inputs`; raises StopIteration at the end.
         view: geometry.
         engine: device and resources.
         batch: most pictures in a batch.
@@ -87,7 +95,7 @@ def _definition(
     pictures = images if decoded else decode(images, engine)
     if decoded == "cpu" and engine.device == "gpu":
         pictures = pictures.gpu()
-    size, start = _geometry(fn.cast(pictures.shape()[0:2], dtype=types.INT32), shorter, crop_yx, view)
+    size, start = size_and_start(fn.cast(pictures.shape()[0:2], dtype=types.INT32), shorter, crop_yx, view)
     resampling = {"size": _float(size), "interp_type": types.INTERP_LINEAR, "antialias": True}
     if view.place == "whole":
         pictures = fn.resize(pictures, **resampling)
@@ -126,11 +134,11 @@ def _inputs(source: Source, decoded: Literal["cpu", "gpu"] | None) -> Sequence[D
         return fn.external_source(source=source, num_outputs=4, batch=True)
     if decoded == "cpu":
         return fn.external_source(source=source, num_outputs=4, batch=True, layout=["HWC", "", "", ""], no_copy=True)
-    numbers: deque[tuple[np.ndarray, ...]] = deque()
+    numbers: deque[tuple[Int32s, Singles, Int32s]] = deque()
 
     def pixels() -> Images:
-        images, *others = source()
-        numbers.append(tuple(others))
+        images, shorter, crop_yx, mirror = source()
+        numbers.append((shorter, crop_yx, mirror))
         return images
 
     images = fn.external_source(source=pixels, batch=True, device="gpu", layout="HWC", no_copy=True)
@@ -147,7 +155,7 @@ def decode_region(
     shape = fn.cast(fn.peek_image_shape(encoded)[0:2], dtype=types.INT32)
     if view.place == "whole":
         return decode(encoded, engine), shape * 0, shape
-    size, start = _geometry(shape, shorter, crop_yx, view)
+    size, start = size_and_start(shape, shorter, crop_yx, view)
     scale = _float(shape) / _float(size)
     reach = math.max(scale, 1.0) + 1  # of the filter, in pixels of the picture; one more, since this is rounded
     corner = fn.cast(math.max(math.floor(_float(start) * scale - reach), 0.0), dtype=types.INT32)
@@ -163,17 +171,17 @@ def decode_region(
     return pixels, corner, shape
 
 
-def _geometry(shape: DataNode, shorter: DataNode, crop_yx: DataNode, view: View) -> tuple[DataNode, DataNode]:
-    """Height and width of pictures of `shape` after resizing, and where the crop begins in them.
+def size_and_start(shape: DataNode, shorter: DataNode, crop_yx: DataNode, view: View) -> tuple[DataNode, DataNode]:
+    """Height and width of pictures of `shape` after resizing, and row and column where the crop begins in them.
 
-    The longer side and the center crop round as torchvision's Resize and CenterCrop do.
+    They are those of `fastflower.data.geometry.frames`, in operators of DALI.
     """
     shortest = fn.reductions.min(shape)
-    target = shorter if view.resize else math.max(shortest, view.crop)
+    target = shorter + (shorter == 0) * math.max(shortest, view.crop)
     size = (shape * target) // shortest
     free = size - view.crop
     if view.place != "random":
-        start = (free + free // 2 % 2) // 2  # half of it, a half rounded to the even number
+        start = centered(free)
     else:
         start = math.min(fn.cast(math.floor(crop_yx * (free + 1)), dtype=types.INT32), free)
     return size, start

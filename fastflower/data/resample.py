@@ -1,6 +1,6 @@
 """Resize, crop, flip and normalize on a CPU: only what is kept is computed, by code that is compiled when first used.
 
-Geometry and filter are those of the DALI graph (`fastflower.data.pipeline`), which is several times slower on a CPU: a
+The filter is that of the DALI graph (`fastflower.data.pipeline`), which is several times slower on a CPU: a
 triangle that is widened where pictures shrink. Levels of pixels are within one of DALI's, and but for the outermost
 pixels of a picture that shrinks within one of PIL's and torchvision's. Beyond the border is what is at the border, as
 DALI has it on every device; PIL has nothing there. Of 270 photographs of 192 to 512 pixels, shrunk to 128, 256 and 320,
@@ -19,7 +19,10 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils, config
 from numba.extending import intrinsic
+from numpy.typing import NDArray
 
+from fastflower.arrays import Bytes, Ints, Singles
+from fastflower.data.geometry import frames
 from fastflower.data.memory import Memory
 from fastflower.data.sampler import Request
 from fastflower.data.view import Normalization, View
@@ -31,39 +34,9 @@ AT_ONCE = 8  # pictures of a task for a thread: few enough to spread a batch, an
 class Region(NamedTuple):
     """What is there of a decoded picture."""
 
-    pixels: np.ndarray  # uint8 RGB [h, w, 3]
+    pixels: Bytes  # RGB [h, w, 3]
     corner: tuple[int, int]  # row and column of the picture where they begin
     shape: tuple[int, int]  # height and width of the picture
-
-
-class Frame(NamedTuple):
-    """A picture's size after resizing and the part of it that is kept; in pixels."""
-
-    height: int
-    width: int
-    top: int
-    left: int
-    rows: int
-    columns: int
-
-
-def frame(shape: Sequence[int], shorter: int, crop_yx: np.ndarray, view: View) -> Frame:
-    """What becomes of a picture of `shape` (height, width); see `Request` for the other numbers."""
-    height, width = shape
-    shortest = min(height, width)
-    target = shorter if view.resize else max(shortest, view.crop)
-    height, width = height * target // shortest, width * target // shortest
-    if view.place == "whole":
-        return Frame(height, width, 0, 0, height, width)
-    top, left = (_start(size - view.crop, share, view) for size, share in zip((height, width), crop_yx, strict=True))
-    return Frame(height, width, top, left, view.crop, view.crop)
-
-
-def _start(free: int, share: np.float32, view: View) -> int:
-    """Where the crop begins, of `free` + 1 places."""
-    if view.place == "random":
-        return min(int(np.floor(share * np.float32(free + 1))), free)
-    return (free + free // 2 % 2) // 2  # half of it, a half rounded to the even number
 
 
 class Resampler:
@@ -81,7 +54,7 @@ class Resampler:
 
     def batches(
         self, regions: Sequence[Region], request: Request, threads: Executor
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    ) -> Iterator[tuple[Bytes | Singles, Ints]]:
         """Resize, crop, flip and normalize pictures as a request says.
 
         Args:
@@ -90,25 +63,23 @@ class Resampler:
             threads: for the work.
 
         Yields:
-            [n, h, w, 3] and which of the pictures they are, [n] int64; one pair for each shape that comes out.
+            [n, h, w, 3] and which of the pictures they are, [n]; one pair for each shape that comes out.
         """
-        frames = [
-            frame(region.shape, shorter, crop_yx, self.view)
-            for region, shorter, crop_yx in zip(regions, request.shorter.tolist(), request.crop_yx, strict=True)
-        ]
+        stored = np.array([region.shape for region in regions], np.int64)
+        kept = frames(stored, request.shorter, request.crop_yx, self.view)
         flips = request.mirror.astype(bool) & (self.view.place != "whole")
-        means: np.ndarray = np.repeat(self._mean[None], len(frames), axis=0)
+        means: Singles = np.repeat(self._mean[None], len(kept), axis=0)
         if self.normalization and request.shift is not None:
             means = means - np.float32(255) * request.shift
-        shapes = np.array([(each.rows, each.columns) for each in frames])
+        shapes = np.array([(frame.rows, frame.columns) for frame in kept])
         for shape in np.unique(shapes, axis=0):
             alike = np.flatnonzero((shapes == shape).all(axis=1))
             images = self._memory.take((len(alike), *shape.tolist(), 3), self._dtype)
 
-            def work(start: int, alike: np.ndarray = alike, images: np.ndarray = images) -> None:
+            def work(start: int, alike: Ints = alike, images: NDArray[Any] = images) -> None:
                 for i, out in zip(alike[start : start + AT_ONCE].tolist(), images[start:], strict=False):
                     pixels, corner, shape = regions[i]
-                    resample(pixels, corner, shape, frames[i], flips[i], means[i], self._std, out)
+                    resample(pixels, corner, shape, kept[i], flips[i], means[i], self._std, out)
 
             for _ in threads.map(work, range(0, len(alike), AT_ONCE)):
                 pass
@@ -145,7 +116,7 @@ def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignor
         pixels: uint8 [h, w, 3], a region of the picture.
         corner: row and column where it begins.
         shape: height and width of the picture.
-        frame: a `Frame`.
+        frame: a `fastflower.data.geometry.Frame`.
         flip: left to right.
         mean: float32 [3], subtracted from the rounded levels.
         std: float32 [3], that they are divided by then.

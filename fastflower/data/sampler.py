@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fastflower.arrays import Bools, Floats, Hashes, Int32s, Ints, Singles
+from fastflower.data.geometry import resized
+
 # The highest word of Philox's 256-bit counter separates uses of one key, so that no two share random numbers.
 _ORDER, _AUGMENT, _LIGHTING, _CLASSES, _MIX = 0, 1, 2, 3, 4
 
@@ -19,19 +22,20 @@ _ORDER, _AUGMENT, _LIGHTING, _CLASSES, _MIX = 0, 1, 2, 3, 4
 class Request:
     """One batch to make: which records, and for each how it is resized, cropped, flipped and shifted in color."""
 
-    indices: np.ndarray  # [n] int64 into the split's records
-    shorter: np.ndarray  # [n] int32, pixels of the shorter side after resizing
-    crop_yx: np.ndarray  # [n, 2] float32 in [0, 1], share of the free height and width before the crop
-    mirror: np.ndarray  # [n] int32, 1 = flipped left to right
-    shift: np.ndarray | None = None  # [n, 3] float32, added to R, G, B in [0, 1]; None = nothing
+    indices: Ints  # [n] into the split's records
+    shorter: Int32s | None  # [n] pixels of the shorter side after resizing; None = as stored, or enlarged to the crop
+    crop_yx: Singles  # [n, 2] in [0, 1], share of the free height and width before the crop
+    mirror: Int32s  # [n], 1 = flipped left to right
+    shift: Singles | None = None  # [n, 3], added to R, G, B in [0, 1]; None = nothing
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def select(self, chosen: np.ndarray) -> Request:
-        """The pictures at `chosen` ([m] int64) alone."""
+    def select(self, chosen: Ints) -> Request:
+        """The pictures at `chosen` ([m]) alone."""
+        shorter = None if self.shorter is None else self.shorter[chosen]
         shift = None if self.shift is None else self.shift[chosen]
-        return Request(self.indices[chosen], self.shorter[chosen], self.crop_yx[chosen], self.mirror[chosen], shift)
+        return Request(self.indices[chosen], shorter, self.crop_yx[chosen], self.mirror[chosen], shift)
 
 
 def training_requests(
@@ -44,9 +48,9 @@ def training_requests(
     start: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    kept: np.ndarray | None = None,
-    labels: np.ndarray | None = None,
-    lighting: np.ndarray | None = None,
+    kept: Bools | None = None,
+    labels: Ints | None = None,
+    lighting: Floats | None = None,
 ) -> Iterator[Request]:
     """A rank's batches of one training epoch, from position `start`; the incomplete last global batch is dropped.
 
@@ -61,7 +65,7 @@ def training_requests(
         start: position in the epoch.
         rank: whose batches.
         world_size: ranks.
-        kept: [n] bool, which of a larger table these records are; None = it is theirs alone.
+        kept: [n], which of a larger table these records are; None = it is theirs alone.
         labels: [count] classes, for an order in which all classes come equally often; None = each record once.
         lighting: [3, 3], a column for each independent direction of the color shift, as long as its standard deviation
             in RGB of [0, 1]; None = colors as they are.
@@ -83,16 +87,19 @@ def training_requests(
 
 
 def evaluation_requests(
-    count: int, *, shorter: int, batch: int, rank: int = 0, world_size: int = 1
+    count: int, *, shorter: int | None, batch: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Request]:
-    """A rank's batches of every record once: record i goes to rank i mod world_size; the last batch may be short."""
+    """A rank's batches of every record once: record i goes to rank i mod world_size; the last batch may be short.
+
+    `shorter` is the side that pictures are resized to (pixels); None = they are cropped as they are stored.
+    """
     mine = np.arange(rank, count, world_size)
     for first in range(0, len(mine), batch):
         yield _centered(mine[first : first + batch], shorter)
 
 
 def whole_requests(
-    shapes: np.ndarray, *, shorter: int | None, crop: int, batch: int, rank: int = 0, world_size: int = 1
+    shapes: Ints, *, shorter: int | None, crop: int, batch: int, rank: int = 0, world_size: int = 1
 ) -> Iterator[Request]:
     """A rank's batches of every record once, as whole pictures, with those of one shape together.
 
@@ -104,34 +111,33 @@ def whole_requests(
         rank: whose batches; record i goes to rank i mod world_size.
         world_size: ranks.
     """
-    shortest = shapes.min(axis=1)
-    target = np.maximum(shortest, crop) if shorter is None else np.full_like(shortest, shorter)
-    resized = shapes * target[:, None] // shortest[:, None]
+    sizes = resized(shapes, shorter, crop)
     mine = np.arange(rank, len(shapes), world_size)
-    mine = mine[np.lexsort(resized[mine].T)]
-    _, starts = np.unique(resized[mine], axis=0, return_index=True)
+    mine = mine[np.lexsort(sizes[mine].T)]
+    _, starts = np.unique(sizes[mine], axis=0, return_index=True)
     for alike in np.split(mine, np.sort(starts)[1:]):
-        height, width = resized[alike[0]].tolist()
+        height, width = sizes[alike[0]].tolist()
         most = max(1, batch * crop**2 // (height * width))
         for first in range(0, len(alike), most):
-            yield _centered(alike[first : first + most], shorter or 0)
+            yield _centered(alike[first : first + most], shorter)
 
 
-def _centered(indices: np.ndarray, shorter: int) -> Request:
+def _centered(indices: Ints, shorter: int | None) -> Request:
     n = len(indices)
-    return Request(indices, np.full(n, shorter, np.int32), np.full((n, 2), 0.5, np.float32), np.zeros(n, np.int32))
+    sides = None if shorter is None else np.full(n, shorter, np.int32)
+    return Request(indices, sides, np.full((n, 2), 0.5, np.float32), np.zeros(n, np.int32))
 
 
-def permutation(count: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: [count] int64, each index once.
+def permutation(count: int, *, seed: int, epoch: int) -> Ints:
+    """The order of an epoch: [count], each index once.
 
     It sorts raw generator output, which numpy keeps the same over its versions (Generator.permutation is not).
     """
     return np.argsort(_raw(count, seed=seed, epoch=epoch, use=_ORDER), kind="stable")
 
 
-def kept_order(kept: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch of those records of a table that are `kept` ([n] bool): their numbers among themselves.
+def kept_order(kept: Bools, *, seed: int, epoch: int) -> Ints:
+    """The order of an epoch of those records of a table that are `kept` ([n]): their numbers among themselves.
 
     They come in the order that they have in the whole table's, whichever others are kept.
     """
@@ -139,8 +145,8 @@ def kept_order(kept: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
     return (np.cumsum(kept) - 1)[order[kept[order]]]
 
 
-def moved_position(position: int, before: np.ndarray, now: np.ndarray, *, seed: int, epoch: int) -> int:
-    """Where an epoch goes on, in which other records of a table are kept `now` than were `before` (both [n] bool).
+def moved_position(position: int, before: Bools, now: Bools, *, seed: int, epoch: int) -> int:
+    """Where an epoch goes on, in which other records of a table are kept `now` than were `before` (both [n]).
 
     What had come does not come again, and the rest of the whole table's order does, as far as it is kept now.
     """
@@ -149,8 +155,8 @@ def moved_position(position: int, before: np.ndarray, now: np.ndarray, *, seed: 
     return int(now[order[:done]].sum())
 
 
-def balanced_order(labels: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
-    """An epoch's order in which all classes come equally often: [n] int64 for labels [n].
+def balanced_order(labels: Ints, *, seed: int, epoch: int) -> Ints:
+    """An epoch's order in which all classes come equally often: [n] for labels [n].
 
     Each position draws a class, uniformly among those that have records, and takes the class's next record in an order
     that changes each epoch, from its start again when all have come. So two records of a class come equally often in an
@@ -171,7 +177,7 @@ def balanced_order(labels: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
 
 def augmentation(
     start: int, stop: int, *, seed: int, epoch: int, scale: tuple[int, int]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> tuple[Int32s, Singles, Int32s]:
     """Random augmentation of positions start..stop-1 of an epoch: shorter, crop_yx and mirror as in `Request`.
 
     The shorter side is uniform over the whole pixels scale[0]..scale[1], both included; half of the pictures flip.
@@ -183,7 +189,7 @@ def augmentation(
     return shorter, u[:, 1:3].astype(np.float32), (u[:, 3] < 0.5).astype(np.int32)
 
 
-def normals(start: int, stop: int, *, seed: int, epoch: int) -> np.ndarray:
+def normals(start: int, stop: int, *, seed: int, epoch: int) -> Floats:
     """Three independent numbers of the standard normal distribution for positions start..stop-1 of an epoch: [n, 3].
 
     By the transformation of Box and Muller (1958), since Generator.normal may change with numpy's versions.
@@ -193,9 +199,9 @@ def normals(start: int, stop: int, *, seed: int, epoch: int) -> np.ndarray:
     return np.column_stack([radius * np.cos(angle), radius[:, 0] * np.sin(angle[:, 0])])
 
 
-def _uniform(count: int, *, seed: int, epoch: int, use: int, skip: int = 0) -> np.ndarray:
-    """[count] float64 in [0, 1), from counter step `skip` on; a step gives four."""
-    return (_raw(count, seed=seed, epoch=epoch, use=use, skip=skip) >> np.uint64(11)) * 2.0**-53
+def _uniform(count: int, *, seed: int, epoch: int, use: int, skip: int = 0) -> Floats:
+    """[count] in [0, 1), from counter step `skip` on; a step gives four."""
+    return (_raw(count, seed=seed, epoch=epoch, use=use, skip=skip) >> np.uint64(11)) * np.float64(2.0**-53)
 
 
 def generator(*, seed: int, epoch: int, position: int) -> np.random.Generator:
@@ -203,7 +209,7 @@ def generator(*, seed: int, epoch: int, position: int) -> np.random.Generator:
     return np.random.Generator(_philox(seed=seed, epoch=epoch, use=_MIX, skip=position))
 
 
-def _raw(count: int, *, seed: int, epoch: int, use: int, skip: int = 0) -> np.ndarray:
+def _raw(count: int, *, seed: int, epoch: int, use: int, skip: int = 0) -> Hashes:
     return _philox(seed=seed, epoch=epoch, use=use, skip=skip).random_raw(count)
 
 

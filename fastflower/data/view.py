@@ -31,7 +31,6 @@ class View:
 
     crop: int  # pixels, side of the square that the network sees
     place: Literal["random", "center", "whole"] = "center"  # whole: no crop, so that shapes differ within a batch
-    resize: bool = True  # False: crop from the stored picture, enlarged only where it is smaller than the crop
 
 
 @dataclass(frozen=True)

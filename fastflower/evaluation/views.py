@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastflower.config import DataConfig
+from fastflower.data.geometry import centered
 from fastflower.errors import UserError
 from fastflower.models import CLASSICS
 
@@ -93,7 +94,7 @@ def ten_crops(network: Scorer, crop: int, images: torch.Tensor) -> torch.Tensor:
         [N, num_classes], see `log_mean_probabilities`.
     """
     bottom, right = images.shape[2] - crop, images.shape[3] - crop
-    places = [(0, 0), (0, right), (bottom, 0), (bottom, right), (round(bottom / 2), round(right / 2))]
+    places = [(0, 0), (0, right), (bottom, 0), (bottom, right), (centered(bottom), centered(right))]
     return log_mean_probabilities(
         network(picture[..., top : top + crop, left : left + crop].contiguous(memory_format=torch.channels_last))
         for picture in (images, images.flip(3))

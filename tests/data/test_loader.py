@@ -193,7 +193,7 @@ def _middle(records: Records, index: int) -> np.ndarray:
 def _stored(indices: list[int]) -> Request:
     """The center of stored pictures."""
     n = len(indices)
-    return Request(np.array(indices), np.zeros(n, np.int32), np.full((n, 2), 0.5, np.float32), np.zeros(n, np.int32))
+    return Request(np.array(indices), None, np.full((n, 2), 0.5, np.float32), np.zeros(n, np.int32))
 
 
 _loaders: dict[int, Loader] = {}
@@ -201,7 +201,7 @@ _loaders: dict[int, Loader] = {}
 
 def _shared_loader(records: Records) -> Loader:
     """One for all examples, so that what one leaves behind meets the next."""
-    return _loaders.setdefault(id(records), loader(records, View(32, resize=False), 8))
+    return _loaders.setdefault(id(records), loader(records, View(32), 8))
 
 
 def test_one_iteration_after_another_uses_one_pipeline(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,9 @@ from PIL import Image, ImageOps
 
 from fastflower.data import pipeline as graph
 from fastflower.data.loader import normalize
-from fastflower.data.pipeline import build_pipeline
+from fastflower.data.pipeline import build_pipeline, inputs
 from fastflower.data.records import read_image
+from fastflower.data.sampler import Request
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.view import IMAGENET, Engine, Normalization, View
 from tests.conftest import READABLE, jpeg
@@ -24,20 +25,21 @@ from tests.conftest import READABLE, jpeg
 def run(
     encoded: list[bytes],
     view: View,
-    shorter: int | list[int] = 256,
+    shorter: int | list[int] | None = 256,
     crop_yx: np.ndarray | None = None,
     mirror: list[int] | None = None,
     normalization: Normalization | None = None,
 ) -> np.ndarray:
     """One batch through the CPU pipeline: [N, H, W, C]."""
     n = len(encoded)
-    inputs = (
-        [np.frombuffer(data, np.uint8) for data in encoded],
-        np.broadcast_to(np.asarray(shorter, np.int32), n).copy(),
+    request = Request(
+        np.arange(n),
+        None if shorter is None else np.broadcast_to(np.asarray(shorter, np.int32), n).copy(),
         np.full((n, 2), 0.5, np.float32) if crop_yx is None else crop_yx.astype(np.float32),
         np.asarray(mirror or [0] * n, np.int32),
     )
-    (output,) = build_pipeline(lambda: inputs, view, Engine(prefetch=1), n, normalization).run()
+    given = inputs([np.frombuffer(data, np.uint8) for data in encoded], request)
+    (output,) = build_pipeline(lambda: given, view, Engine(prefetch=1), n, normalization).run()
     return output.as_array()
 
 
@@ -119,12 +121,12 @@ def test_crop_reaches_both_edges_and_never_leaves_the_picture() -> None:
 
 def test_without_resizing_the_stored_picture_is_cropped() -> None:
     data = jpeg(75, 60)
-    assert_same_pixels(run([data], View(56, resize=False), 0)[0], expected(data, 56, None), most=0)
+    assert_same_pixels(run([data], View(56), None)[0], expected(data, 56, None), most=0)
 
 
 def test_without_resizing_a_picture_smaller_than_the_crop_is_enlarged_to_it() -> None:
     data = jpeg(50, 30)
-    assert_same_pixels(run([data], View(56, resize=False), 0)[0], expected(data, 56, 56))
+    assert_same_pixels(run([data], View(56), None)[0], expected(data, 56, 56))
 
 
 def test_shrinking_is_antialiased() -> None:
@@ -144,7 +146,7 @@ def test_odd_files_come_out_as_upright_rgb(odd_images: Path, name: str) -> None:
     data, place = (odd_images / name).read_bytes(), (0.2, 0.7)
     assert_same_pixels(run([data], View(64), 80)[0], expected(data, 64, 80), most=2)
     stored = expected(data, 64, None if min(Image.open(BytesIO(data)).size) >= 64 else 64)
-    assert_same_pixels(run([data], View(64, resize=False), 0)[0], stored, most=2)
+    assert_same_pixels(run([data], View(64), None)[0], stored, most=2)
     random = run([data], View(64, "random"), 80, np.array([place]), [1])[0]
     assert_same_pixels(random, expected(data, 64, 80, place, 1), most=2)
 
