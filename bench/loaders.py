@@ -26,7 +26,7 @@ from bench.timing import Contender, Make
 from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded
 from fastflower.data.decoding import decode
-from fastflower.data.loader import Loader
+from fastflower.data.loader import Loader, Loading
 from fastflower.data.pipeline import Inputs, decode_region, inputs
 from fastflower.data.records import Records, read_image
 from fastflower.data.sampler import Request, training_requests
@@ -103,16 +103,7 @@ def ours(work: Work, batch: int) -> Contender:
     """Fastflower's Loader."""
     normalization = IMAGENET if work.output == "float32" else None
     view = View(work.data.crop, "random")
-    loader = Loader(
-        work.records,
-        view,
-        normalization,
-        work.engine,
-        work.device,
-        batch,
-        read_ahead=work.data.prefetch,
-        decoded=work.decoded,
-    )
+    loader = Loader(work.records, view, batch, Loading(normalization, work.engine, work.device), work.decoded)
 
     def start(steps: int) -> Iterator[torch.Tensor]:
         for made in loader.batches(work.requests(batch, steps)):
@@ -124,7 +115,7 @@ def ours(work: Work, batch: int) -> Contender:
 
 def reads_ahead(loader: Loader) -> int:
     """Batches that a Loader begins before they are asked for: one is in its thread's hand, waiting for room."""
-    return loader.engine.prefetch + loader.read_ahead + 1
+    return 2 * loader.loading.engine.prefetch + 1
 
 
 def by_dali(

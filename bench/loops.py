@@ -122,14 +122,14 @@ def evaluation(config: Config, place: Place, batch: int) -> Contender:
 def _require(batches: TrainingBatches | EvaluationBatches, batch: int, split: str) -> None:
     """UserError where the split is smaller than a batch."""
     if batches.loader.batch < batch:
-        n = len(batches.loader.records)
+        n, processes = len(batches.loader.records), batches.loader.loading.ranks.world_size
         raise UserError(
-            f"the {split} split has {n} records, fewer than --batch {batch} for each of {batches.ranks.world_size} "
-            "processes: lower it."
+            f"the {split} split has {n} records, fewer than --batch {batch} for each of {processes} processes: "
+            "lower it."
         )
 
 
 def loader_work(config: Config, place: Place) -> Work:
     """What the loader of training does, for measuring it alone."""
     loader = build_loaders(config, place.device, place.ranks, silent()).train.loader
-    return Work(loader.records, config.data, loader.engine, place.device, place.ranks, decoded=loader.decoded)
+    return Work(loader.records, config.data, loader.loading.engine, place.device, place.ranks, decoded=loader.decoded)

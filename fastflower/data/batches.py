@@ -10,9 +10,10 @@ import torch
 from nvidia.dali import backend
 
 from fastflower import machine
+from fastflower.arrays import Bools, Floats, Ints
 from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded
-from fastflower.data.loader import Batch, Loader
+from fastflower.data.loader import Batch, Loader, Loading
 from fastflower.data.records import Records
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
 from fastflower.data.stats import pixel_statistics
@@ -49,7 +50,7 @@ def choose_normalization(
     return inherited or pixel_statistics(train, engine).normalization
 
 
-def choose_lighting(data: DataConfig, train: Records, engine: Engine) -> np.ndarray | None:
+def choose_lighting(data: DataConfig, train: Records, engine: Engine) -> Floats | None:
     """Directions of the color shift for `fastflower.data.sampler.training_requests`: [3, 3], or None where it is off.
 
     They are the principal components of the training pixels, each times its eigenvalue and data.lighting (Krizhevsky et
@@ -71,10 +72,9 @@ class TrainingBatches:
     scale: tuple[int, int]
     seed: int
     global_batch: int
-    ranks: Ranks
-    kept: np.ndarray  # [n] bool, which records of the whole table these are; it decides the order
+    kept: Bools  # [n], which records of the whole table these are; it decides the order
     balanced: bool = False
-    lighting: np.ndarray | None = None
+    lighting: Floats | None = None
 
     @property
     def steps(self) -> int:
@@ -87,6 +87,7 @@ class TrainingBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Batches of `epoch` (from 0) from position `start` of its order."""
+        ranks = self.loader.loading.ranks
         requests = training_requests(
             len(self.loader.records),
             seed=self.seed,
@@ -94,8 +95,8 @@ class TrainingBatches:
             scale=self.scale,
             global_batch=self.global_batch,
             start=start,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
             kept=self.kept,
             labels=self.loader.records.labels if self.balanced else None,
             lighting=self.lighting,
@@ -109,21 +110,22 @@ class EvaluationBatches:
 
     loader: Loader
     shorter: int | None  # pixels that the shorter side is resized to; None = as stored
-    ranks: Ranks
 
     @property
     def steps(self) -> int:
         """Batches of the pass."""
-        return len(range(self.ranks.rank, len(self.loader.records), self.ranks.world_size * self.loader.batch))
+        ranks = self.loader.loading.ranks
+        return len(range(ranks.rank, len(self.loader.records), ranks.world_size * self.loader.batch))
 
     def once(self) -> Iterator[Batch]:
         """One pass; the last batch may be short."""
+        ranks = self.loader.loading.ranks
         requests = evaluation_requests(
             len(self.loader.records),
             shorter=self.shorter,
             batch=self.loader.batch,
-            rank=self.ranks.rank,
-            world_size=self.ranks.world_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
         )
         return self.loader.batches(requests)
 
@@ -133,20 +135,20 @@ class WholePictures:
     """A rank's share of a split, each record once, as whole pictures; those of one shape come together."""
 
     loader: Loader
-    shapes: np.ndarray  # [n, 2] height and width (pixels)
-    shorter: int | None
-    ranks: Ranks
+    shapes: Ints  # [n, 2] height and width (pixels)
+    shorter: int | None  # as of `EvaluationBatches`
 
     def once(self) -> Iterator[Batch]:
         """One pass."""
+        ranks = self.loader.loading.ranks
         return self.loader.batches(
             whole_requests(
                 self.shapes,
                 shorter=self.shorter,
                 crop=self.loader.view.crop,
                 batch=self.loader.batch,
-                rank=self.ranks.rank,
-                world_size=self.ranks.world_size,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
             )
         )
 
@@ -154,26 +156,24 @@ class WholePictures:
 def training_batches(
     data: DataConfig,
     records: Records,
-    normalization: Normalization,
-    engine: Engine,
-    device: torch.device,
-    ranks: Ranks,
+    loading: Loading,
     *,
     batch_size: int,
     seed: int,
-    kept: np.ndarray | None = None,
-    lighting: np.ndarray | None = None,
+    kept: Bools | None = None,
+    lighting: Floats | None = None,
     decoded: Decoded | None = None,
 ) -> TrainingBatches:
     """Random scale, crop and flip, and the color shift of `choose_lighting`, in an order that changes each epoch.
 
-    `kept` ([n] bool) says which of a larger table the records are; `decoded` has their pixels, if they are in memory.
+    `kept` ([n]) says which of a larger table the records are; `decoded` has their pixels, if they are in memory.
 
     A split smaller than `batch_size` (over all ranks) is trained in one batch of its size.
 
     Raises:
         UserError: the batch cannot be split over the ranks, or there are fewer records than ranks.
     """
+    ranks = loading.ranks
     share = ranks.share_of(batch_size)
     if len(records) < batch_size:
         share = len(records) // ranks.world_size
@@ -182,43 +182,35 @@ def training_batches(
                 f"the training split has {len(records)} records for {ranks.world_size} processes: start fewer."
             )
     view = View(data.crop, "random")
-    loader = Loader(records, view, normalization, engine, device, share, read_ahead=data.prefetch, decoded=decoded)
+    loader = Loader(records, view, share, loading, decoded)
     kept = np.ones(len(records), bool) if kept is None else kept
     balanced = data.sampling == "balanced"
-    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, ranks, kept, balanced, lighting)
+    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, kept, balanced, lighting)
 
 
 def evaluation_batches(
     data: DataConfig,
     records: Records,
-    normalization: Normalization,
-    engine: Engine,
-    device: torch.device,
-    ranks: Ranks,
+    loading: Loading,
     *,
     batch_size: int,
     decoded: Decoded | None = None,
 ) -> EvaluationBatches:
     """Center crop of the resized (or stored) picture; `batch_size` is over all ranks."""
-    share = max(1, min(batch_size, len(records)) // ranks.world_size)
+    share = max(1, min(batch_size, len(records)) // loading.ranks.world_size)
     view = View(data.crop, "center")
-    loader = Loader(records, view, normalization, engine, device, share, read_ahead=data.prefetch, decoded=decoded)
-    return EvaluationBatches(loader, data.val_resize, ranks)
+    return EvaluationBatches(Loader(records, view, share, loading, decoded), data.val_resize)
 
 
 def whole_pictures(
     data: DataConfig,
     records: Records,
-    shapes: np.ndarray,
-    normalization: Normalization,
-    engine: Engine,
-    device: torch.device,
-    ranks: Ranks,
+    shapes: Ints,
+    loading: Loading,
     *,
     batch_size: int,
 ) -> WholePictures:
     """The resized (or stored) picture without a crop; `batch_size` is of crops, over all ranks."""
-    share = max(1, min(batch_size, len(records)) // ranks.world_size)
+    share = max(1, min(batch_size, len(records)) // loading.ranks.world_size)
     view = View(data.crop, "whole")
-    loader = Loader(records, view, normalization, engine, device, batch=share, read_ahead=data.prefetch)
-    return WholePictures(loader, shapes, data.val_resize, ranks)
+    return WholePictures(Loader(records, view, share, loading), shapes, data.val_resize)

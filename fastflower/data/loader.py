@@ -9,13 +9,14 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from fastflower.arrays import Ints
 from fastflower.data import pipeline as graph
 from fastflower.data.decoding import first_undecodable, read_picture
 from fastflower.data.records import Records
@@ -23,6 +24,7 @@ from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request
 from fastflower.data.view import Engine, Normalization, View
 from fastflower.errors import UserError
+from fastflower.runtime.distributed import Ranks
 
 if TYPE_CHECKING:
     from fastflower.data.cache import Decoded
@@ -35,11 +37,21 @@ class Batch:
     # [N, 3, H, W] channels-last, normalized: float32, or float16 where DALI normalizes (GPU); else uint8
     images: torch.Tensor
     labels: torch.Tensor  # [N] int64
-    indices: np.ndarray  # [N] int64, which records they are
+    indices: Ints  # [N], which records they are
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How all pictures of a run are loaded, whichever they are: by what, to where, and for whom."""
+
+    normalization: Normalization | None  # of the pixels; None leaves them uint8, without color shifts
+    engine: Engine  # where DALI works; "gpu" needs `device` to be that GPU
+    device: torch.device  # where batches are handed out
+    ranks: Ranks = field(default_factory=Ranks)  # who share the records
 
 
 class Loader:
-    """Turns requests into batches on `device`.
+    """Turns requests into batches.
 
     It may be used for any number of epochs, also for several at once. Each `batches` call runs a thread that is gone
     when the iteration ends or is left.
@@ -49,11 +61,8 @@ class Loader:
         self,
         records: Records,
         view: View,
-        normalization: Normalization | None,
-        engine: Engine,
-        device: torch.device,
         batch: int,
-        read_ahead: int = 2,
+        loading: Loading,
         decoded: Decoded | None = None,
     ) -> None:
         """Prepare; the pipeline is built when the first batch is asked for.
@@ -61,18 +70,15 @@ class Loader:
         Args:
             records: the split.
             view: geometry of the pictures.
-            normalization: of the pixels; None leaves them uint8, without color shifts.
-            engine: where DALI works; "gpu" needs `device` to be that GPU.
-            device: where batches are handed out.
             batch: most pictures in a batch.
-            read_ahead: finished batches that wait for the consumer, beside those that DALI has in work.
+            loading: by what and to where; as many finished batches wait for the consumer as the engine has in work.
             decoded: the records' pixels, where they are in memory.
         """
-        self.records, self.view, self.engine, self.device = records, view, engine, device
-        self.normalization, self.batch, self.read_ahead, self.decoded = normalization, batch, read_ahead, decoded
-        if normalization and device.type == "cuda":
-            self._mean = torch.tensor(normalization.mean, device=device) * 255
-            self._std = torch.tensor(normalization.std, device=device) * 255
+        self.records, self.view, self.batch, self.loading, self.decoded = records, view, batch, loading, decoded
+        self._device, normalization = loading.device, loading.normalization
+        if normalization and self._device.type == "cuda":
+            self._mean = 255 * torch.tensor(normalization.mean, device=self._device)
+            self._std = 255 * torch.tensor(normalization.std, device=self._device)
         self._idle: deque[_Producer] = deque()  # as many as there were iterations at once
 
     def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
@@ -87,7 +93,7 @@ class Loader:
             producer = self._idle.pop()
         except IndexError:
             producer = _Producer(self)
-        ready: queue.Queue[_Ready] = queue.Queue(maxsize=self.read_ahead)
+        ready: queue.Queue[_Ready] = queue.Queue(maxsize=self.loading.engine.prefetch)
         stop = threading.Event()
         thread = threading.Thread(target=producer.run, args=(iter(requests), ready, stop), name="loader", daemon=True)
         thread.start()
@@ -97,9 +103,9 @@ class Loader:
                 if isinstance(item, BaseException):
                     raise item
                 yield self._hand_over(*item)
-                if self.device.type == "cuda":
+                if self._device.type == "cuda":
                     # memory that we drop is used again at once, so hold it until the consumer's queued work is past it
-                    in_use.append((torch.cuda.current_stream(self.device).record_event(), item))
+                    in_use.append((torch.cuda.current_stream(self._device).record_event(), item))
                     while in_use and in_use[0][0].query():
                         in_use.popleft()
         finally:
@@ -109,8 +115,8 @@ class Loader:
                 with contextlib.suppress(queue.Empty):
                     ready.get_nowait()  # it may be waiting for room
                 thread.join()
-                if self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()
+                if self._device.type == "cuda":
+                    torch.cuda.current_stream(self._device).synchronize()
                 self._idle.append(producer)
 
     def _hand_over(
@@ -118,12 +124,12 @@ class Loader:
         images: torch.Tensor,
         labels: torch.Tensor,
         shift: torch.Tensor | None,
-        indices: np.ndarray,
+        indices: Ints,
         made: _Event,
     ) -> Batch:
         if made:
-            torch.cuda.current_stream(self.device).wait_event(made)
-        if self.device.type == "cuda" and self.normalization:
+            torch.cuda.current_stream(self._device).wait_event(made)
+        if self._device.type == "cuda" and self.loading.normalization:
             if images.dtype == torch.uint8:
                 mean = self._mean if shift is None else self._mean - 255 * shift
                 images = normalize(images, mean, self._std)
@@ -136,11 +142,12 @@ class _Producer:
     """What makes the batches of one iteration after another, and all that it changes: used by one thread at a time."""
 
     def __init__(self, loader: Loader) -> None:
-        self.records, self.view, self.engine, self.device = loader.records, loader.view, loader.engine, loader.device
-        self.normalization, self.batch, self.decoded = loader.normalization, loader.batch, loader.decoded
-        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._records, self._view, self._batch = loader.records, loader.view, loader.batch
+        self._loading, self._decoded = loader.loading, loader.decoded
+        on_gpu = self._loading.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self._loading.device) if on_gpu else None
         # for a GPU pictures are left uint8, a quarter in size, and normalized there
-        self._resampler = Resampler(self.view, self.normalization if self.device.type == "cpu" else None)
+        self._resampler = Resampler(self._view, None if on_gpu else self._loading.normalization)
         self._pipeline: graph.Pipeline | None = None
         self._requests: Iterator[Request] = iter(())
         self._in_work: deque[Request] = deque()
@@ -153,7 +160,7 @@ class _Producer:
         self._in_work.clear()
         try:
             with torch.cuda.stream(self._stream):
-                for item in self._on_cpu() if self.engine.device == "cpu" else self._by_dali():
+                for item in self._on_cpu() if self._loading.engine.device == "cpu" else self._by_dali():
                     ready.put(item)
             ready.put(self._failure)
         except Exception as error:
@@ -162,21 +169,21 @@ class _Producer:
 
     def _on_cpu(self) -> Iterator[_Item]:
         """Decoded by DALI, or before, and resampled here."""
-        with ThreadPoolExecutor(self.engine.threads, "resample") as threads:
+        with ThreadPoolExecutor(self._loading.engine.threads, "resample") as threads:
             for regions, request in self._regions():
                 for images, alike in self._resampler.batches(regions, request, threads):
                     yield self._item(torch.from_numpy(images), request.select(alike))
 
     def _regions(self) -> Iterator[tuple[list[Region], Request]]:
-        if self.decoded:
+        if self._decoded:
             for request in self._requests:
-                pictures = [np.asarray(self.decoded.picture(int(index))) for index in request.indices]
+                pictures = [np.asarray(self._decoded.picture(int(index))) for index in request.indices]
                 yield [Region(picture, (0, 0), picture.shape[:2]) for picture in pictures], request
             return
         if self._pipeline is None:
-            self._pipeline = graph.build_decoder(self._next_inputs, self.view, self.engine, self.batch)
+            self._pipeline = graph.build_decoder(self._next_inputs, self._view, self._loading.engine, self._batch)
         for (pixels, corners, shapes), request in self._runs(self._pipeline):
-            corner, shape = (np.asarray(each.as_tensor()).tolist() for each in (corners, shapes))
+            corner, shape = (np.asarray(numbers.as_tensor()).tolist() for numbers in (corners, shapes))
             yield (
                 [Region(np.asarray(pixels[i]), tuple(corner[i]), tuple(shape[i])) for i in range(len(request))],
                 request,
@@ -187,11 +194,11 @@ class _Producer:
         if self._pipeline is None:
             self._pipeline = graph.build_pipeline(
                 self._next_inputs,
-                self.view,
-                self.engine,
-                self.batch,
-                self.normalization,
-                decoded=self.decoded.place if self.decoded else None,
+                self._view,
+                self._loading.engine,
+                self._batch,
+                self._loading.normalization,
+                decoded=self._decoded.place if self._decoded else None,
             )
         for (pictures,), request in self._runs(self._pipeline):
             yield from self._to_torch(pictures, request)
@@ -212,7 +219,7 @@ class _Producer:
         if request is None:
             raise StopIteration
         try:
-            read = self.decoded.picture if self.decoded else partial(read_picture, self.records)
+            read = self._decoded.picture if self._decoded else partial(read_picture, self._records)
             images = [read(int(index)) for index in request.indices]
         except UserError as error:
             self._failure = error  # an exception would cross DALI's native code: end the data and raise it after
@@ -226,7 +233,7 @@ class _Producer:
             return
         shapes = [tuple(shape) for shape in pictures.shape()]
         for shape in sorted(set(shapes)):
-            alike = np.array([i for i, each in enumerate(shapes) if each == shape])
+            alike = np.array([i for i, other in enumerate(shapes) if other == shape])
             images = torch.stack([torch.from_dlpack(pictures[int(i)]) for i in alike])
             if self._stream:
                 self._stream.synchronize()  # DALI uses the memory of its pictures again when we drop them
@@ -235,27 +242,27 @@ class _Producer:
     def _item(self, images: torch.Tensor, request: Request) -> _Item:
         """Pictures [N, H, W, 3] on their way to `device`, where they are [N, 3, H, W] and channels-last."""
         images = images.permute(0, 3, 1, 2)
-        labels = torch.from_numpy(self.records.labels[request.indices])
+        labels = torch.from_numpy(self._records.labels[request.indices])
         shift = None if request.shift is None else torch.from_numpy(request.shift)
         if not self._stream:
             return images, labels, shift, request.indices, None
-        images = images.to(self.device, non_blocking=True)
-        labels = labels.pin_memory().to(self.device, non_blocking=True)
+        images = images.to(self._loading.device, non_blocking=True)
+        labels = labels.pin_memory().to(self._loading.device, non_blocking=True)
         if shift is not None:
-            shift = shift.pin_memory().to(self.device, non_blocking=True)
+            shift = shift.pin_memory().to(self._loading.device, non_blocking=True)
         return images, labels, shift, request.indices, self._stream.record_event()
 
     def _explain(self, error: Exception) -> Exception:
         """The record behind a failed batch: DALI names none, so try all that are in work."""
         indices = np.concatenate([request.indices for request in self._in_work] or [np.empty(0, np.int64)])
         try:
-            return first_undecodable(self.records, indices) or error
+            return first_undecodable(self._records, indices) or error
         except UserError as unreadable:  # by now
             return unreadable
 
 
 _Event = torch.cuda.Event | None
-_Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, np.ndarray, _Event]
+_Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Ints, _Event]
 _Ready = _Item | Exception | None
 
 

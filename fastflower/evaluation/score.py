@@ -8,6 +8,7 @@ import torch
 from fastflower.config import DataConfig
 from fastflower.data.batches import EvaluationBatches, WholePictures, choose_engine, evaluation_batches, whole_pictures
 from fastflower.data.decoding import shapes_of
+from fastflower.data.loader import Loading
 from fastflower.data.records import Records
 from fastflower.errors import UserError
 from fastflower.evaluation.session import Session, Testing
@@ -45,15 +46,15 @@ def score(trained: Trained, data: DataConfig, records: Records, testing: Testing
     network, shapes = ready(trained, data, records, testing, within)
     precision = choose_precision(config.amp, config.amp_dtype, device)
     scorer = views.scorer(network.eval(), data.crop, compiled=testing.compiled)
-    common = (trained.normalization, choose_engine(data, device, ranks), device, ranks)
+    loading = Loading(trained.normalization, choose_engine(data, device, ranks), device, ranks)
     size = testing.batch_size or config.train.batch_size
     tables = []
     for geometry in views.passes(data):
         batches: EvaluationBatches | WholePictures
         if shapes is None:
-            batches = evaluation_batches(geometry, records, *common, batch_size=size)
+            batches = evaluation_batches(geometry, records, loading, batch_size=size)
         else:
-            batches = whole_pictures(geometry, records, shapes, *common, batch_size=size)
+            batches = whole_pictures(geometry, records, shapes, loading, batch_size=size)
         at = f" at {geometry.val_resize} pixels" if views.scales else ""
         within.display.task(f"score{at}", len(range(ranks.rank, len(records), ranks.world_size)))
         table = _one_pass(scorer, batches, len(trained.classes), precision, within)

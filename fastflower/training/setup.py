@@ -22,6 +22,7 @@ from fastflower.data.batches import (
 from fastflower.data.cache import open_cache
 from fastflower.data.dataset import Dataset, builtin_root, ensure_builtin, look_over, open_dataset
 from fastflower.data.identity import identity, names_digest
+from fastflower.data.loader import Loading
 from fastflower.data.view import Normalization
 from fastflower.errors import UserError
 from fastflower.models import CLASSICS, create_model
@@ -149,11 +150,11 @@ def build_loaders(
         lighting = choose_lighting(config.data, dataset.train, engine)
     splits = [records for records in (dataset.train, dataset.val) if records]
     decoded = open_cache(config.data.cache, splits, engine, ranks, display.say, display.follow)
-    common = (normalization, engine, device, ranks)
+    loading = Loading(normalization, engine, device, ranks)
     train = training_batches(
         config.data,
         dataset.train,
-        *common,
+        loading,
         batch_size=batch_size,
         seed=config.seed,
         kept=dataset.kept,
@@ -163,13 +164,13 @@ def build_loaders(
     _require_two_values(config, train)
     val = None
     if dataset.val:
-        val = evaluation_batches(config.data, dataset.val, *common, batch_size=batch_size, decoded=decoded[1])
+        val = evaluation_batches(config.data, dataset.val, loading, batch_size=batch_size, decoded=decoded[1])
     return Loaders(dataset, normalization, train, val)
 
 
 def _require_two_values(config: Config, train: TrainingBatches) -> None:
     """Raise UserError where BatchNorm would see, at the end of the network, a single value of a channel."""
-    pieces, processes = config.train.accumulate, train.ranks.world_size
+    pieces, processes = config.train.accumulate, train.loader.loading.ranks.world_size
     smallest = max(1, train.loader.batch // pieces) * (processes if config.model.sync_norm else 1)
     if smallest > 1 or config.data.crop > STRIDE or config.model.name in CLASSICS:
         return

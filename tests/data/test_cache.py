@@ -15,6 +15,7 @@ from fastflower.config import DataConfig
 from fastflower.data import cache
 from fastflower.data.batches import evaluation_batches, training_batches
 from fastflower.data.cache import Decoded, choose_place, open_cache
+from fastflower.data.loader import Loading
 from fastflower.data.records import Records
 from fastflower.data.sources.folder import picture_files
 from fastflower.data.sources.kaggle import load_split
@@ -36,9 +37,9 @@ def decoded(records: Records, choice: Any = "ram") -> tuple[Decoded | None, list
 
 def batches(records: Records, pixels: Decoded | None, epoch: int) -> list[torch.Tensor]:
     data = DataConfig(crop=32, scale=(36, 60), val_resize=40)
-    common = (IMAGENET, Engine(), CPU, ALONE)
-    train = training_batches(data, records, *common, batch_size=4, seed=0, decoded=pixels)
-    val = evaluation_batches(data, records, *common, batch_size=3, decoded=pixels)
+    loading = Loading(IMAGENET, Engine(), CPU)
+    train = training_batches(data, records, loading, batch_size=4, seed=0, decoded=pixels)
+    val = evaluation_batches(data, records, loading, batch_size=3, decoded=pixels)
     return [batch.images for loader in (train.epoch(epoch), val.once()) for batch in loader]
 
 

@@ -21,10 +21,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fastflower.config import DataConfig
 from fastflower.data import pipeline as graph
-from fastflower.data.batches import evaluation_batches, training_batches
-from fastflower.data.loader import Batch, Loader, normalize
+from fastflower.data.loader import Batch, Loader, Loading, normalize
 from fastflower.data.records import Records, read_image
 from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request, evaluation_requests, training_requests
@@ -32,7 +30,6 @@ from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.view import IMAGENET, Engine, Normalization, View
 from fastflower.errors import UserError
-from fastflower.runtime.distributed import Ranks
 from tests.conftest import example, jpeg, write_dataset
 
 CPU = torch.device("cpu")
@@ -40,7 +37,7 @@ PLAIN = Normalization((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255))  # leaves 0.
 
 
 def loader(records: Records, view: View, batch: int, **engine: int) -> Loader:
-    return Loader(records, view, PLAIN, Engine(**engine), CPU, batch)  # type: ignore[arg-type]
+    return Loader(records, view, batch, Loading(PLAIN, Engine(**engine), CPU))  # type: ignore[arg-type]
 
 
 def epoch(loader: Loader, number: int = 0, batch: int = 8, start: int = 0, seed: int = 0) -> list[Batch]:
@@ -329,7 +326,7 @@ def test_the_pipeline_warns_of_nothing(small: Path) -> None:
 
 def test_color_shift_is_added_to_each_picture(small: Path) -> None:
     records = load_split(small, "train")
-    made = Loader(records, View(32, "random"), IMAGENET, Engine(), CPU, 8)
+    made = Loader(records, View(32, "random"), 8, Loading(IMAGENET, Engine(), CPU))
     requests = partial(training_requests, 48, seed=0, epoch=0, scale=(36, 48), global_batch=8)
     lighting = np.diag([0.2, 0.3, 0.1])
     std = np.array(IMAGENET.std, np.float32)
@@ -341,23 +338,6 @@ def test_color_shift_is_added_to_each_picture(small: Path) -> None:
         wanted = plain.images + torch.from_numpy(request.shift / std)[:, :, None, None]
         torch.testing.assert_close(shifted.images, wanted, rtol=1e-5, atol=1e-5)
         assert shifted.images.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_training_batches_follow_the_settings_and_validation_does_not(small: Path) -> None:
-    records = load_split(small, "train").select(np.flatnonzero(np.arange(48) % 3 != 1))
-    data, lighting = DataConfig(crop=32, scale=(36, 48), sampling="balanced", lighting=0.1), np.diag([0.2, 0.3, 0.1])
-    common = (data, records, PLAIN, Engine(), CPU, Ranks())
-    made = training_batches(*common, batch_size=8, seed=5, lighting=lighting)
-    requests = partial(training_requests, len(records), seed=5, epoch=2, scale=(36, 48), global_batch=8, start=8)
-    expected = list(made.loader.batches(requests(labels=records.labels, lighting=lighting)))
-    for batch, other in zip(made.epoch(2, start=8), expected, strict=True):
-        assert torch.equal(batch.images, other.images)
-        assert batch.indices.tolist() == other.indices.tolist()
-    validation = evaluation_batches(*common, batch_size=8)
-    each_once = evaluation_requests(len(records), shorter=256, batch=8)
-    plain = Loader(records, View(32), PLAIN, Engine(), CPU, 8).batches(each_once)
-    for batch, other in zip(validation.once(), plain, strict=True):
-        assert torch.equal(batch.images, other.images)
 
 
 def test_without_color_shift_normalizing_is_the_plain_formula_to_the_bit() -> None:

@@ -20,12 +20,12 @@ from torch._dynamo.utils import counters
 from fastflower.config import DataConfig
 from fastflower.data.batches import whole_pictures
 from fastflower.data.decoding import shapes_of
+from fastflower.data.loader import Loading
 from fastflower.data.sources.folder import picture_files
 from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
 from fastflower.evaluation.views import Views, log_mean_probabilities, window_of
 from fastflower.models import CLASSICS, create_model
-from fastflower.runtime.distributed import Ranks
 from tests.conftest import READABLE, ROOT, TinyNet, fastflower, jpeg, torchrun, train_arguments, write_folders
 
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def test_whole_pictures_of_all_kinds_come_once_upright_and_by_shape(odd_images: 
     records = picture_files([odd_images / name for name in READABLE])
     data = DataConfig(crop=32, val_resize=48, prefetch=1)
     plain = Normalization((0, 0, 0), (1 / 255, 1 / 255, 1 / 255))
-    whole = whole_pictures(data, records, shapes_of(records), plain, Engine(), CPU, Ranks(), batch_size=8)
+    whole = whole_pictures(data, records, shapes_of(records), Loading(plain, Engine(), CPU), batch_size=8)
     seen: dict[int, torch.Tensor] = {}
     for batch in whole.once():
         assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -127,7 +127,7 @@ def test_whole_pictures_are_resized_as_torchvision_does(tmp_path: Path) -> None:
     records = picture_files(paths)
     data = DataConfig(crop=32, val_resize=45, prefetch=1)
     plain = Normalization((0, 0, 0), (1 / 255, 1 / 255, 1 / 255))
-    whole = whole_pictures(data, records, shapes_of(records), plain, Engine(), CPU, Ranks(), batch_size=8)
+    whole = whole_pictures(data, records, shapes_of(records), Loading(plain, Engine(), CPU), batch_size=8)
     for batch in whole.once():
         for index, image in zip(batch.indices, batch.images, strict=True):
             wanted = np.asarray(tv.functional.resize(Image.open(paths[index]), [45], antialias=True))

@@ -13,7 +13,7 @@ import torch
 
 from fastflower.data.cache import open_cache
 from fastflower.data.decoding import shapes_of
-from fastflower.data.loader import Batch, Loader
+from fastflower.data.loader import Batch, Loader, Loading
 from fastflower.data.records import Records
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
 from fastflower.data.sources.kaggle import load_split
@@ -38,8 +38,9 @@ def pictures(tmp_path: Path) -> Records:
 def loader(records: Records, view: View, on_gpu: bool) -> Loader:
     if on_gpu:
         device = torch.device("cuda", 0)
-        return Loader(records, view, IMAGENET, Engine(device="gpu", device_id=0, threads=4), device, BATCH)
-    return Loader(records, view, IMAGENET, Engine(threads=4), torch.device("cpu"), BATCH)
+        engine = Engine(device="gpu", device_id=0, threads=4)
+        return Loader(records, view, BATCH, Loading(IMAGENET, engine, device))
+    return Loader(records, view, BATCH, Loading(IMAGENET, Engine(threads=4), torch.device("cpu")))
 
 
 def epoch(loader: Loader) -> Iterator[Batch]:
@@ -122,7 +123,7 @@ def test_color_shift_is_that_of_the_cpu(pictures: Records, on_gpu: bool) -> None
     """Decoded on the CPU and normalized on the GPU, or both on the GPU."""
     device = torch.device("cuda", 0)
     engine = Engine(device="gpu", device_id=0, threads=4) if on_gpu else Engine(threads=4)
-    made = Loader(pictures, View(128, "random"), IMAGENET, engine, device, BATCH)
+    made = Loader(pictures, View(128, "random"), BATCH, Loading(IMAGENET, engine, device))
     requests = partial(training_requests, COUNT, seed=0, epoch=0, scale=(144, 200), global_batch=BATCH)
     std, asked = torch.tensor(IMAGENET.std), list(requests(lighting=np.diag([0.2, 0.3, 0.1])))
     unshifted = [batch.images.float().cpu() for batch in made.batches(requests())]
@@ -141,7 +142,7 @@ def test_pictures_decoded_once_give_the_same_batches(pictures: Records, choice: 
     (decoded,) = open_cache(choice, [pictures], engine, Ranks(), lambda _: None, lambda _: lambda done, total: None)
     assert decoded
     assert decoded.place == ("gpu" if choice == "gpu" else "cpu")
-    cached = Loader(pictures, View(128, "random"), IMAGENET, engine, device, BATCH, decoded=decoded)
+    cached = Loader(pictures, View(128, "random"), BATCH, Loading(IMAGENET, engine, device), decoded)
     for number in range(2):
         wanted = [batch.images.clone() for batch in epoch(loader(pictures, View(128, "random"), on_gpu=True))]
         found = [batch.images.clone() for batch in epoch(cached)]

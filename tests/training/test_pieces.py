@@ -16,7 +16,7 @@ from torch import nn
 
 from fastflower.config import Config
 from fastflower.data.batches import TrainingBatches, training_batches
-from fastflower.data.loader import Batch
+from fastflower.data.loader import Batch, Loading
 from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
 from fastflower.runtime.device import Precision
@@ -56,8 +56,9 @@ def config_of(batch_size: int, accumulate: int, crop: int, *, name: Any = "resne
 
 def batches_of(config: Config, records: int, ranks: Ranks) -> TrainingBatches:
     """A rank's training batches of so many records, which nobody reads."""
-    common: Any = (range(records), Normalization((0.5,) * 3, (0.5,) * 3), Engine(threads=1), CPU, ranks)
-    return training_batches(config.data, *common, batch_size=config.train.batch_size, seed=0)
+    table: Any = range(records)
+    loading = Loading(Normalization((0.5,) * 3, (0.5,) * 3), Engine(threads=1), CPU, ranks)
+    return training_batches(config.data, table, loading, batch_size=config.train.batch_size, seed=0)
 
 
 def train_a_step(config: Config, pictures: int) -> list[int]:
