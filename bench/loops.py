@@ -12,7 +12,7 @@ from rich.console import Console
 from bench.loaders import Work, reads_ahead
 from bench.timing import Contender
 from fastflower.config import Config
-from fastflower.data.batches import EvaluationBatches, TrainingBatches
+from fastflower.data.batches import EvaluationBatches, TrainingBatches, open_batches
 from fastflower.errors import UserError
 from fastflower.flops import count
 from fastflower.runtime.device import Precision
@@ -20,7 +20,7 @@ from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.progress import Display
 from fastflower.runtime.signals import Signals
 from fastflower.training.metrics import Evaluation
-from fastflower.training.setup import build_loaders, prepare
+from fastflower.training.setup import prepare
 from fastflower.training.state import Setup, State
 from fastflower.training.step import compiled, evaluate_in, training_network, training_step
 from fastflower.training.stopwatch import Stopwatch
@@ -131,5 +131,7 @@ def _require(batches: TrainingBatches | EvaluationBatches, batch: int, split: st
 
 def loader_work(config: Config, place: Place) -> Work:
     """What the loader of training does, for measuring it alone."""
-    loader = build_loaders(config, place.device, place.ranks, silent()).train.loader
+    batch_size, seed = config.train.batch_size, config.seed
+    batches = open_batches(config.data, place.device, place.ranks, silent(), batch_size=batch_size, seed=seed)
+    loader = batches.train.loader
     return Work(loader.records, config.data, loader.loading.engine, place.device, place.ranks, decoded=loader.decoded)

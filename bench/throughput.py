@@ -55,6 +55,7 @@ from bench.timing import Contender, Make, measure
 from fastflower.config import Config
 from fastflower.data.batches import choose_engine
 from fastflower.data.cache import open_cache
+from fastflower.data.dataset import with_folders
 from fastflower.data.splits import load_pictures
 from fastflower.environment import package_versions
 from fastflower.errors import UserError
@@ -64,7 +65,6 @@ from fastflower.runtime.device import choose_device, choose_precision
 from fastflower.runtime.distributed import processes
 from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.progress import Display
-from fastflower.training.setup import with_data
 from fastflower.training.state import Setup, State
 
 Row = dict[str, Any]
@@ -241,7 +241,8 @@ def run_mode(command: Command, console: Console) -> int:
         configs = configure(command, ranks.world_size)
         config = configs[0]
         if not isinstance(command, ModelCommand):
-            config = with_data(config, ranks, Display(Console(stderr=True), shown=ranks.is_main))
+            display = Display(Console(stderr=True), shown=ranks.is_main)
+            config = replace(config, data=with_folders(config.data, ranks, display))
         place = Place(device, ranks, choose_precision(config.amp, config.amp_dtype, device))
         command = settled(command, config, str(place.precision))
         if ranks.is_main and command.out:

@@ -14,6 +14,8 @@ import torch
 
 from fastflower import config as configuration
 from fastflower.config import Config, find_config
+from fastflower.data.batches import Batches, open_batches
+from fastflower.data.dataset import with_folders
 from fastflower.evaluation.evaluate import evaluate_run
 from fastflower.evaluation.session import Testing
 from fastflower.evaluation.views import Views
@@ -24,7 +26,7 @@ from fastflower.runtime.progress import Display
 from fastflower.training.metrics import Evaluation
 from fastflower.training.pretrained import load_pretrained, open_pretrained
 from fastflower.training.run import train_run
-from fastflower.training.setup import Loaders, build_loaders, build_network, with_data
+from fastflower.training.setup import build_network, require_two_values
 
 
 def load_config(source: str | Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:
@@ -42,7 +44,7 @@ def load_config(source: str | Path | None = None, settings: Mapping[str, Any] | 
     return configuration.resolve(configuration.build(merged, str(path or "settings")))
 
 
-def load_data(config: Config) -> Loaders:
+def load_data(config: Config) -> Batches:
     """Both splits: classes in `dataset.classes`, training batches of an epoch by `train.epoch(number)`, validation's by
     `val.once()`. A batch has `images` [N, 3, S, S], normalized and channels-last, `labels` [N] and `indices` [N].
 
@@ -51,10 +53,13 @@ def load_data(config: Config) -> Loaders:
     """
     ranks = Ranks()
     display = Display(_console(quiet=True), shown=False)
-    config = with_data(config, ranks, display)
+    data = with_folders(config.data, ranks, display)
     pretrained = open_pretrained(config.model, lambda _: None)
     inherited = pretrained.normalization if pretrained else None
-    return build_loaders(config, choose_device(config.device), ranks, display, inherited)
+    device, batch_size = choose_device(config.device), config.train.batch_size
+    batches = open_batches(data, device, ranks, display, batch_size=batch_size, seed=config.seed, inherited=inherited)
+    require_two_values(config, batches.train)
+    return batches
 
 
 def build_model(config: Config, classes: int) -> torch.nn.Module:

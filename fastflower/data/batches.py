@@ -12,7 +12,8 @@ from nvidia.dali import backend
 from fastflower import machine
 from fastflower.arrays import Bools, Floats, Ints
 from fastflower.config import DataConfig
-from fastflower.data.cache import Decoded
+from fastflower.data.cache import Decoded, open_cache
+from fastflower.data.dataset import Dataset, look_over, open_dataset
 from fastflower.data.loader import Batch, Loader, Loading
 from fastflower.data.records import Records
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
@@ -20,6 +21,7 @@ from fastflower.data.stats import pixel_statistics
 from fastflower.data.view import Engine, Normalization, View
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
+from fastflower.runtime.progress import Display
 
 
 def choose_engine(data: DataConfig, device: torch.device, ranks: Ranks) -> Engine:
@@ -151,6 +153,68 @@ class WholePictures:
                 world_size=ranks.world_size,
             )
         )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Both splits as this process reads them."""
+
+    dataset: Dataset
+    normalization: Normalization
+    train: TrainingBatches
+    val: EvaluationBatches | None  # None in a final fit
+
+
+def open_batches(
+    data: DataConfig,
+    device: torch.device,
+    ranks: Ranks,
+    display: Display,
+    *,
+    batch_size: int,
+    seed: int,
+    inherited: Normalization | None = None,
+) -> Batches:
+    """Index the data, look it over, measure its pixels where needed, and make this process's batches of it.
+
+    Args:
+        data: with folders (`with_folders`).
+        device: where batches are handed out.
+        ranks: the processes.
+        display: where progress is shown.
+        batch_size: pictures of a batch, over all ranks.
+        seed: of the order, of augmentation, and of what validates.
+        inherited: normalization where the settings give none; None measures the training split.
+
+    Raises:
+        UserError: bad data, or settings that do not fit it or this machine.
+    """
+    ranks.share_of(batch_size)
+    with ranks.main_first():
+        read = display.follow("read pictures")
+        dataset = open_dataset(data, seed, read)
+        for note in look_over(dataset, read):
+            display.say(note)
+        engine = choose_engine(data, device, ranks)
+        normalization = choose_normalization(data, dataset.train, engine, inherited)
+        lighting = choose_lighting(data, dataset.train, engine)
+    loading = Loading(normalization, engine, device, ranks)
+    splits = [records for records in (dataset.train, dataset.val) if records]
+    decoded = open_cache(data.cache, splits, engine, ranks, display.say, display.follow)
+    train = training_batches(
+        data,
+        dataset.train,
+        loading,
+        batch_size=batch_size,
+        seed=seed,
+        kept=dataset.kept,
+        lighting=lighting,
+        decoded=decoded[0],
+    )
+    val = None
+    if dataset.val:
+        val = evaluation_batches(data, dataset.val, loading, batch_size=batch_size, decoded=decoded[1])
+    return Batches(dataset, normalization, train, val)
 
 
 def training_batches(

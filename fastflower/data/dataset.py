@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from fastflower.arrays import Bools
 from fastflower.config import DataConfig
 from fastflower.data import demo
 from fastflower.data.contents import Progress, content_digests, require_pictures
@@ -16,6 +17,8 @@ from fastflower.data.records import Records, concatenate, miscounted
 from fastflower.data.splits import class_list, is_listed, join, load_parts
 from fastflower.errors import UserError
 from fastflower.files import cache_dir, code_digest
+from fastflower.runtime.distributed import Ranks
+from fastflower.runtime.progress import Display
 
 
 def builtin_root() -> Path:
@@ -39,6 +42,28 @@ def ensure_builtin(progress: Callable[[int, int], None] | None = None) -> Path:
     return root
 
 
+def with_folders(data: DataConfig, ranks: Ranks, display: Display) -> DataConfig:
+    """The settings with absolute data folders: those named, or the synthetic flowers, drawn where needed.
+
+    Raises:
+        UserError: the cache folder cannot be written.
+    """
+    if data.root is None:
+        display.say("No data.root given: training on the built-in synthetic flowers.")
+        with ranks.main_first():
+            if not builtin_root().is_dir():
+                display.say(f"Drawing them, once, into {builtin_root()}")
+            data = replace(data, root=(ensure_builtin(display.follow("draw synthetic flowers")),))
+    return absolute(data)
+
+
+def absolute(data: DataConfig) -> DataConfig:
+    """The same folders and files from wherever the run is resumed or evaluated."""
+    return replace(
+        data, root=data.root and tuple(root.absolute() for root in data.root), skip=data.skip and data.skip.absolute()
+    )
+
+
 @dataclass(frozen=True)
 class Dataset:
     """The training and validation splits."""
@@ -47,7 +72,7 @@ class Dataset:
     val: Records | None  # None where training takes both splits
     classes: list[str]
     whole: Records  # what would train if data.skip listed nothing
-    kept: np.ndarray  # [n] bool, which of `whole` train
+    kept: Bools  # [n], which of `whole` train
     left_out: int = 0  # records of both splits that data.skip lists
 
 
@@ -94,3 +119,19 @@ def look_over(dataset: Dataset, progress: Progress | None = None) -> list[str]:
                 f"{val.describe(again[0])}: `fastflower data check` names those of a folder, for data.skip."
             )
     return notes
+
+
+def summary(dataset: Dataset, data: DataConfig) -> list[str]:
+    """What trains, what validates and what is left out: sentences for the user."""
+    sentences = []
+    for name, records in (("train", dataset.train), ("val", dataset.val)):
+        if records is None:
+            continue
+        sizes = ", ".join(f"{size}x{size}" for size in records.sizes)
+        stored = f" ({sizes})" if sizes else ""
+        sentences.append(f"{name:>5}: {records.pictures} pictures, {len(records)} records{stored}")
+    if data.folds:
+        sentences.append(f"Fold {data.fold} of 0 to {data.folds - 1} validates, the others train.")
+    if data.skip:
+        sentences.append(f"Left out {dataset.left_out} records that {data.skip} lists.")
+    return sentences

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastflower.config import SPLITS, Config, resolve
+from fastflower.data.dataset import with_folders
 from fastflower.data.folds import duplicates
 from fastflower.data.identity import identity
 from fastflower.data.splits import class_list, join, load_pool
@@ -39,7 +40,7 @@ from fastflower.runtime.run_folder import RunFolder, changes
 from fastflower.runtime.signals import Signals, Stopped
 from fastflower.training.metrics import Evaluation
 from fastflower.training.run import train_into
-from fastflower.training.setup import prepare, with_data
+from fastflower.training.setup import prepare
 
 METRICS = ("loss", "accuracy", "top5", "macro_f1")
 # Settings that may differ between the folds, and from call to call: what is computed stays the same, but for records
@@ -117,7 +118,7 @@ def cross_validate(
     device = choose_device(config.device, local_rank())
     with processes(device) as ranks, own_folder(run, name, ranks) as whole:
         display = Display(console, shown=ranks.is_main)
-        config = with_data(config, ranks, display)
+        config = replace(config, data=with_folders(config.data, ranks, display))
         with ranks.main_first():
             data = _look_at(config, display)
             folds = _plan(whole, config, data, overwrite)

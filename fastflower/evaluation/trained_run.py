@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 
 from fastflower.config import Config, DataConfig, build
+from fastflower.data.dataset import absolute
 from fastflower.data.view import Normalization
 from fastflower.errors import UserError
 from fastflower.runtime.checkpoint import load_checkpoint, weights_of
 from fastflower.runtime.run_folder import RunFolder
-from fastflower.training.setup import absolute
 
 TestSizes = Literal["all"] | tuple[int, ...]
 

@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from fastflower.config import Config, DataConfig, ModelConfig
-from fastflower.data.batches import (
-    EvaluationBatches,
-    TrainingBatches,
-    choose_engine,
-    choose_lighting,
-    choose_normalization,
-    evaluation_batches,
-    training_batches,
-)
-from fastflower.data.cache import open_cache
-from fastflower.data.dataset import Dataset, builtin_root, ensure_builtin, look_over, open_dataset
+from fastflower.config import Config, ModelConfig, TrainConfig
+from fastflower.data.batches import TrainingBatches, open_batches
+from fastflower.data.dataset import Dataset, summary, with_folders
 from fastflower.data.identity import identity, names_digest
-from fastflower.data.loader import Loading
 from fastflower.data.view import Normalization
 from fastflower.errors import UserError
 from fastflower.models import CLASSICS, create_model
@@ -35,16 +25,6 @@ from fastflower.training.pretrained import load_pretrained, open_pretrained
 from fastflower.training.state import Setup, State, new_state
 
 STRIDE = 32  # pixels of the image for one position of the residual and plain networks' last map
-
-
-@dataclass(frozen=True)
-class Loaders:
-    """Both splits as this process reads them."""
-
-    dataset: Dataset
-    normalization: Normalization
-    train: TrainingBatches
-    val: EvaluationBatches | None  # None in a final fit
 
 
 def prepare(
@@ -62,22 +42,24 @@ def prepare(
     Raises:
         UserError: bad data, settings that do not fit it or this machine, or pretrained weights that cannot be had.
     """
-    config = with_data(config, ranks, display)
+    config = replace(config, data=with_folders(config.data, ranks, display))
     with ranks.main_first():
         pretrained = None if resumed else open_pretrained(config.model, display.say)
-    inherited = (
-        Normalization.of(resumed["normalization"]) if resumed else pretrained.normalization if pretrained else None
-    )
-    loaders = build_loaders(config, device, ranks, display, inherited)
+    inherited = pretrained.normalization if pretrained else None
+    if resumed:
+        inherited = Normalization.of(resumed["normalization"])
+    size, seed = config.train.batch_size, config.seed
+    batches = open_batches(config.data, device, ranks, display, batch_size=size, seed=seed, inherited=inherited)
+    require_two_values(config, batches.train)
     precision = choose_precision(config.amp, config.amp_dtype, device)
     if precision.note:
         display.say(precision.note)
-    if loaders.train.global_batch < config.train.batch_size:
+    if batches.train.global_batch < config.train.batch_size:
         display.say(
             f"The training split is smaller than a batch of {config.train.batch_size}: "
-            f"a batch is {loaders.train.global_batch} pictures."
+            f"a batch is {batches.train.global_batch} pictures."
         )
-    network = build_network(config, len(loaders.dataset.classes), device, ranks)
+    network = build_network(config, len(batches.dataset.classes), device, ranks)
     if pretrained:
         load_pretrained(network, pretrained)
         display.say(f"Starting from {pretrained.source}, with a new last layer.")
@@ -87,88 +69,20 @@ def prepare(
         device=device,
         precision=precision,
         ranks=ranks,
-        criterion=_build_criterion(config, loaders.dataset, device),
-        train=loaders.train,
-        val=loaders.val,
+        criterion=_build_criterion(config.train, batches.dataset, device),
+        train=batches.train,
+        val=batches.val,
         saved_with={
-            "classes": loaders.dataset.classes,
-            "normalization": {name: list(value) for name, value in asdict(loaders.normalization).items()},
+            "classes": batches.dataset.classes,
+            "normalization": {name: list(value) for name, value in asdict(batches.normalization).items()},
         }
-        | _identities(loaders.dataset, ranks, display),
+        | _identities(batches.dataset, ranks, display),
     )
-    _introduce(setup, loaders.dataset, display)
+    _introduce(setup, batches.dataset, display)
     return setup, state
 
 
-def with_data(config: Config, ranks: Ranks, display: Display) -> Config:
-    """The configuration with absolute data folders: those named, or the synthetic flowers, drawn where needed.
-
-    Raises:
-        UserError: the cache folder cannot be written.
-    """
-    data = config.data
-    if data.root is None:
-        display.say("No data.root given: training on the built-in synthetic flowers.")
-        with ranks.main_first():
-            if not builtin_root().is_dir():
-                display.say(f"Drawing them, once, into {builtin_root()}")
-            data = replace(data, root=(ensure_builtin(display.follow("draw synthetic flowers")),))
-    return replace(config, data=absolute(data))
-
-
-def absolute(data: DataConfig) -> DataConfig:
-    """The same folders and files from wherever the run is resumed or evaluated."""
-    return replace(
-        data, root=data.root and tuple(root.absolute() for root in data.root), skip=data.skip and data.skip.absolute()
-    )
-
-
-def build_loaders(
-    config: Config, device: torch.device, ranks: Ranks, display: Display, inherited: Normalization | None = None
-) -> Loaders:
-    """Index the configured data, measure its pixels where needed, and make this process's loaders.
-
-    Args:
-        config: with data folders (`with_data`).
-        device: where batches are handed out.
-        ranks: the processes.
-        display: where progress is shown.
-        inherited: normalization where the settings give none; None measures the training split.
-
-    Raises:
-        UserError: bad data, or settings that do not fit it or this machine.
-    """
-    batch_size = config.train.batch_size
-    ranks.share_of(batch_size)
-    with ranks.main_first():
-        read = display.follow("read pictures")
-        dataset = open_dataset(config.data, config.seed, read)
-        for note in look_over(dataset, read):
-            display.say(note)
-        engine = choose_engine(config.data, device, ranks)
-        normalization = choose_normalization(config.data, dataset.train, engine, inherited)
-        lighting = choose_lighting(config.data, dataset.train, engine)
-    splits = [records for records in (dataset.train, dataset.val) if records]
-    decoded = open_cache(config.data.cache, splits, engine, ranks, display.say, display.follow)
-    loading = Loading(normalization, engine, device, ranks)
-    train = training_batches(
-        config.data,
-        dataset.train,
-        loading,
-        batch_size=batch_size,
-        seed=config.seed,
-        kept=dataset.kept,
-        lighting=lighting,
-        decoded=decoded[0],
-    )
-    _require_two_values(config, train)
-    val = None
-    if dataset.val:
-        val = evaluation_batches(config.data, dataset.val, loading, batch_size=batch_size, decoded=decoded[1])
-    return Loaders(dataset, normalization, train, val)
-
-
-def _require_two_values(config: Config, train: TrainingBatches) -> None:
+def require_two_values(config: Config, train: TrainingBatches) -> None:
     """Raise UserError where BatchNorm would see, at the end of the network, a single value of a channel."""
     pieces, processes = config.train.accumulate, train.loader.loading.ranks.world_size
     smallest = max(1, train.loader.batch // pieces) * (processes if config.model.sync_norm else 1)
@@ -195,11 +109,11 @@ def _require_two_values(config: Config, train: TrainingBatches) -> None:
     )
 
 
-def _build_criterion(config: Config, dataset: Dataset, device: torch.device) -> Criterion:
+def _build_criterion(train: TrainConfig, dataset: Dataset, device: torch.device) -> Criterion:
     weights = None
-    if config.train.class_weights == "balanced":
+    if train.class_weights == "balanced":
         weights = balanced_weights(dataset.train.labels, len(dataset.classes)).to(device)
-    return Criterion(config.train.label_smoothing, weights)
+    return Criterion(train.label_smoothing, weights)
 
 
 def _identities(dataset: Dataset, ranks: Ranks, display: Display) -> dict[str, Any]:
@@ -217,16 +131,8 @@ def _identities(dataset: Dataset, ranks: Ranks, display: Display) -> dict[str, A
 
 def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
     config = setup.config
-    for name, records in (("train", dataset.train), ("val", dataset.val)):
-        if records is None:
-            continue
-        sizes = ", ".join(f"{size}x{size}" for size in records.sizes)
-        stored = f" ({sizes})" if sizes else ""
-        display.say(f"{name:>5}: {records.pictures} pictures, {len(records)} records{stored}")
-    if config.data.folds:
-        display.say(f"Fold {config.data.fold} of 0 to {config.data.folds - 1} validates, the others train.")
-    if config.data.skip:
-        display.say(f"Left out {dataset.left_out} records that {config.data.skip} lists.")
+    for sentence in summary(dataset, config.data):
+        display.say(sentence)
     compiled = ", compiled" if setup.compiles else ""
     norm = _norm_options(config.model, setup.device, setup.ranks)["norm"]
     where = "by" if setup.device.type == "cuda" else "in plain torch instead of"

@@ -22,7 +22,7 @@ def test_bad_pictures_of_both_splits_are_named_before_anything_is_computed(
     records[5]["image"] = jpeg(40, 40)[:300]
     write_tfrecord(root / "tfrecords-jpeg-40x40/train/09-bad.tfrec", records)
     write_tfrecord(root / "tfrecords-jpeg-40x40/val/09-bad.tfrec", [*records[:2], records[2] | {"image": b"page"}])
-    monkeypatch.setattr("fastflower.training.setup.choose_normalization", None)
+    monkeypatch.setattr("fastflower.data.batches.choose_normalization", None)
     result = fastflower(*train_arguments(root, run))
     assert result.code == 2
     folder = root / "tfrecords-jpeg-40x40"

@@ -22,7 +22,7 @@ from fastflower.errors import UserError
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.loss import Criterion
-from fastflower.training.setup import _require_two_values
+from fastflower.training.setup import require_two_values
 from fastflower.training.state import Setup, new_state
 from fastflower.training.step import training_step
 from tests.conftest import fastflower, train_arguments, write_dataset
@@ -92,9 +92,9 @@ def test_pieces_are_even_and_refused_where_batch_norm_would_not_train(case: tupl
         seen = train_a_step(config, share)
     except ValueError:  # torch's: it expects more than one value
         with pytest.raises(UserError, match="a single value at data.crop 32"):
-            _require_two_values(config, batches)
+            require_two_values(config, batches)
         return
-    _require_two_values(config, batches)
+    require_two_values(config, batches)
     assert sum(seen) == share
     assert max(seen) - min(seen) <= 1
     assert len(seen) == min(config.train.accumulate, share)
@@ -115,13 +115,13 @@ def test_a_refusal_names_what_makes_pieces_of_one_picture(
 ) -> None:
     config, ranks = config_of(batch_size, accumulate, 32), Ranks(0, world_size)
     with pytest.raises(UserError) as caught:
-        _require_two_values(config, batches_of(config, records, ranks))
+        require_two_values(config, batches_of(config, records, ranks))
     assert str(caught.value).startswith(causes)
     assert mends in str(caught.value)
-    _require_two_values(config_of(batch_size, accumulate, 64), batches_of(config, records, ranks))
-    _require_two_values(config_of(batch_size, accumulate, 32, name="vgg16"), batches_of(config, records, ranks))
+    require_two_values(config_of(batch_size, accumulate, 64), batches_of(config, records, ranks))
+    require_two_values(config_of(batch_size, accumulate, 32, name="vgg16"), batches_of(config, records, ranks))
     if world_size > 1:  # of whose pictures common statistics are taken
-        _require_two_values(config_of(batch_size, accumulate, 32, sync=True), batches_of(config, records, ranks))
+        require_two_values(config_of(batch_size, accumulate, 32, sync=True), batches_of(config, records, ranks))
 
 
 def test_a_real_network_trains_in_pieces_of_two_and_pieces_of_one_stop_before_training(tmp_path: Path) -> None:
