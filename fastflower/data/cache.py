@@ -18,6 +18,7 @@ import torch
 from nvidia.dali.pipeline import DataNode
 
 from fastflower import machine
+from fastflower.arrays import Bytes, Ints
 from fastflower.data.decoding import decoded_pictures, shapes_of
 from fastflower.data.records import Records
 from fastflower.data.view import Engine
@@ -35,16 +36,16 @@ MOST, MOST_AUTO = 0.8, 0.5  # share of the free memory that a cache takes at mos
 class Decoded:
     """The pixels of a split's records."""
 
-    shapes: np.ndarray  # [n, 2] int64, height and width, turned by EXIF
-    starts: np.ndarray  # [n] int64, place in `pixels`
-    pixels: np.ndarray | torch.Tensor  # [bytes] uint8, in host memory or on the GPU
+    shapes: Ints  # [n, 2], height and width, turned by EXIF
+    starts: Ints  # [n], place in `pixels`
+    pixels: Bytes | torch.Tensor  # [bytes] uint8, in host memory or on the GPU
 
     @property
     def place(self) -> Literal["cpu", "gpu"]:
         """Whose memory it is."""
         return "gpu" if isinstance(self.pixels, torch.Tensor) else "cpu"
 
-    def picture(self, index: int) -> np.ndarray | torch.Tensor:
+    def picture(self, index: int) -> Bytes | torch.Tensor:
         """RGB of a record, uint8 [H, W, 3]; a view."""
         (height, width), start = self.shapes[index].tolist(), int(self.starts[index])
         return self.pixels[start : start + 3 * height * width].reshape(height, width, 3)
@@ -68,8 +69,8 @@ def choose_place(choice: Choice, needed: int, engine: Engine, ranks: Ranks) -> t
             return place, f"Keeping the decoded pictures in {_NAMES[place]}: {_gb(needed)}."
     if not free:
         return None, ""
-    found = " and ".join(f"{_gb(size)} of {_NAMES[place]}" for place, size in free.items())
-    return None, f"The decoded pictures would take {_gb(needed)}, and {found} are free: each epoch decodes them anew."
+    room = " and ".join(f"{_gb(size)} of {_NAMES[place]}" for place, size in free.items())
+    return None, f"The decoded pictures would take {_gb(needed)}, and {room} are free: each epoch decodes them anew."
 
 
 _NAMES = {"ram": "host memory", "gpu": "the GPU's memory"}
@@ -134,7 +135,7 @@ def _agree(place: Place | None, ranks: Ranks) -> Place | None:
 
 def _decode(
     records: Records,
-    sizes: np.ndarray,
+    sizes: Ints,
     place: Place,
     engine: Engine,
     ranks: Ranks,
@@ -143,7 +144,7 @@ def _decode(
     ends = np.cumsum(sizes)
     total, n = int(ends[-1]), len(records)
     if place == "gpu":
-        pixels: np.ndarray | torch.Tensor = torch.empty(total, dtype=torch.uint8, device=f"cuda:{engine.device_id}")
+        pixels: Bytes | torch.Tensor = torch.empty(total, dtype=torch.uint8, device=f"cuda:{engine.device_id}")
         shapes, mine = np.zeros((n, 2), np.int64), np.arange(n)
     else:
         memory = _memory(16 * n + total, ranks)
@@ -162,8 +163,8 @@ def _decode(
     return decoded
 
 
-def _memory(size: int, ranks: Ranks) -> np.ndarray:
-    """Zeroed host memory, [size] uint8, that all processes of this machine see; gone with the last of them."""
+def _memory(size: int, ranks: Ranks) -> Bytes:
+    """Zeroed host memory, [size], that all processes of this machine see; gone with the last of them."""
     if ranks.local_world_size == 1:
         return np.zeros(size, np.uint8)
     path = SHARED / f"fastflower-{secrets.token_hex(8)}"

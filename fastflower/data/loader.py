@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -102,7 +102,7 @@ class Loader:
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                yield self._hand_over(*item)
+                yield self._hand_over(item)
                 if self._device.type == "cuda":
                     # memory that we drop is used again at once, so hold it until the consumer's queued work is past it
                     in_use.append((torch.cuda.current_stream(self._device).record_event(), item))
@@ -119,16 +119,10 @@ class Loader:
                     torch.cuda.current_stream(self._device).synchronize()
                 self._idle.append(producer)
 
-    def _hand_over(
-        self,
-        images: torch.Tensor,
-        labels: torch.Tensor,
-        shift: torch.Tensor | None,
-        indices: Ints,
-        made: _Event,
-    ) -> Batch:
-        if made:
-            torch.cuda.current_stream(self._device).wait_event(made)
+    def _hand_over(self, item: _Item) -> Batch:
+        images, labels, shift, indices, sent = item
+        if sent:
+            torch.cuda.current_stream(self._device).wait_event(sent)
         if self._device.type == "cuda" and self.loading.normalization:
             if images.dtype == torch.uint8:
                 mean = self._mean if shift is None else self._mean - 255 * shift
@@ -136,6 +130,19 @@ class Loader:
             elif shift is not None:
                 images.add_((255 * shift / self._std)[:, :, None, None])
         return Batch(images, labels, indices)
+
+
+class _Item(NamedTuple):
+    """A batch on its way from the loader thread to the consumer, on the consumer's device."""
+
+    images: torch.Tensor  # [N, 3, H, W]
+    labels: torch.Tensor  # [N]
+    shift: torch.Tensor | None  # [N, 3], of the colors; on a CPU the images have it already
+    indices: Ints  # [N]
+    sent: torch.cuda.Event | None  # when all of it is there; None on a CPU
+
+
+_Ready = _Item | Exception | None  # None: that was all
 
 
 class _Producer:
@@ -184,10 +191,8 @@ class _Producer:
             self._pipeline = graph.build_decoder(self._next_inputs, self._view, self._loading.engine, self._batch)
         for (pixels, corners, shapes), request in self._runs(self._pipeline):
             corner, shape = (np.asarray(numbers.as_tensor()).tolist() for numbers in (corners, shapes))
-            yield (
-                [Region(np.asarray(pixels[i]), tuple(corner[i]), tuple(shape[i])) for i in range(len(request))],
-                request,
-            )
+            places = zip(corner, shape, strict=True)
+            yield [Region(np.asarray(pixels[i]), tuple(c), tuple(s)) for i, (c, s) in enumerate(places)], request
 
     def _by_dali(self) -> Iterator[_Item]:
         """Decoded and resampled by DALI on a GPU."""
@@ -245,12 +250,12 @@ class _Producer:
         labels = torch.from_numpy(self._records.labels[request.indices])
         shift = None if request.shift is None else torch.from_numpy(request.shift)
         if not self._stream:
-            return images, labels, shift, request.indices, None
+            return _Item(images, labels, shift, request.indices, None)
         images = images.to(self._loading.device, non_blocking=True)
         labels = labels.pin_memory().to(self._loading.device, non_blocking=True)
         if shift is not None:
             shift = shift.pin_memory().to(self._loading.device, non_blocking=True)
-        return images, labels, shift, request.indices, self._stream.record_event()
+        return _Item(images, labels, shift, request.indices, self._stream.record_event())
 
     def _explain(self, error: Exception) -> Exception:
         """The record behind a failed batch: DALI names none, so try all that are in work."""
@@ -259,11 +264,6 @@ class _Producer:
             return first_undecodable(self._records, indices) or error
         except UserError as unreadable:  # by now
             return unreadable
-
-
-_Event = torch.cuda.Event | None
-_Item = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, Ints, _Event]
-_Ready = _Item | Exception | None
 
 
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,12 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
+
+from fastflower.arrays import Bytes
 
 
 class Memory:
@@ -20,9 +24,9 @@ class Memory:
     """
 
     def __init__(self) -> None:
-        self._free: deque[np.ndarray] = deque()
+        self._free: deque[Bytes] = deque()
 
-    def take(self, shape: Sequence[int], dtype: type[np.generic]) -> np.ndarray:
+    def take(self, shape: Sequence[int], dtype: type[np.generic]) -> NDArray[Any]:
         """An array of any values, whose memory is its own until it and all views and tensors of it are gone."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         while self._free and len(self._free[0]) != size:
