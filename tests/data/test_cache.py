@@ -31,8 +31,8 @@ CPU, ALONE = torch.device("cpu"), Ranks()
 
 def decoded(records: Records, choice: Any = "ram") -> tuple[Decoded | None, list[str]]:
     said: list[str] = []
-    (found,) = open_cache(choice, [records], Engine(), ALONE, said.append, lambda _: lambda done, total: None)
-    return found, said
+    (pixels,) = open_cache(choice, [records], Engine(), ALONE, said.append, lambda _: lambda done, total: None)
+    return pixels, said
 
 
 def batches(records: Records, pixels: Decoded | None, epoch: int) -> list[torch.Tensor]:
@@ -50,8 +50,8 @@ def test_batches_are_the_same_bit_for_bit(odd_images: Path) -> None:
     assert pixels
     assert "Keeping the decoded pictures in host memory: 0.0" in said[0]
     for epoch in (0, 1, 5):
-        for found, wanted in zip(batches(records, pixels, epoch), batches(records, None, epoch), strict=True):
-            assert torch.equal(found, wanted)
+        for images, others in zip(batches(records, pixels, epoch), batches(records, None, epoch), strict=True):
+            assert torch.equal(images, others)
 
 
 def test_real_photographs_at_all_sizes(flowers5: Path) -> None:
@@ -59,8 +59,8 @@ def test_real_photographs_at_all_sizes(flowers5: Path) -> None:
     pixels, _ = decoded(records)
     assert pixels
     assert pixels.pixels.nbytes == 3 * 50 * (192**2 + 224**2 + 331**2 + 512**2)
-    for found, wanted in zip(batches(records, pixels, 0), batches(records, None, 0), strict=True):
-        assert torch.equal(found, wanted)
+    for images, others in zip(batches(records, pixels, 0), batches(records, None, 0), strict=True):
+        assert torch.equal(images, others)
 
 
 @pytest.mark.parametrize(
@@ -77,8 +77,8 @@ def test_what_does_not_fit_is_said(
     choice: Any, needed: int, place: str | None, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machine, "memory", lambda: Memory(total=2000, free=1000, limit=None))
-    found, sentence = choose_place(choice, needed, Engine(), ALONE)
-    assert found == place
+    chosen, sentence = choose_place(choice, needed, Engine(), ALONE)
+    assert chosen == place
     assert words in sentence
 
 

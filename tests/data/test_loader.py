@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fastflower.arrays import Bytes
 from fastflower.data import pipeline as graph
 from fastflower.data.loader import Batch, Loader, Loading, normalize
 from fastflower.data.records import Records, read_image
@@ -177,12 +178,12 @@ def test_iterations_that_are_open_at_once_do_not_disturb_each_other(
 
 
 @functools.cache
-def _middle_of(encoded: bytes) -> np.ndarray:
+def _middle_of(encoded: bytes) -> Bytes:
     with Image.open(BytesIO(encoded)) as picture:
         return np.asarray(picture.crop((4, 6, 36, 38)))
 
 
-def _middle(records: Records, index: int) -> np.ndarray:
+def _middle(records: Records, index: int) -> Bytes:
     """The center by another decoder."""
     return _middle_of(read_image(records, index).tobytes())
 

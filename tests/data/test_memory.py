@@ -27,8 +27,8 @@ def test_it_is_used_again_when_nobody_holds_it() -> None:
     assert take(memory, 10, 100).data_ptr() != address
     del part
     held = take(memory, 1000), take(memory, 1000)
-    assert address in {each.data_ptr() for each in held}
-    assert len({each.data_ptr() for each in (*held, second)}) == 3
+    assert address in {tensor.data_ptr() for tensor in held}
+    assert len({tensor.data_ptr() for tensor in (*held, second)}) == 3
 
 
 @pytest.mark.parametrize(
@@ -42,11 +42,11 @@ def test_a_view_keeps_it_when_its_array_is_gone(part: Callable[[np.ndarray], np.
     assert memory.take((10, 100), np.float32).ctypes.data != address
     view[...] = 1
     del view
-    assert address in {each.ctypes.data for each in [memory.take((10, 100), np.float32) for _ in range(2)]}
+    assert address in {array.ctypes.data for array in [memory.take((10, 100), np.float32) for _ in range(2)]}
 
 
 def test_another_size_takes_new_memory_and_drops_the_old() -> None:
     memory = Memory()
     take(memory, 1000)
     assert take(memory, 2000).shape == (2000,)
-    assert not [each for each in memory._free if len(each) == 4000]
+    assert not [free for free in memory._free if len(free) == 4000]

@@ -12,6 +12,7 @@ import torch
 import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageOps
 
+from fastflower.arrays import Bytes, Floats
 from fastflower.data import pipeline as graph
 from fastflower.data.loader import normalize
 from fastflower.data.pipeline import build_pipeline, inputs
@@ -26,10 +27,10 @@ def run(
     encoded: list[bytes],
     view: View,
     shorter: int | list[int] | None = 256,
-    crop_yx: np.ndarray | None = None,
+    crop_yx: Floats | None = None,
     mirror: list[int] | None = None,
     normalization: Normalization | None = None,
-) -> np.ndarray:
+) -> Bytes:
     """One batch through the CPU pipeline: [N, H, W, C]."""
     n = len(encoded)
     request = Request(
@@ -45,7 +46,7 @@ def run(
 
 def expected(
     encoded: bytes, crop: int, shorter: int | None, place: tuple[float, float] | None = None, mirror: int = 0
-) -> np.ndarray:
+) -> Bytes:
     """The same by PIL and torchvision: decode, turn upright, resize, crop, flip; [H, W, C]."""
     picture = ImageOps.exif_transpose(Image.open(BytesIO(encoded))).convert("RGB")
     if shorter is not None:
@@ -59,7 +60,7 @@ def expected(
     return np.asarray(ImageOps.mirror(picture) if mirror else picture)
 
 
-def assert_same_pixels(actual: np.ndarray, wanted: np.ndarray, most: int = 1) -> None:
+def assert_same_pixels(actual: Bytes, wanted: Bytes, most: int = 1) -> None:
     difference = np.abs(actual.astype(int) - wanted.astype(int))
     assert difference.max() <= most, f"differs by {difference.max()} levels"
     assert difference.mean() < 0.25
@@ -69,7 +70,7 @@ def photographs(root: Path, count: int) -> list[bytes]:
     """Real photographs, every second one cut to an oblong of its own shape and stored losslessly."""
     records = load_split(root, "train", sizes=[331])
     rng = np.random.default_rng(3)
-    found = []
+    encoded = []
     for index in range(count):
         data = read_image(records, index).tobytes()
         if index % 2:
@@ -77,8 +78,8 @@ def photographs(root: Path, count: int) -> list[bytes]:
             buffer = BytesIO()
             Image.open(BytesIO(data)).crop((0, 0, int(width), int(height))).save(buffer, "PNG")
             data = buffer.getvalue()
-        found.append(data)
-    return found
+        encoded.append(data)
+    return encoded
 
 
 def test_random_view_is_resize_then_crop_then_flip_on_photographs(flowers5: Path) -> None:

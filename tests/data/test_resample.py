@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
-from fastflower.arrays import Bytes
+from fastflower.arrays import Bytes, Floats, Ints
 from fastflower.data import resample as module
 from fastflower.data.geometry import Frame, frames
 from fastflower.data.pipeline import build_decoder, build_pipeline, inputs
@@ -77,14 +77,14 @@ def whole(encoded: list[bytes]) -> list[Region]:
 
 def resampled(
     regions: list[Region], request: Request, view: View, threads: Executor, normalization: Normalization | None = None
-) -> list[np.ndarray]:
-    found: dict[int, np.ndarray] = {}
+) -> list[Bytes]:
+    pictures: dict[int, Bytes] = {}
     for images, alike in Resampler(view, normalization).batches(regions, request, threads):
-        found |= dict(zip(alike.tolist(), images, strict=True))
-    return [found[i] for i in range(len(regions))]
+        pictures |= dict(zip(alike.tolist(), images, strict=True))
+    return [pictures[i] for i in range(len(regions))]
 
 
-def resize(picture: np.ndarray, kept: Frame, *, flip: bool = False, corner: tuple[int, int] = (0, 0)) -> np.ndarray:
+def resize(picture: Bytes, kept: Frame, *, flip: bool = False, corner: tuple[int, int] = (0, 0)) -> Bytes:
     """Of a picture whose parts above and left of `corner` are not there."""
     out = np.empty((kept.rows, kept.columns, 3), np.uint8)
     region = np.ascontiguousarray(picture[corner[0] :, corner[1] :])
@@ -92,8 +92,8 @@ def resize(picture: np.ndarray, kept: Frame, *, flip: bool = False, corner: tupl
     return out
 
 
-def assert_same(found: list[np.ndarray], wanted: list[np.ndarray]) -> None:
-    for one, other in zip(found, wanted, strict=True):
+def assert_same(pictures: list[Bytes], wanted: list[Bytes]) -> None:
+    for one, other in zip(pictures, wanted, strict=True):
         assert one.shape == other.shape
         difference = np.abs(one.astype(int) - other.astype(int))
         assert difference.max() <= 1
@@ -129,8 +129,8 @@ def test_a_region_is_decoded_and_resampled_as_in_the_whole_picture(
             (top, left), (height, width, _) = region.corner, region.pixels.shape
             assert region.shape == picture.shape
             np.testing.assert_array_equal(region.pixels, picture.pixels[top : top + height, left : left + width])
-        found, wanted = (resampled(each, request, view, threads) for each in (regions, pictures))
-        for one, other in zip(found, wanted, strict=True):
+        of_regions, of_pictures = (resampled(source, request, view, threads) for source in (regions, pictures))
+        for one, other in zip(of_regions, of_pictures, strict=True):
             np.testing.assert_array_equal(one, other)
         if place != "whole" and low > 70:
             assert sum(r.pixels.size for r in regions) < 0.5 * sum(p.pixels.size for p in pictures)
@@ -189,8 +189,8 @@ def test_normalizing_is_the_plain_formula_to_the_bit(threads: Executor) -> None:
     regions = decode(encoded, request, view)
     levels = resampled(regions, request, view, threads)
     for shifts in (None, shift):
-        found = resampled(regions, replace(request, shift=shifts), view, threads, IMAGENET)
-        for i, (one, pixels) in enumerate(zip(found, levels, strict=True)):
+        normalized = resampled(regions, replace(request, shift=shifts), view, threads, IMAGENET)
+        for i, (one, pixels) in enumerate(zip(normalized, levels, strict=True)):
             assert one.dtype == np.float32
             middle = mean if shifts is None else mean - np.float32(255) * shifts[i]
             np.testing.assert_array_equal(one, (pixels.astype(np.float32) - middle) / std)
@@ -198,7 +198,7 @@ def test_normalizing_is_the_plain_formula_to_the_bit(threads: Executor) -> None:
         np.testing.assert_array_equal(one, pixels)
 
 
-def filter_matrix(size: int, resized: int) -> np.ndarray:
+def filter_matrix(size: int, resized: int) -> Floats:
     """[resized, size] float64: the triangle filter, widened where it shrinks; beyond the border is what is there."""
     scale = size / resized
     support = max(scale, 1)
@@ -221,11 +221,11 @@ def test_levels_are_those_of_the_filter_rounded(rows: tuple[int, int], columns: 
     (height, new_height), (width, new_width) = rows, columns
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     exact = np.einsum("yh,xw,hwc->yxc", filter_matrix(height, new_height), filter_matrix(width, new_width), picture)
-    found = resize(picture, Frame(new_height, new_width, 0, 0, new_height, new_width))
-    assert np.abs(found - exact).max() <= 0.5001
+    levels = resize(picture, Frame(new_height, new_width, 0, 0, new_height, new_width))
+    assert np.abs(levels - exact).max() <= 0.5001
     top, left = new_height // 3, new_width // 4
     kept = Frame(new_height, new_width, top, left, new_height - top, new_width - left)
-    np.testing.assert_array_equal(resize(picture, kept, flip=True), found[top:, left:][:, ::-1])
+    np.testing.assert_array_equal(resize(picture, kept, flip=True), levels[top:, left:][:, ::-1])
 
 
 @given(
@@ -301,11 +301,11 @@ assert not resample.resize_row_by_vectors.signatures
             np.testing.assert_array_equal(plain[f"arr_{number}"], picture)
 
 
-def by_pil(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+def by_pil(picture: Bytes, height: int, width: int) -> Ints:
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)).astype(int)
 
 
-def by_pil_with_border_repeated(picture: np.ndarray, height: int, width: int) -> np.ndarray:
+def by_pil_with_border_repeated(picture: Bytes, height: int, width: int) -> Ints:
     """As if what is at the border went on beyond it: one pixel more on each side is resized, and dropped."""
     (rows, columns), n = picture.shape[:2], max(picture.shape) + 2
     repeated = Image.fromarray(np.pad(picture, ((n, n), (n, n), (0, 0)), mode="edge"))
@@ -328,8 +328,8 @@ def test_levels_are_pils_but_for_the_border_of_what_shrinks(
     noise = Image.fromarray(np.random.default_rng(sum(shape)).integers(0, 256, (*shape, 3), np.uint8))
     picture = np.asarray(ImageOps.autocontrast(noise.filter(ImageFilter.GaussianBlur(blur))))
     height, width = resized
-    found = resize(picture, Frame(height, width, 0, 0, height, width)).astype(int)
-    difference = np.abs(found - by_pil(picture, height, width))
+    levels = resize(picture, Frame(height, width, 0, 0, height, width)).astype(int)
+    difference = np.abs(levels - by_pil(picture, height, width))
     assert difference[1:-1, 1:-1].max() <= 1
     shrinks = [old > new for old, new in zip(shape, resized, strict=True)]
     if not shrinks[0]:
@@ -337,7 +337,7 @@ def test_levels_are_pils_but_for_the_border_of_what_shrinks(
     if not shrinks[1]:
         assert difference[1:-1].max() <= 1
     assert difference.max() <= 1 + 255 * (1 - (7 / 8) ** sum(shrinks))
-    assert np.abs(found - by_pil_with_border_repeated(picture, height, width)).max() <= 1
+    assert np.abs(levels - by_pil_with_border_repeated(picture, height, width)).max() <= 1
 
 
 def drawn(width: int, height: int, seed: int) -> bytes:
@@ -357,26 +357,26 @@ def test_the_border_is_dalis_and_differs_from_pils(place: str, threads: Executor
     encoded = [drawn(130, 100, seed) for seed in range(12)]
     view = View(40, place)  # type: ignore[arg-type]
     request = replace(random_request(len(encoded), 40, 40, 0), mirror=np.zeros(len(encoded), np.int32))
-    found = resampled(decode(encoded, request, view), request, view, threads)
-    assert_same(found, by_dali(encoded, request, view))  # all pixels, also of the border
+    pictures = resampled(decode(encoded, request, view), request, view, threads)
+    assert_same(pictures, by_dali(encoded, request, view))  # all pixels, also of the border
     differences = []
-    for data, one, crop_yx in zip(encoded, found, request.crop_yx, strict=True):
+    for data, one, crop_yx in zip(encoded, pictures, request.crop_yx, strict=True):
         with Image.open(BytesIO(data)) as opened:
-            picture = np.asarray(opened)
+            original = np.asarray(opened)
         (kept,) = frames(np.array([(100, 130)]), np.full(1, 40, np.int32), crop_yx[None], view)
-        wanted = by_pil(picture, kept.height, kept.width)[kept.top :, kept.left :][: kept.rows, : kept.columns]
+        wanted = by_pil(original, kept.height, kept.width)[kept.top :, kept.left :][: kept.rows, : kept.columns]
         differences.append(np.abs(one.astype(int) - wanted))
-    assert max(each[1:-1, 1:-1].max() for each in differences) <= 1
-    assert 1 < max(each.max() for each in differences) <= 16
+    assert max(difference[1:-1, 1:-1].max() for difference in differences) <= 1
+    assert 1 < max(difference.max() for difference in differences) <= 16
 
 
 @pytest.mark.parametrize("size", [20, 50, 64, 173, 400])
 def test_a_part_of_a_resized_picture_is_that_of_the_whole(size: int) -> None:
     picture = np.random.default_rng(size).integers(0, 256, (90, 130, 3), np.uint8)
     height, width = size, size * 130 // 90
-    found = resize(picture, Frame(height, width, 0, 0, height, width))
+    whole = resize(picture, Frame(height, width, 0, 0, height, width))
     part = resize(picture, Frame(height, width, height // 4, width // 5, height // 2, width // 3), flip=True)
-    kept = found[height // 4 :, width // 5 :][: height // 2, : width // 3]
+    kept = whole[height // 4 :, width // 5 :][: height // 2, : width // 3]
     np.testing.assert_array_equal(part, kept[:, ::-1])
 
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastflower.arrays import Bools, Int32s, Singles
 from fastflower.data.sampler import (
     Request,
     augmentation,
@@ -74,27 +75,27 @@ def test_permutation_is_a_function_of_seed_and_epoch() -> None:
 
 
 @st.composite
-def masks(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
+def masks(draw: st.DrawFn) -> tuple[Bools, Bools]:
     """Which records of one table are kept, twice; at least one each time."""
     count = draw(st.integers(1, 30))
     both = draw(st.lists(st.lists(st.booleans(), min_size=count, max_size=count), min_size=2, max_size=2))
-    before, now = (np.array(each) for each in both)
+    before, now = (np.array(numbers) for numbers in both)
     before[draw(st.integers(0, count - 1))] = now[draw(st.integers(0, count - 1))] = True
     return before, now
 
 
 @given(masks(), st.integers(0, 5))
-def test_leaving_records_out_does_not_move_the_others(kept: tuple[np.ndarray, np.ndarray], number: int) -> None:
+def test_leaving_records_out_does_not_move_the_others(kept: tuple[Bools, Bools], number: int) -> None:
     whole = permutation(len(kept[0]), seed=3, epoch=number).tolist()
     assert kept_order(np.ones(len(whole), bool), seed=3, epoch=number).tolist() == whole
-    for each in kept:
-        names = np.flatnonzero(each)  # of those that are kept, in the whole table
-        assert [names[i] for i in kept_order(each, seed=3, epoch=number)] == [name for name in whole if each[name]]
+    for mask in kept:
+        names = np.flatnonzero(mask)  # of those that are kept, in the whole table
+        assert [names[i] for i in kept_order(mask, seed=3, epoch=number)] == [name for name in whole if mask[name]]
 
 
 @given(masks(), st.integers(0, 5), st.data())
 def test_an_epoch_goes_on_with_the_rest_of_what_is_kept_now(
-    kept: tuple[np.ndarray, np.ndarray], number: int, data: st.DataObject
+    kept: tuple[Bools, Bools], number: int, data: st.DataObject
 ) -> None:
     before, now = kept
     orders = [np.flatnonzero(each)[kept_order(each, seed=3, epoch=number)].tolist() for each in kept]
@@ -124,10 +125,10 @@ def test_batches_of_changing_sizes_take_each_record_once(count: int, parts: list
 def test_every_index_comes_everywhere_equally_often() -> None:
     # 3,000 permutations of 8: each of the 64 cells expects 375, and chi-square with 49 degrees of freedom
     # (rows and columns are fixed) is below 85.4 in 99.9% of cases; the seeds are fixed, so it never changes.
-    table = np.zeros((8, 8))
+    counts = np.zeros((8, 8))
     for number in range(3000):
-        table[np.arange(8), permutation(8, seed=0, epoch=number)] += 1
-    assert ((table - 375) ** 2 / 375).sum() < 85.4
+        counts[np.arange(8), permutation(8, seed=0, epoch=number)] += 1
+    assert ((counts - 375) ** 2 / 375).sum() < 85.4
 
 
 def test_pinned_numbers() -> None:
@@ -209,11 +210,11 @@ N = 100_000
 
 
 @pytest.fixture(scope="module")
-def many() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def many() -> tuple[Int32s, Singles, Int32s]:
     return augmentation(0, N, seed=11, epoch=1, scale=SCALE)
 
 
-def test_types_and_shapes(many: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_types_and_shapes(many: tuple[Int32s, Singles, Int32s]) -> None:
     assert [(c.dtype, c.shape) for c in many] == [(np.int32, (N,)), (np.float32, (N, 2)), (np.int32, (N,))]
 
 
@@ -234,7 +235,7 @@ def test_one_size_only() -> None:
     assert set(shorter.tolist()) == {256}
 
 
-def test_crop_is_uniform(many: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_crop_is_uniform(many: tuple[Int32s, Singles, Int32s]) -> None:
     _, crop_yx, _ = many
     assert crop_yx.min() >= 0
     assert crop_yx.max() <= 1
@@ -245,19 +246,19 @@ def test_crop_is_uniform(many: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Non
         assert ((counts - N / 20) ** 2 / (N / 20)).sum() < 43.8  # 99.9% of chi-square with 19 degrees of freedom
 
 
-def test_half_flip(many: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_half_flip(many: tuple[Int32s, Singles, Int32s]) -> None:
     _, _, mirror = many
     assert set(mirror.tolist()) == {0, 1}
     assert abs(mirror.mean() - 0.5) < 0.006  # four standard deviations of sqrt(1/4/N) = 0.0016
 
 
-def test_columns_and_neighbours_are_independent(many: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_columns_and_neighbours_are_independent(many: tuple[Int32s, Singles, Int32s]) -> None:
     shorter, crop_yx, mirror = many
     order = permutation(N, seed=11, epoch=1)
     next_epoch, _, _ = augmentation(0, N, seed=11, epoch=2, scale=SCALE)
     next_seed, _, _ = augmentation(0, N, seed=12, epoch=1, scale=SCALE)
-    columns = [shorter, crop_yx[:, 0], crop_yx[:, 1], mirror, order, np.roll(shorter, 1), next_epoch, next_seed]
-    correlation = np.corrcoef(np.stack(columns).astype(np.float64)) - np.eye(len(columns))
+    columns = np.array([shorter, *crop_yx.T, mirror, order, np.roll(shorter, 1), next_epoch, next_seed], np.float64)
+    correlation = np.corrcoef(columns) - np.eye(len(columns))
     assert abs(correlation).max() < 0.015  # about five standard deviations of 1/sqrt(N) = 0.0032
 
 
@@ -288,14 +289,14 @@ def test_color_shift_is_normal_along_each_component() -> None:
     np.testing.assert_allclose(np.cov(alpha.T), np.eye(3), atol=0.02)
     np.testing.assert_allclose((alpha**4).mean(0), 3, atol=0.13)
     assert 3.5 < abs(alpha).max() < 6
-    within = [(np.abs(alpha) < limit).mean() for limit in (0.5, 1, 2)]
-    np.testing.assert_allclose(within, [0.3829, 0.6827, 0.9545], atol=0.004)
+    shares = [(np.abs(alpha) < limit).mean() for limit in (0.5, 1, 2)]
+    np.testing.assert_allclose(shares, [0.3829, 0.6827, 0.9545], atol=0.004)
 
 
 def test_color_shift_leaves_all_else_as_it_is_and_follows_the_position_alone() -> None:
     requests = partial(training_requests, 96, seed=7, scale=SCALE, lighting=np.eye(3))
 
-    def shifts(batch: int, number: int = 3, **place: Any) -> np.ndarray:
+    def shifts(batch: int, number: int = 3, **place: Any) -> Singles:
         made = requests(epoch=number, global_batch=batch, **place)
         return np.concatenate([request.shift for request in made if request.shift is not None])
 

@@ -52,12 +52,12 @@ def epoch(loader: Loader) -> Iterator[Batch]:
 def test_pictures_are_those_of_the_cpu(pictures: Records, place: str) -> None:
     made = [loader(pictures, View(128, place), on_gpu) for on_gpu in (False, True)]  # type: ignore[arg-type]
     if place == "center":
-        passes = [each.batches(evaluation_requests(COUNT, shorter=144, batch=BATCH)) for each in made]
+        passes = [one.batches(evaluation_requests(COUNT, shorter=144, batch=BATCH)) for one in made]
     elif place == "whole":
         shapes = shapes_of(pictures)
-        passes = [each.batches(whole_requests(shapes, shorter=144, crop=128, batch=BATCH)) for each in made]
+        passes = [one.batches(whole_requests(shapes, shorter=144, crop=128, batch=BATCH)) for one in made]
     else:
-        passes = [epoch(each) for each in made]
+        passes = [epoch(one) for one in made]
     to_levels = 255 * torch.tensor(IMAGENET.std).view(3, 1, 1)
     seen = 0
     for cpu, gpu in zip(*passes, strict=True):
@@ -82,13 +82,13 @@ def test_batches_stay_valid_while_the_gpu_is_behind(pictures: Records) -> None:
         torch.cuda.synchronize()
         expected.append((batch.images.clone(), batch.labels.clone()))
     slow = torch.randn(4096, 4096, device="cuda")
-    found = []
+    late = []
     for batch in epoch(made):
         for _ in range(20):
             slow = (slow @ slow).clamp_(-1, 1)
-        found.append((batch.images.clone(), batch.labels.clone()))
+        late.append((batch.images.clone(), batch.labels.clone()))
     torch.cuda.synchronize()
-    for (images, labels), (late_images, late_labels) in zip(expected, found, strict=True):
+    for (images, labels), (late_images, late_labels) in zip(expected, late, strict=True):
         assert torch.equal(late_images, images)
         assert torch.equal(late_labels, labels)
 
@@ -108,14 +108,14 @@ def test_epochs_that_are_open_at_once_are_those_that_come_one_after_another(pict
     alone = [batch.images.clone() for batch in epoch(made)]
     first, second = epoch(made), epoch(made)
     turns = [first, first, second, second, first, second, second, second, first, first, second, first]
-    found = {id(first): [], id(second): []}  # type: dict[int, list[torch.Tensor]]
-    for each in turns:
-        found[id(each)].append(next(each).images.clone())
+    taken = {id(first): [], id(second): []}  # type: dict[int, list[torch.Tensor]]
+    for batches in turns:
+        taken[id(batches)].append(next(batches).images.clone())
     first.close()  # type: ignore[attr-defined]
-    found[id(second)] += [batch.images.clone() for batch in second]
-    for images in found.values():
+    taken[id(second)] += [batch.images.clone() for batch in second]
+    for images in taken.values():
         assert all(torch.equal(one, other) for one, other in zip(images, alone, strict=False))
-    assert len(found[id(second)]) == len(alone)
+    assert len(taken[id(second)]) == len(alone)
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -145,7 +145,7 @@ def test_pictures_decoded_once_give_the_same_batches(pictures: Records, choice: 
     cached = Loader(pictures, View(128, "random"), BATCH, Loading(IMAGENET, engine, device), decoded)
     for number in range(2):
         wanted = [batch.images.clone() for batch in epoch(loader(pictures, View(128, "random"), on_gpu=True))]
-        found = [batch.images.clone() for batch in epoch(cached)]
-        assert len(found) == len(wanted)
-        for one, other in zip(found, wanted, strict=True):
+        images = [batch.images.clone() for batch in epoch(cached)]
+        assert len(images) == len(wanted)
+        for one, other in zip(images, wanted, strict=True):
             assert torch.equal(one, other), f"epoch {number}"
