@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from nvidia.dali import fn, pipeline_def
-from nvidia.dali.pipeline import DataNode
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
 from torchvision.transforms.v2 import CenterCrop, Resize
 
 from fastflower.arrays import Int32s, Ints, Singles
@@ -74,13 +74,11 @@ def by_dali(shapes: Ints, shorter: Int32s | None, crop_yx: Singles, view: View) 
     n = len(shapes)
     request = Request(np.arange(n), shorter, crop_yx, np.zeros(n, np.int32))
 
-    @pipeline_def(batch_size=n, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    def definition() -> tuple[DataNode, DataNode]:
-        given = inputs(list(shapes.astype(np.int32)), request)[:3]  # shapes where pictures are else
-        shape, shorter, crop_yx = fn.external_source(source=lambda: given, num_outputs=3, batch=True)
-        return size_and_start(shape, shorter, crop_yx, view)
-
-    size, start = definition().run()
+    given = inputs(list(shapes.astype(np.int32)), request)[:3]  # shapes where pictures are else
+    with Pipeline(batch_size=n, num_threads=1, device_id=None, prefetch_queue_depth=1) as pipeline:
+        shape, sides, places = fn.external_source(source=lambda: given, num_outputs=3, batch=True)
+        pipeline.set_outputs(*size_and_start(shape, sides, places, view))
+    size, start = pipeline.run()
     return size.as_array(), start.as_array()
 
 
