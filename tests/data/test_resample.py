@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,24 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps
 
 from fastflower.arrays import Bytes, Floats, Ints
-from fastflower.data import resample as module
 from fastflower.data.geometry import Frame, frames
 from fastflower.data.pipeline import build_decoder, build_pipeline, inputs
 from fastflower.data.records import read_image
-from fastflower.data.resample import (
-    Region,
-    Resampler,
-    _compiled,
-    _taps,
-    has_vectors,
-    resample,
-    resize_row,
-    resize_row_by_vectors,
-)
+from fastflower.data.resample import Region, Resampler, resample
 from fastflower.data.sampler import Request
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.view import IMAGENET, Engine, Normalization, View
-from tests.conftest import READABLE, ROOT, jpeg
+from tests.conftest import READABLE, jpeg
 
 
 @pytest.fixture(scope="module")
@@ -228,79 +213,6 @@ def test_levels_are_those_of_the_filter_rounded(rows: tuple[int, int], columns: 
     np.testing.assert_array_equal(resize(picture, kept, flip=True), levels[top:, left:][:, ::-1])
 
 
-@given(
-    size=st.integers(1, 300),
-    resized=st.integers(1, 300),
-    part=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    seed=st.integers(0, 2**32),
-)
-@settings(deadline=None, max_examples=300)
-def test_vectors_are_the_plain_loop_to_the_bit(size: int, resized: int, part: tuple[float, float], seed: int) -> None:
-    """Of any part of a row, before anything is rounded."""
-    start, end = sorted(round(share * (resized - 1)) for share in part)
-    begin, stop, first, weights = _taps(size, resized, start, end - start + 1)
-    columns = 3 * len(first)
-    line = np.zeros((1, 3 * (stop - begin) + 3 * weights.shape[1] + 1), np.float32)
-    line[0, : 3 * (stop - begin)] = np.random.default_rng(seed).uniform(0, 255, 3 * (stop - begin))
-    rows = np.full((2, 3, columns + 1), np.nan, np.float32)
-    resize_row(line, first, weights, rows[0], 1)
-    resize_row_by_vectors(line, first, weights, rows[1], 1)
-    np.testing.assert_array_equal(rows[0, 1, :columns].view(np.uint32), rows[1, 1, :columns].view(np.uint32))
-    assert np.isnan(rows[:, [0, 2]]).all()
-
-
-@pytest.mark.parametrize(
-    ("version", "has"),
-    [
-        ("0.59.1", False),
-        ("0.60.0", True),
-        ("0.60.0rc1", True),
-        ("0.65.1", True),
-        ("0.68.1", True),
-        ("0.69.0", False),
-        ("0.69.0dev0+12.gabc", False),
-        ("0.7.0", False),
-        ("0.600.0", False),
-        ("1.60.0", False),
-        ("0+unknown", False),
-        ("", False),
-    ],
-)
-def test_vectors_are_for_versions_of_numba_that_they_were_tested_with(version: str, has: bool) -> None:
-    assert has_vectors(version) == has
-
-
-def some_pictures() -> list[Bytes]:
-    """Parts of resized pictures, larger and smaller, mirrored or not."""
-    rng, made = np.random.default_rng(0), []
-    for _ in range(40):
-        picture = rng.integers(0, 256, (*rng.integers(1, 90, 2), 3), np.uint8)
-        height, width = rng.integers(4, 120, 2).tolist()
-        kept = Frame(height, width, height // 4, width // 5, height // 2, width // 3 + 1)
-        made.append(resize(picture, kept, flip=bool(rng.integers(2))))
-    return made
-
-
-def test_another_version_of_numba_gets_the_plain_loop_and_the_same_pictures(tmp_path: Path) -> None:
-    assert has_vectors(numba.__version__), "then this test sees one of them only"
-    code = f"""
-import numba
-numba.__version__ = "99.0.0"
-from fastflower.data import resample
-assert resample._resize_row is resample.resize_row
-import numpy as np
-from tests.data.test_resample import some_pictures
-np.savez({str(tmp_path / "plain.npz")!r}, *some_pictures())
-assert not resample.resize_row_by_vectors.signatures
-"""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
-    assert module._resize_row is resize_row_by_vectors
-    with np.load(tmp_path / "plain.npz") as plain:
-        for number, picture in enumerate(some_pictures()):
-            np.testing.assert_array_equal(plain[f"arr_{number}"], picture)
-
-
 def by_pil(picture: Bytes, height: int, width: int) -> Ints:
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)).astype(int)
 
@@ -404,35 +316,3 @@ def test_read_only_pictures_are_taken(threads: Executor) -> None:
     picture.setflags(write=False)
     (image,) = resampled([Region(picture, (0, 0), (40, 40))], random_request(1, 40, 40, 0), View(32), threads)
     assert image[5, 5].tolist() == [1, 2, 3]
-
-
-def test_it_works_where_its_code_cannot_be_kept() -> None:
-    """Compiled anew in each process."""
-    code = "import numpy as np; from tests.data.test_resample import Frame, resize"
-    code += "; resize(np.zeros((4, 4, 3), np.uint8), Frame(4, 4, 0, 0, 4, 4))"
-    nowhere = {"FASTFLOWER_CACHE": "/dev/null/cache", "NUMBA_CACHE_DIR": "/dev/null/code", "HOME": "/dev/null"}
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | nowhere
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_its_code_is_kept_in_the_cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def twice(number: int) -> int:
-        return 2 * number
-
-    def files(folder: Path) -> int:
-        return sum(path.is_file() for path in folder.rglob("*"))
-
-    for named in ("", str(tmp_path / "named")):
-        monkeypatch.setattr("numba.core.config.CACHE_DIR", named)
-        monkeypatch.setenv("FASTFLOWER_CACHE", str(tmp_path / "cache"))
-        assert _compiled()(twice)(3) == 6
-        assert vars(numba.core.config)["CACHE_DIR"] == named, "of all others, where it was"
-    assert files(tmp_path / "cache" / "numba") == files(tmp_path / "named") == 2  # an index and the code
-    monkeypatch.setattr("numba.core.config.CACHE_DIR", "")
-    for place in (tmp_path / "cache" / "numba", tmp_path / "named"):
-        shutil.rmtree(place)
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("FASTFLOWER_CACHE", str(tmp_path / "file"))
-    assert _compiled(error_model="numpy")(twice)(3) == 6
-    assert not list(tmp_path.rglob("*.nb*"))
