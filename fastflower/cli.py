@@ -317,9 +317,9 @@ def _cv(command: CvCommand) -> int:
 
 
 def _flops(command: FlopsCommand) -> int:
-    from fastflower.flops import NAMES, count, layers_table, table
+    from fastflower.flops import count, layers_table, table, variants
 
-    costs = [count(name, command.size) for name in command.models or NAMES]
+    costs = [count(name, command.size) for name in command.models or variants()]
     if command.json:
         rows = [asdict(cost) for cost in costs]
         print(to_json([{k: v for k, v in row.items() if k != "layers" or command.layers} for row in rows]))

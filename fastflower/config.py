@@ -10,14 +10,17 @@ import importlib.resources
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastflower.errors import UserError
-from fastflower.models import CLASSICS, MODEL_NAMES, BottleneckStride, NormChoice, Shortcut, min_size
+from fastflower.models import NETWORKS, BottleneckStride, NormChoice, Shortcut, find_network
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SPLITS = ("train", "val", "test")
 
@@ -102,7 +105,7 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    name: Literal[MODEL_NAMES] = "resnet34"  # type: ignore[valid-type]
+    name: Literal[tuple(NETWORKS)] = "resnet34"  # type: ignore[valid-type]
     """Architecture: plain and residual as in "Deep Residual Learning"; vgg and alexnet, which have no BatchNorm."""
     shortcut: Shortcut = "B"
     """Residual shortcuts: A = zero padding, B = projection where dimensions grow, C = all projections."""
@@ -217,8 +220,8 @@ def resolve(config: Config) -> Config:
     """The configuration with the learning rate that stands for none."""
     if config.train.lr is not None:
         return config
-    low = config.model.pretrained or config.model.name in CLASSICS  # whose papers train at 0.01
-    return replace(config, train=replace(config.train, lr=0.01 if low else 0.1))
+    lr = 0.01 if config.model.pretrained else find_network(config.model.name).lr
+    return replace(config, train=replace(config.train, lr=lr))
 
 
 def find_config(given: str | Path) -> Path:
@@ -285,8 +288,8 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=120)
 
 
-def to_plain(config: Config) -> dict[str, Any]:
-    """Nested dicts of plain values: what YAML and checkpoints hold."""
+def to_plain(config: DataclassInstance) -> dict[str, Any]:
+    """A configuration, or another dataclass, as nested dicts of plain values: what YAML and checkpoints hold."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -335,7 +338,7 @@ def _check_together(config: Config, source: str) -> None:
     low, high = data.scale
     low_rates = train.schedule in ("plateau", "step")
     final = data.train_on == "train+val"
-    least = min_size(config.model.name)
+    least = find_network(config.model.name).min_size
     problems = {
         f"data.scale is {low} {high}: give the smaller size first": low > high,
         f"data.scale starts at {low} pixels, below data.crop ({data.crop}): raise it or lower data.crop": low

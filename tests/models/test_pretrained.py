@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import nn
 from fastflower.config import ModelConfig
 from fastflower.data.view import IMAGENET
 from fastflower.errors import UserError
-from fastflower.models import create_model
+from fastflower.models import NETWORKS, create_model
 from fastflower.training import pretrained
-from fastflower.training.pretrained import FILES, Pretrained, load_pretrained, open_pretrained
+from fastflower.training.pretrained import Pretrained, load_pretrained, open_pretrained
 from tests.conftest import ROOT, TinyNet
 
 Weights = dict[str, torch.Tensor]
@@ -59,7 +60,11 @@ def assert_starts_from(found: Pretrained, weights: Weights) -> None:
 
 
 def test_the_table_is_torchvisions() -> None:
-    ours = {(kind, name): f"{pretrained.URL}/{file}" for kind, files in FILES.items() for name, file in files.items()}
+    ours = {
+        (kind, name): f"{pretrained.URL}/{file}"
+        for name, network in NETWORKS.items()
+        for kind, file in network.weights.items()
+    }
     names = [name for name in torchvision.models.list_models() if re.fullmatch(r"resnet\d+|vgg1[69]|alexnet", name)]
     theirs = {
         (weights.name, name): weights.url
@@ -199,7 +204,8 @@ def published(monkeypatch: pytest.MonkeyPatch, weights: Weights, folder: Path) -
     digest = hashlib.sha256((folder / "w.pth").read_bytes()).hexdigest()
     file = (folder / "w.pth").rename(folder / f"tiny-{digest[:8]}.pth")
     monkeypatch.setattr(pretrained, "URL", f"file://{folder}")
-    monkeypatch.setitem(FILES["IMAGENET1K_V1"], "resnet18", file.name)
+    network = replace(NETWORKS["resnet18"], weights={"IMAGENET1K_V1": file.name})
+    monkeypatch.setitem(NETWORKS, "resnet18", network)
     return file, folder / "home/hub/checkpoints" / file.name
 
 

@@ -16,15 +16,14 @@ from fastflower.config import Config, TrainConfig, resolve
 from fastflower.data.loader import Batch
 from fastflower.errors import UserError
 from fastflower.runtime.device import Precision
-from fastflower.runtime.distributed import Ranks
 from fastflower.training import optimizer as module
 from fastflower.training.ema import Ema
-from fastflower.training.loss import Criterion
 from fastflower.training.optimizer import freeze, load_optimizer, new_optimizer
 from fastflower.training.schedule import Schedule
-from fastflower.training.state import Setup, State, new_state
+from fastflower.training.state import State, new_state
 from fastflower.training.step import training_step
 from tests.conftest import TinyNet
+from tests.training.no_data import setup_without_data
 
 CPU = torch.device("cpu")
 
@@ -164,8 +163,7 @@ def step_once(train: TrainConfig, pictures: int = 10) -> State:
     config = replace(Config(), train=train)
     precision = Precision(None)
     state = new_state(Plain(), config, CPU, precision)
-    loader: Any = SimpleNamespace(global_batch=pictures)
-    setup = Setup(config, CPU, precision, Ranks(), Criterion(), loader, None, {})
+    setup = setup_without_data(config, pictures)
     images = torch.randn(pictures, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     batch = Batch(images, torch.arange(pictures) % 4, np.arange(pictures))
     training_step(setup, state, state.network, batch)

@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastflower.config import Config, DataConfig, TrainConfig, to_plain
+from fastflower.data.identity import Identity
+from fastflower.data.view import IMAGENET
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.training import step
 from fastflower.training.metrics import Evaluation
+from fastflower.training.provenance import Provenance, TrainRecords
 from fastflower.training.resume import adapt
 from fastflower.training.state import State
 from tests.conftest import fastflower, train_arguments, write_dataset
@@ -44,16 +47,16 @@ def resumed(state: State, configs: Sequence[Config], epochs: Sequence[tuple[floa
     """Let `adapt` follow the second settings after the first, and validation records; its sentences."""
     before, now = configs
     names = ("position", "epoch", "best", "best_epoch", "improved_epoch", "comparable_from")
-    records = {"count": 8, "names": "a", "content": "b", "whole": "a", "left_out": []}
+    first, second = (
+        Provenance(["rose"], IMAGENET, TrainRecords(8, "a", "b", "a", []), Identity(4, names, "b"))
+        for names in ("first", val)
+    )
     saved = {name: getattr(state, name) for name in names} | {
         "config": to_plain(before),
-        "train_records": records,
-        "val_records": {"names": "first"},
+        **first.to_dict(),
         "step": 0,
     }
-    setup: Any = SimpleNamespace(
-        config=now, saved_with={"train_records": records, "val_records": {"names": val}}, val=1
-    )
+    setup: Any = SimpleNamespace(config=now, provenance=second, val=1)
     figures = [
         {"epoch": e + 1} | {f"val_{k}": v for k, v in zip(FIGURES, each, strict=True)} for e, each in enumerate(epochs)
     ]
