@@ -131,8 +131,8 @@ def table(costs: Sequence[Cost]) -> Table:
         "subsample in the 3x3 (v1.5) or the first 1x1 convolution (v1, the paper's).",
     )
     for cost in costs:
-        figures = (cost.params / 1e6, cost.macs / 1e9, cost.flops / 1e9)
-        grid.add_row(title(cost.model), *(f"{figure:.2f}" for figure in figures))
+        counts = (cost.params / 1e6, cost.macs / 1e9, cost.flops / 1e9)
+        grid.add_row(title(cost.model), *(f"{count:.2f}" for count in counts))
     return _right_aligned(grid, first=1)
 
 

@@ -177,10 +177,10 @@ class TestCommand:
     def test_json_is_a_list_of_objects(self) -> None:
         result = fastflower("flops", "resnet50", "alexnet", "--size", 64, "--json")
         assert result.code == 0
-        found = json.loads(result.out)
-        assert [list(row) for row in found] == [["model", "size", "params", "macs", "flops"]] * 2
-        assert [(row["model"], row["size"]) for row in found] == [("resnet50", 64), ("alexnet", 64)]
-        assert found[1]["macs"] == count("alexnet", 64).macs
+        rows = json.loads(result.out)
+        assert [list(row) for row in rows] == [["model", "size", "params", "macs", "flops"]] * 2
+        assert [(row["model"], row["size"]) for row in rows] == [("resnet50", 64), ("alexnet", 64)]
+        assert rows[1]["macs"] == count("alexnet", 64).macs
 
     def test_layers(self) -> None:
         (row,) = json.loads(fastflower("flops", "plain18", "--layers", "--json").out)

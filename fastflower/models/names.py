@@ -49,7 +49,14 @@ class Network:
         return getattr(importlib.import_module(module), attribute)
 
 
-def _classic(name: str, built_by: str, depths: tuple[int, ...], min_size: int, weights: str) -> Network:
+def _resnet(name: str, depths: tuple[int, ...], *weights: str, bottlenecks: bool = False) -> Network:
+    published = dict(zip(("IMAGENET1K_V1", "IMAGENET1K_V2"), weights, strict=False))
+    return Network(
+        name=name, built_by=RESNET, depths=depths, shortcuts=True, bottlenecks=bottlenecks, weights=published
+    )
+
+
+def _classic(name: str, built_by: str, depths: tuple[int, ...], weights: str, *, min_size: int) -> Network:
     """Without BatchNorm, and with fully connected layers where the others average over all positions."""
     return Network(
         name=name,
@@ -63,36 +70,19 @@ def _classic(name: str, built_by: str, depths: tuple[int, ...], min_size: int, w
     )
 
 
-def _bottlenecks(name: str, depths: tuple[int, ...], first: str, second: str) -> Network:
-    weights = {"IMAGENET1K_V1": first, "IMAGENET1K_V2": second}
-    return Network(name=name, built_by=RESNET, depths=depths, shortcuts=True, bottlenecks=True, weights=weights)
-
-
 NETWORKS = {
     network.name: network
     for network in (
         Network(name="plain18", built_by=RESNET, depths=(2, 2, 2, 2)),
         Network(name="plain34", built_by=RESNET, depths=(3, 4, 6, 3)),
-        Network(
-            name="resnet18",
-            built_by=RESNET,
-            depths=(2, 2, 2, 2),
-            shortcuts=True,
-            weights={"IMAGENET1K_V1": "resnet18-f37072fd.pth"},
-        ),
-        Network(
-            name="resnet34",
-            built_by=RESNET,
-            depths=(3, 4, 6, 3),
-            shortcuts=True,
-            weights={"IMAGENET1K_V1": "resnet34-b627a593.pth"},
-        ),
-        _bottlenecks("resnet50", (3, 4, 6, 3), "resnet50-0676ba61.pth", "resnet50-11ad3fa6.pth"),
-        _bottlenecks("resnet101", (3, 4, 23, 3), "resnet101-63fe2227.pth", "resnet101-cd907fc2.pth"),
-        _bottlenecks("resnet152", (3, 8, 36, 3), "resnet152-394f9c45.pth", "resnet152-f82ba261.pth"),
-        _classic("vgg16", VGG, (2, 2, 3, 3, 3), 32, "vgg16-397923af.pth"),
-        _classic("vgg19", VGG, (2, 2, 4, 4, 4), 32, "vgg19-dcbb9e9d.pth"),
-        _classic("alexnet", ALEXNET, (), 63, "alexnet-owt-7be5be79.pth"),
+        _resnet("resnet18", (2, 2, 2, 2), "resnet18-f37072fd.pth"),
+        _resnet("resnet34", (3, 4, 6, 3), "resnet34-b627a593.pth"),
+        _resnet("resnet50", (3, 4, 6, 3), "resnet50-0676ba61.pth", "resnet50-11ad3fa6.pth", bottlenecks=True),
+        _resnet("resnet101", (3, 4, 23, 3), "resnet101-63fe2227.pth", "resnet101-cd907fc2.pth", bottlenecks=True),
+        _resnet("resnet152", (3, 8, 36, 3), "resnet152-394f9c45.pth", "resnet152-f82ba261.pth", bottlenecks=True),
+        _classic("vgg16", VGG, (2, 2, 3, 3, 3), "vgg16-397923af.pth", min_size=32),
+        _classic("vgg19", VGG, (2, 2, 4, 4, 4), "vgg19-dcbb9e9d.pth", min_size=32),
+        _classic("alexnet", ALEXNET, (), "alexnet-owt-7be5be79.pth", min_size=63),
     )
 }
 

@@ -48,7 +48,7 @@ def open_pretrained(model: ModelConfig, say: Callable[[str], None]) -> Pretraine
     A file without normalization of its own is taken to be trained with ImageNet's.
 
     Args:
-        model: what is to be trained; see `fastflower.config.Model.pretrained`.
+        model: what is to be trained; see `fastflower.config.ModelConfig.pretrained`.
         say: gets a line when something is downloaded.
 
     Raises:

@@ -29,8 +29,8 @@ def restore(state: State, setup: Setup, folder: RunFolder, checkpoint: Path, sav
     Raises:
         UserError: the network, the optimizer, the classes or the records are not those of the checkpoint.
     """
-    known = (read_rows(folder.metrics), _kept_best(folder)) if setup.ranks.is_main else ([], None)
-    rows, best = setup.ranks.gather(known)[0]
+    history = (read_rows(folder.metrics), _kept_best(folder)) if setup.ranks.is_main else ([], None)
+    rows, best = setup.ranks.gather(history)[0]
     _refuse_another(saved, setup, checkpoint)
     changed = changes(saved["config"], setup.config)
     adapted, sentences = adapt(saved, setup, rows, best)
@@ -147,14 +147,14 @@ def _follow_figure(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]]
     name = f"val_{figure}"
     values = {row["epoch"] - 1: row[name] for row in rows if row.get(name) is not None}
     comparable = range(saved["comparable_from"], saved["epoch"])
-    if epoch not in comparable or any(each not in values for each in comparable):
+    if epoch not in comparable or any(number not in values for number in comparable):
         sentences.append("metrics.jsonl lacks epochs: what is best by another train.best begins anew.")
         return _anew(saved)
     sentences.append(f"The best checkpoint is of epoch {epoch + 1}, whose validation {figure} is {values[epoch]:.4f}.")
     improved = comparable[0]
-    for each in comparable:
-        if is_better(values[each], values[improved], figure):
-            improved = each
+    for number in comparable:
+        if is_better(values[number], values[improved], figure):
+            improved = number
     return {"best": values[epoch], "improved_epoch": improved}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -47,10 +46,9 @@ class Small(nn.Module):
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     """One module and one record, and no other change."""
     monkeypatch.setitem(NETWORKS, "small", SMALL)
-    yield
 
 
 @pytest.mark.usefixtures("registered")

@@ -34,9 +34,9 @@ def tiny_weights(classes: int = 7) -> Weights:
 
 
 def opened(source: object, **model: Any) -> Pretrained:
-    found = open_pretrained(ModelConfig(pretrained=str(source), **model), print)
-    assert found
-    return found
+    loaded = open_pretrained(ModelConfig(pretrained=str(source), **model), print)
+    assert loaded
+    return loaded
 
 
 def refusal(source: object, network: nn.Module | None = None, **model: Any) -> str:
@@ -51,11 +51,11 @@ def assert_same(a: Weights, b: Weights) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def assert_starts_from(found: Pretrained, weights: Weights) -> None:
+def assert_starts_from(loaded: Pretrained, weights: Weights) -> None:
     """A network that loads `found` has `weights`, but keeps its own last layer."""
     network = TinyNet("", 3)
     own = {name: tensor.clone() for name, tensor in network.state_dict().items() if name.startswith("fc.")}
-    load_pretrained(network, found)
+    load_pretrained(network, loaded)
     assert_same(network.state_dict(), weights | own)
 
 
@@ -116,9 +116,9 @@ def renamed(weights: Weights, rename: Callable[[str], str]) -> Weights:
 )
 def test_files_of_every_wrapping_load(tmp_path: Path, file: str, save: Callable[[Weights, Path], None]) -> None:
     save(tiny_weights(), tmp_path / file)
-    found = opened(tmp_path / file)
-    assert_starts_from(found, tiny_weights())
-    assert found.normalization == IMAGENET
+    loaded = opened(tmp_path / file)
+    assert_starts_from(loaded, tiny_weights())
+    assert loaded.normalization == IMAGENET
 
 
 def test_counts_of_batches_may_be_missing(tmp_path: Path) -> None:

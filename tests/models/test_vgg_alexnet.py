@@ -133,10 +133,10 @@ def test_compiled_and_channels_last_give_the_gradients_of_eager() -> None:
     network(images.to(memory_format=torch.channels_last))
     assert len(layouts) == 13
     assert all(layouts)
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         F.cross_entropy(compiled(images.to(memory_format=torch.channels_last)), labels), parameters
     )
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 

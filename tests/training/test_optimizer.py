@@ -40,8 +40,8 @@ def test_every_parameter_has_its_rate_and_decay(name: Any) -> None:
     train = TrainConfig(lr=0.2, head_lr=1.0, weight_decay=0.01, decay_norm_and_bias=False, optimizer=name)
     optimizer = new_optimizer(network, train, CPU)
     assert optimizer.defaults["fused"]
-    found = options_by_name(network, optimizer)
-    assert found == {
+    options = options_by_name(network, optimizer)
+    assert options == {
         "conv1.weight": (0.2, 0.01),
         "conv2.weight": (0.2, 0.01),
         "bn1.weight": (0.2, 0.0),
@@ -101,8 +101,8 @@ def test_apex_is_refused_where_it_cannot_be_and_used_where_it_is(monkeypatch: py
     train = TrainConfig(optimizer="apex_sgd", lr=0.1)
     with pytest.raises(UserError, match="runs on a GPU only"):
         new_optimizer(TinyNet("", 3), train, CPU)
-    for found, sentence in ((None, "not installed"), ("another package", "another package of that name")):
-        monkeypatch.setattr(module, "find_apex", lambda found=found: found)
+    for package, sentence in ((None, "not installed"), ("another package", "another package of that name")):
+        monkeypatch.setattr(module, "find_apex", lambda package=package: package)
         with pytest.raises(UserError, match=sentence):
             new_optimizer(TinyNet("", 3), train, torch.device("cuda"))
     monkeypatch.setattr(module, "find_apex", lambda: "nvidia")

@@ -112,8 +112,8 @@ def test_steps_that_overflow_leave_everything_as_it_was(case: Case) -> None:
     remembered = dict(zip(network.parameters(), state.network.parameters(), strict=True))
     for parameter, ours in remembered.items():
         for what, expected in optimizer.state[parameter].items():
-            found = state.optimizer.state[ours][what]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=what)
+            actual = state.optimizer.state[ours][what]
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, msg=what)
     for memory in state.optimizer.state.values():
         assert all(tensor.isfinite().all() for tensor in memory.values())
     assert (state.step, state.position) == (STEPS, STEPS * PICTURES)

@@ -33,8 +33,8 @@ def evaluation(loss: float, accuracy: float, macro_f1: float = 0.5) -> Evaluatio
 
 def see(state: State, epochs: Sequence[tuple[float, float, float]], figure: str) -> None:
     """Validate some epochs with these figures."""
-    for each in epochs:
-        state.see(evaluation(*each), figure)
+    for row in epochs:
+        state.see(evaluation(*row), figure)
         state.epoch += 1
 
 
@@ -58,7 +58,7 @@ def resumed(state: State, configs: Sequence[Config], epochs: Sequence[tuple[floa
     }
     setup: Any = SimpleNamespace(config=now, provenance=second, val=1)
     figures = [
-        {"epoch": e + 1} | {f"val_{k}": v for k, v in zip(FIGURES, each, strict=True)} for e, each in enumerate(epochs)
+        {"epoch": e + 1} | {f"val_{k}": v for k, v in zip(FIGURES, row, strict=True)} for e, row in enumerate(epochs)
     ]
     adapted, sentences = adapt(saved, setup, figures, (state.best_epoch, 0))
     for name in names:
@@ -79,13 +79,13 @@ def test_later_epochs_must_beat_what_the_kept_best_has_of_the_new_figure(
     configs = [Config(train=TrainConfig(lr=0.1, best=figure)) for figure in (before, now)]  # type: ignore[arg-type]
     resumed(state, configs, first, "first")
     column = FIGURES.index(now)
-    values = [sign(now) * each[column] for each in first]
-    old = [sign(before) * each[FIGURES.index(before)] for each in first]
+    values = [sign(now) * row[column] for row in first]
+    old = [sign(before) * row[FIGURES.index(before)] for row in first]
     kept = old.index(min(old))
     assert state.best_epoch == kept
     assert state.improved_epoch == values.index(min(values))  # early_stop counts from there
     see(state, second, now)
-    values += [sign(now) * each[column] for each in second]
+    values += [sign(now) * row[column] for row in second]
     for epoch in range(len(first), len(values)):
         kept = epoch if values[epoch] < values[kept] else kept
     assert state.best_epoch == kept
@@ -103,16 +103,16 @@ def test_on_other_records_what_is_best_begins_anew(
     assert "Validation is on other records" in sentence
     assert state.epoch - 1 - state.improved_epoch == 0  # early_stop counts anew
     see(state, second, figure)
-    values = [sign(figure) * each[FIGURES.index(figure)] for each in second]
+    values = [sign(figure) * row[FIGURES.index(figure)] for row in second]
     assert state.best_epoch == len(first) + values.index(min(values))
     # and by another figure only those are compared that are of the same records
     for other in FIGURES:
         if other != figure:
-            configs = [Config(train=TrainConfig(lr=0.1, best=each)) for each in (figure, other)]  # type: ignore[arg-type]
+            configs = [Config(train=TrainConfig(lr=0.1, best=name)) for name in (figure, other)]  # type: ignore[arg-type]
             again = new_state()
             again.__dict__.update(state.__dict__)
             resumed(again, configs, [*first, *second], "first")
-            values = [sign(other) * each[FIGURES.index(other)] for each in second]
+            values = [sign(other) * row[FIGURES.index(other)] for row in second]
             assert again.improved_epoch == len(first) + values.index(min(values))
 
 
