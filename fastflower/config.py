@@ -135,7 +135,7 @@ class TrainConfig:
     """sgd and adamw = torch's, fused; apex_sgd = FusedSGD of NVIDIA's apex, on a GPU."""
     lr: PositiveFloat | None = None
     """Learning rate: the first (plateau, step) or the highest (cosine, onecycle); None = 0.01 with model.pretrained,
-    else what the network's paper trains at (0.1; vgg and alexnet 0.01)."""
+    else the one of the network's paper: 0.1, or 0.01 for vgg and alexnet."""
     head_lr: PositiveFloat | None = None
     """Learning rate of the last layer; None = lr. It follows the same schedule."""
     freeze_epochs: Annotated[int, Field(ge=0)] = 0

@@ -194,8 +194,7 @@ class FlopsCommand:
     """
 
     models: Positional[tuple[str, ...]] = ()
-    """Networks, as model.name; those with bottlenecks are v1.5, and with -v1 after the name, as in resnet50-v1, the
-    paper's; without any, all."""
+    """Networks, as model.name; those with bottlenecks are v1.5, or the paper's as resnet50-v1; without any, all."""
     size: int = 224
     """Side of the image (pixels)."""
     layers: bool = False
