@@ -317,7 +317,7 @@ def _cv(command: CvCommand) -> int:
 
 
 def _flops(command: FlopsCommand) -> int:
-    from fastflower.flops import count, layers_table, table, variants
+    from fastflower.flops import costs_table, count, layers_table, variants
 
     costs = [count(name, command.size) for name in command.models or variants()]
     if command.json:
@@ -328,7 +328,7 @@ def _flops(command: FlopsCommand) -> int:
     if command.layers:
         for cost in costs:
             console.print(layers_table(cost))
-    console.print(table(costs))
+    console.print(costs_table(costs))
     return 0
 
 
@@ -344,13 +344,13 @@ def _report(command: ReportCommand) -> int:
 
 
 def _doctor(command: DoctorCommand) -> int:
-    from fastflower.doctor import examine, is_ready, table
+    from fastflower.doctor import examine, findings_table, is_ready
 
     findings = examine()
     if command.json:
         print(to_json([asdict(finding) for finding in findings]))
     else:
-        Console().print(table(findings))
+        Console().print(findings_table(findings))
     return 0 if is_ready(findings) else 1
 
 

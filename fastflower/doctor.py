@@ -77,7 +77,7 @@ def is_ready(findings: Sequence[Finding]) -> bool:
     return all(finding.value is not None for finding in findings if finding.essential)
 
 
-def table(findings: Sequence[Finding]) -> Table:
+def findings_table(findings: Sequence[Finding]) -> Table:
     """For a terminal."""
     grid = Table("", "", "what to do")
     for number, finding in enumerate(findings):

@@ -121,7 +121,7 @@ def _without_data(network: nn.Module) -> nn.Module:
     return copied
 
 
-def table(costs: Sequence[Cost]) -> Table:
+def costs_table(costs: Sequence[Cost]) -> Table:
     """A line for each network, for a terminal."""
     size = costs[0].size
     grid = Table(

@@ -15,7 +15,7 @@ import torch
 from nvidia import dali
 
 from fastflower import doctor, machine
-from fastflower.doctor import Finding, Probe, examine, is_ready, table
+from fastflower.doctor import Finding, Probe, examine, findings_table, is_ready
 from fastflower.errors import UserError
 from tests.conftest import fastflower
 
@@ -133,7 +133,7 @@ def test_what_is_missing_has_a_mend_and_decides_the_exit_code(monkeypatch: pytes
     assert result.code == 1
     assert "Wait. (ValueError: two lines)" in " ".join(result.out.replace("│", " ").split())
     assert not is_ready(examine())
-    assert table(examine()).row_count == 3
+    assert findings_table(examine()).row_count == 3
 
 
 @pytest.mark.gpu
