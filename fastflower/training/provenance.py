@@ -46,7 +46,8 @@ class Provenance:
         if train.left_out is None and not saved["config"]["data"]["skip"]:  # then an earlier version left out none
             train = replace(train, whole=train.names, left_out=[])
         normalization = Normalization.of(saved["normalization"])
-        return cls(saved["classes"], normalization, train, Identity(**val) if val else None)
+        validation = Identity(**{field.name: val[field.name] for field in fields(Identity)}) if val else None
+        return cls(saved["classes"], normalization, train, validation)
 
     def to_dict(self) -> dict[str, Any]:
         """For `save_checkpoint`."""
