@@ -85,7 +85,7 @@ class EvalCommand(TestOptions):
     run: Positional[Path]
     """Run folder (its best checkpoint) or a checkpoint file."""
     split: Split = "val"
-    """The split to evaluate; it must have classes."""
+    """The split, which must have classes."""
     names: str | None = None
     """Names of the classes: a JSON list, a text file with one a line, or kaggle104; None = the data's."""
     out: Path | None = None
@@ -107,7 +107,7 @@ class PredictCommand(TestOptions):
     run: Positional[Path]
     """Run folder (its best checkpoint) or a checkpoint file."""
     split: Split = "test"
-    """The split to predict; it needs no classes."""
+    """The split, which needs no classes."""
     images: tuple[Path, ...] | None = None
     """Picture files, in place of a split."""
     out: Path | None = None
