@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
-from fastflower.config import Config, DataConfig, ModelConfig
+from fastflower.config import Config, DataConfig
 from fastflower.data.cache import open_cache
 from fastflower.data.dataset import (
     Dataset,
@@ -25,19 +24,18 @@ from fastflower.data.dataset import (
     open_dataset,
     training_batches,
 )
-from fastflower.data.identity import identity, names_digest
 from fastflower.data.view import Normalization
 from fastflower.errors import UserError
-from fastflower.models import CLASSICS, create_model
-from fastflower.models.layers import choose_norm
+from fastflower.models import find_network
+from fastflower.models.layers import uses_kernels
 from fastflower.runtime.device import choose_precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.progress import Display
 from fastflower.training.loss import Criterion, balanced_weights
+from fastflower.training.network import build_network
 from fastflower.training.pretrained import load_pretrained, open_pretrained
+from fastflower.training.provenance import provenance_of
 from fastflower.training.state import Setup, State, new_state
-
-STRIDE = 32  # pixels of the image for one position of the residual and plain networks' last map
 
 
 @dataclass(frozen=True)
@@ -80,7 +78,8 @@ def prepare(
             f"The training split is smaller than a batch of {config.train.batch_size}: "
             f"a batch is {loaders.train.global_batch} pictures."
         )
-    network = build_network(config, len(loaders.dataset.classes), device, ranks)
+    classes = len(loaders.dataset.classes)
+    network = build_network(config.model, classes, seed=config.seed, device=device, ranks=ranks)
     if pretrained:
         load_pretrained(network, pretrained)
         display.say(f"Starting from {pretrained.source}, with a new last layer.")
@@ -93,13 +92,9 @@ def prepare(
         criterion=_build_criterion(config, loaders.dataset, device),
         train=loaders.train,
         val=loaders.val,
-        saved_with={
-            "classes": loaders.dataset.classes,
-            "normalization": {name: list(value) for name, value in asdict(loaders.normalization).items()},
-        }
-        | _identities(loaders.dataset, ranks, display),
+        provenance=provenance_of(loaders.dataset, loaders.normalization, ranks, display),
     )
-    _introduce(setup, loaders.dataset, display)
+    _introduce(setup, network, loaders.dataset, display)
     return setup, state
 
 
@@ -175,7 +170,8 @@ def _require_two_values(config: Config, train: TrainingBatches) -> None:
     """Raise UserError where BatchNorm would see, at the end of the network, a single value of a channel."""
     pieces, processes = config.train.accumulate, train.ranks.world_size
     smallest = max(1, train.loader.batch // pieces) * (processes if config.model.sync_norm else 1)
-    if smallest > 1 or config.data.crop > STRIDE or config.model.name in CLASSICS:
+    model = find_network(config.model.name)
+    if smallest > 1 or config.data.crop > model.stride or not model.batch_norm:
         return
     short = train.global_batch < config.train.batch_size
     causes = {
@@ -188,7 +184,7 @@ def _require_two_values(config: Config, train: TrainingBatches) -> None:
         "lower train.accumulate": min(pieces, train.loader.batch) > 1,
         "start fewer processes": processes > 1,
         "raise train.batch_size": not short,
-        f"raise data.crop above {STRIDE}": True,
+        f"raise data.crop above {model.stride}": True,
     }
     cause = ", ".join(text for text, holds in causes.items() if holds)
     mend = " or ".join(text for text, holds in mends.items() if holds)
@@ -205,20 +201,7 @@ def _build_criterion(config: Config, dataset: Dataset, device: torch.device) -> 
     return Criterion(config.train.label_smoothing, weights)
 
 
-def _identities(dataset: Dataset, ranks: Ranks, display: Display) -> dict[str, Any]:
-    """What a checkpoint says of the records: those that train, what of which was left out, and those that validate.
-
-    Raises:
-        UserError: a record cannot be read.
-    """
-    with ranks.main_first():
-        train = asdict(identity(dataset.train, display.follow("read records for training")))
-        val = asdict(identity(dataset.val, display.follow("read records for validation"))) if dataset.val else None
-    whole = {"whole": names_digest(dataset.whole), "left_out": np.flatnonzero(~dataset.kept).tolist()}
-    return {"train_records": train | whole, "val_records": val}
-
-
-def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
+def _introduce(setup: Setup, network: torch.nn.Module, dataset: Dataset, display: Display) -> None:
     config = setup.config
     for name, records in (("train", dataset.train), ("val", dataset.val)):
         if records is None:
@@ -231,9 +214,8 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
     if config.data.skip:
         display.say(f"Left out {dataset.left_out} records that {config.data.skip} lists.")
     compiled = ", compiled" if setup.compiles else ""
-    norm = _norm_options(config.model, setup.device, setup.ranks)["norm"]
     where = "by" if setup.device.type == "cuda" else "in plain torch instead of"
-    kernels = f", norm {where} our Triton kernels" if norm == "triton" else ""
+    kernels = f", norm {where} our Triton kernels" if uses_kernels(network) else ""
     processes = f", {setup.ranks.world_size} processes" if setup.ranks.world_size > 1 else ""
     display.say(
         f"{config.model.name}, {len(dataset.classes)} classes, {setup.precision} on {setup.device}"
@@ -241,21 +223,3 @@ def _introduce(setup: Setup, dataset: Dataset, display: Display) -> None:
     )
     if config.train.ema:
         display.say("The moving average of the weights validates and decides what is best.")
-
-
-def build_network(config: Config, classes: int, device: torch.device, ranks: Ranks) -> torch.nn.Module:
-    """The configured network with seeded weights, channels-last, on `device`."""
-    model = config.model
-    settings = asdict(model) | _norm_options(model, device, ranks)
-    del settings["pretrained"]  # not the network's: `prepare` loads it, and a checkpoint replaces it
-    torch.manual_seed(config.seed)
-    network = create_model(num_classes=classes, **settings)
-    return network.to(device).to(memory_format=torch.channels_last)
-
-
-def _norm_options(model: ModelConfig, device: torch.device, ranks: Ranks) -> dict[str, Any]:
-    """How BatchNorm is computed, as `create_model` takes it."""
-    if model.name in CLASSICS:  # which have none: nothing is chosen for them, and what the user chose is refused
-        return {"norm": "torch" if model.norm == "auto" else model.norm, "sync_norm": model.sync_norm}
-    norm = choose_norm(model.norm, device, sync=model.sync_norm)
-    return {"norm": norm, "sync_norm": model.sync_norm and ranks.world_size > 1}
