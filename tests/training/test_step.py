@@ -43,7 +43,7 @@ class NoWaiting(TorchDispatchMode):
     """Refuses what a GPU would be waited for: results that the host needs, and copies from one to the other."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch says no types
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
