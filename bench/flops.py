@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rich.table import Table
 
 from bench.common import append, circumstances, start
 from fastflower.errors import UserError
-from fastflower.flops import NAMES, NUM_CLASSES, count, title
+from fastflower.flops import NUM_CLASSES, count, title, variants
 
 # 10^9 multiply-adds at 224 pixels: "Deep Residual Learning", table 1, figure 3 and section 4.1; and, of the variants
 # that are not in it, what torchvision's documentation says of its weights.
@@ -50,7 +50,7 @@ PUBLISHED = {
 class Command:
     """Settings of a run."""
 
-    models: tuple[str, ...] = NAMES
+    models: tuple[str, ...] = field(default_factory=variants)
     """Networks to count."""
     size: int = 224
     """Side of the image (pixels); published figures are of 224."""
@@ -80,7 +80,7 @@ def compare(name: str, size: int, peers: Any) -> dict[str, Any]:
     if name in peers.list_models(peers):
         with torch.device("meta"):
             theirs = count(peers.get_model(name, num_classes=NUM_CLASSES), size)
-    published, source = PUBLISHED[name] if size == 224 else (None, None)
+    published, source = PUBLISHED.get(name, (None, None)) if size == 224 else (None, None)
     return {
         **cost,
         "torchvision_params": theirs and theirs.params,

@@ -17,7 +17,7 @@ from fastflower.config import Config
 from fastflower.flops import count
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
-from fastflower.training.setup import build_network
+from fastflower.training.network import build_network
 from fastflower.training.state import new_state
 
 CLASSES = 104  # of the networks: as many as the Kaggle flowers have
@@ -39,7 +39,8 @@ def contenders(work: Work, compiles: Mapping[str, bool], *, peers: bool) -> dict
     `compiles` says for each label, such as "eager", whether torch.compile is used.
     """
     name = work.config.model.name
-    ours = partial(build_network, work.config, CLASSES, work.device, Ranks())
+    seed, device = work.config.seed, work.device
+    ours = partial(build_network, work.config.model, CLASSES, seed=seed, device=device, ranks=Ranks())
     builders: dict[str, Callable[[], nn.Module]] = {name: ours}
     if peers:
         builders |= {f"{name} of {package}": partial(build, name) for package, build in OTHERS.items()}

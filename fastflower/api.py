@@ -24,9 +24,10 @@ from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.output import Console, Tolerant
 from fastflower.runtime.progress import Display
 from fastflower.training.metrics import Evaluation
+from fastflower.training.network import build_network
 from fastflower.training.pretrained import load_pretrained, open_pretrained
 from fastflower.training.run import train_run
-from fastflower.training.setup import build_network, require_two_values
+from fastflower.training.setup import require_two_values
 
 
 def load_config(source: str | Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:
@@ -68,7 +69,8 @@ def build_model(config: Config, classes: int) -> torch.nn.Module:
     Raises:
         UserError: settings that do not fit together, or pretrained weights that cannot be had.
     """
-    network = build_network(config, classes, choose_device(config.device), Ranks())
+    device = choose_device(config.device)
+    network = build_network(config.model, classes, seed=config.seed, device=device, ranks=Ranks())
     if pretrained := open_pretrained(config.model, lambda _: None):
         load_pretrained(network, pretrained)
     return network

@@ -160,16 +160,16 @@ def _cv(command: CvCommand) -> int:
 
 
 def _flops(command: FlopsCommand) -> int:
-    from fastflower.flops import NAMES, count, layers_table, table
+    from fastflower.flops import costs_table, count, layers_table, variants
 
-    costs = [count(name, command.size) for name in command.models or NAMES]
+    costs = [count(name, command.size) for name in command.models or variants()]
     if command.json:
         rows = [asdict(cost) for cost in costs]
         print(to_json([{k: v for k, v in row.items() if k != "layers" or command.layers} for row in rows]))
         return 0
     for cost in costs if command.layers else ():
         Console().print(layers_table(cost))
-    Console().print(table(costs))
+    Console().print(costs_table(costs))
     return 0
 
 
@@ -184,13 +184,13 @@ def _report(command: ReportCommand) -> int:
 
 
 def _doctor(command: DoctorCommand) -> int:
-    from fastflower.doctor import examine, is_ready, table
+    from fastflower.doctor import examine, findings_table, is_ready
 
     findings = examine()
     if command.json:
         print(to_json([asdict(finding) for finding in findings]))
     else:
-        Console().print(table(findings))
+        Console().print(findings_table(findings))
     return 0 if is_ready(findings) else 1
 
 

@@ -10,14 +10,17 @@ import importlib.resources
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
 from fastflower.errors import UserError
-from fastflower.models import CLASSICS, MODEL_NAMES, BottleneckStride, NormChoice, Shortcut, min_size
+from fastflower.models import NETWORKS, BottleneckStride, NormChoice, Shortcut, find_network
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 SPLITS = ("train", "val", "test")
 
@@ -102,7 +105,7 @@ class DataConfig:
 class ModelConfig:
     """The network."""
 
-    name: Literal[MODEL_NAMES] = "resnet34"  # type: ignore[valid-type]
+    name: Literal[tuple(NETWORKS)] = "resnet34"  # type: ignore[valid-type]
     """Architecture: plain and residual as in "Deep Residual Learning"; vgg and alexnet, which have no BatchNorm."""
     shortcut: Shortcut = "B"
     """Residual shortcuts: A = zero padding, B = projection where dimensions grow, C = all projections."""
@@ -131,16 +134,16 @@ class TrainConfig:
     optimizer: Literal["sgd", "adamw", "apex_sgd"] = "sgd"
     """sgd and adamw = torch's, fused; apex_sgd = FusedSGD of NVIDIA's apex, on a GPU."""
     lr: PositiveFloat | None = None
-    """Learning rate: the first (plateau, step) or the highest (cosine, onecycle); None = 0.1, or 0.01 with
-    model.pretrained, vgg and alexnet."""
+    """Learning rate: the first (plateau, step) or the highest (cosine, onecycle); None = 0.01 with model.pretrained,
+    else the one of the network's paper: 0.1, or 0.01 for vgg and alexnet."""
     head_lr: PositiveFloat | None = None
     """Learning rate of the last layer; None = lr. It follows the same schedule."""
     freeze_epochs: Annotated[int, Field(ge=0)] = 0
     """First epochs in which only the last layer learns, and BatchNorm's running statistics rest."""
     momentum: Share = 0.9
-    """SGD's momentum."""
+    """Momentum of SGD."""
     nesterov: bool = False
-    """Nesterov's momentum."""
+    """Use Nesterov's form of momentum."""
     weight_decay: NonNegativeFloat = 1e-4
     """L2 penalty on the parameters (adamw: decoupled)."""
     decay_norm_and_bias: bool = True
@@ -207,26 +210,26 @@ class Config:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the network runs; auto = on the GPU where there is one."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Of initialization, order, augmentation, and of what validates (data.val_share, data.folds)."""
+    """Seed of initialization, order, augmentation, and of what validates (data.val_share, data.folds)."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with the learning rate that stands for none."""
+    """The configuration with the learning rate that train.lr None stands for."""
     if config.train.lr is not None:
         return config
-    low = config.model.pretrained or config.model.name in CLASSICS  # whose papers train at 0.01
-    return replace(config, train=replace(config.train, lr=0.01 if low else 0.1))
+    lr = 0.01 if config.model.pretrained else find_network(config.model.name).lr
+    return replace(config, train=replace(config.train, lr=lr))
 
 
 def find_config(given: str | Path) -> Path:
     """A configuration file by its path, or by its name where it comes with fastflower."""
     path = Path(given)
     if not path.suffix and not path.is_file():
-        found = importlib.resources.files("fastflower.configs").joinpath(f"{given}.yaml")
-        with importlib.resources.as_file(found) as bundled:
+        resource = importlib.resources.files("fastflower.configs").joinpath(f"{given}.yaml")
+        with importlib.resources.as_file(resource) as bundled:
             if bundled.is_file():
                 return bundled
     return path
@@ -285,8 +288,8 @@ def to_yaml(config: Config) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=120)
 
 
-def to_plain(config: Config) -> dict[str, Any]:
-    """Nested dicts of plain values: what YAML and checkpoints hold."""
+def to_plain(config: DataclassInstance) -> dict[str, Any]:
+    """A configuration, or another dataclass, as nested dicts of plain values: what YAML and checkpoints hold."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -300,20 +303,20 @@ def to_plain(config: Config) -> dict[str, Any]:
 
 def keys(kind: type = Config, prefix: str = "") -> list[str]:
     """All dotted keys, such as `train.lr`."""
-    found = []
+    names = []
     for f in fields(kind):
-        nested = f.default_factory if is_dataclass(f.default_factory) else None
-        found += keys(nested, f"{prefix}{f.name}.") if isinstance(nested, type) else [prefix + f.name]
-    return found
+        section = f.default_factory if is_dataclass(f.default_factory) else None
+        names += keys(section, f"{prefix}{f.name}.") if isinstance(section, type) else [prefix + f.name]
+    return names
 
 
 def _refuse_unknown_keys(settings: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
     sections = {f.name: f.default_factory for f in fields(kind) if is_dataclass(f.default_factory)}
-    known = {f.name for f in fields(kind)}
+    names = {f.name for f in fields(kind)}
     for key, value in settings.items():
-        if key not in known:
+        if key not in names:
             near = _nearest(prefix, str(key))
-            hint = f"did you mean {near}?" if near else f"the keys here are {', '.join(sorted(known))}."
+            hint = f"did you mean {near}?" if near else f"the keys here are {', '.join(sorted(names))}."
             raise UserError(f"{source}: there is no setting {prefix}{key}; {hint}")
         section = sections.get(key)
         if isinstance(section, type):
@@ -326,7 +329,7 @@ def _nearest(prefix: str, key: str) -> str | None:
     """The dotted key that is most like the unknown one, wherever it stands."""
     if near := difflib.get_close_matches(prefix + key, keys(), n=1):
         return near[0]
-    by_name = {known.rpartition(".")[2]: known for known in keys()}
+    by_name = {dotted.rpartition(".")[2]: dotted for dotted in keys()}
     return next((by_name[name] for name in difflib.get_close_matches(key, by_name, n=1)), None)
 
 
@@ -335,7 +338,7 @@ def _check_together(config: Config, source: str) -> None:
     low, high = data.scale
     low_rates = train.schedule in ("plateau", "step")
     final = data.train_on == "train+val"
-    least = min_size(config.model.name)
+    least = find_network(config.model.name).min_size
     problems = {
         f"data.scale is {low} {high}: give the smaller size first": low > high,
         f"data.scale starts at {low} pixels, below data.crop ({data.crop}): raise it or lower data.crop": low

@@ -77,7 +77,7 @@ def is_ready(findings: Sequence[Finding]) -> bool:
     return all(finding.value is not None for finding in findings if finding.essential)
 
 
-def table(findings: Sequence[Finding]) -> Table:
+def findings_table(findings: Sequence[Finding]) -> Table:
     """For a terminal."""
     grid = Table("", "", "what to do")
     for number, finding in enumerate(findings):
@@ -102,9 +102,9 @@ def _cores(sources: machine.Sources = machine.LINUX) -> str:
 
 
 def _memory(sources: machine.Sources = machine.LINUX) -> str:
-    found = machine.memory(sources)
-    limited = f", limited to {found.limit / GIB:.1f} GiB" if found.limit else ""
-    return f"{found.total / GIB:.1f} GiB{limited}, {found.free / GIB:.1f} GiB free"
+    memory = machine.memory(sources)
+    limited = f", limited to {memory.limit / GIB:.1f} GiB" if memory.limit else ""
+    return f"{memory.total / GIB:.1f} GiB{limited}, {memory.free / GIB:.1f} GiB free"
 
 
 def _cpu_bf16() -> str:
@@ -137,11 +137,11 @@ def _gpu() -> str:
             f"torch finds no GPU: everything runs on the CPU, slowly. If there is one, its driver must support CUDA "
             f"{torch.version.cuda}, which this torch is built for."
         )
-    found = []
+    gpus = []
     for number in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(number)
-        found.append(f"{gpu.name}, {gpu.total_memory / GIB:.1f} GiB, compute capability {gpu.major}.{gpu.minor}")
-    return "\n".join(found)
+        gpus.append(f"{gpu.name}, {gpu.total_memory / GIB:.1f} GiB, compute capability {gpu.major}.{gpu.minor}")
+    return "\n".join(gpus)
 
 
 def _cuda() -> str:
@@ -183,9 +183,9 @@ def _free(path: Path) -> str:
 
 
 def _cache() -> str:
-    known = os.environ.get("FASTFLOWER_CACHE") or home_cache()
+    lasting = os.environ.get("FASTFLOWER_CACHE") or home_cache()
     try:
-        return _free(cache_dir()) + ("" if known else "; at home none can be written")
+        return _free(cache_dir()) + ("" if lasting else "; at home none can be written")
     except UserError as error:
         raise UserError(f"{error} by FASTFLOWER_CACHE.") from error
 
@@ -218,19 +218,19 @@ def _triton() -> str:
 def _apex() -> str:
     from fastflower.environment import find_apex
 
-    found = find_apex()
-    if found == "nvidia":
+    package = find_apex()
+    if package == "nvidia":
         return "NVIDIA's"
-    if found:
+    if package:
         raise UserError("The package apex that is installed is not NVIDIA's; nothing here uses it: pip uninstall apex.")
     raise UserError("Only --train.optimizer apex_sgd needs it: build it from https://github.com/NVIDIA/apex.")
 
 
 def _compiler() -> str:
-    found = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
-    if not found:
+    compiler = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
+    if not compiler:
         raise UserError("torch.compile and Triton need one on a GPU: install gcc, or train with --train.no_compile.")
-    return found
+    return compiler
 
 
 def _device() -> str:

@@ -13,11 +13,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastflower.errors import UserError
-from fastflower.models import BOTTLENECKS, MODEL_NAMES, create_model, min_size
+from fastflower.models import NETWORKS, create_model, find_network
 from fastflower.models.layers import BNReLU, both
 
 V1 = "-v1"  # after a name: bottlenecks that subsample in their first 1x1 convolution, as in the paper
-NAMES = tuple(variant for name in MODEL_NAMES for variant in ((name, name + V1) if name in BOTTLENECKS else (name,)))
 NUM_CLASSES = 1000  # of the named networks, as in the published figures
 
 
@@ -44,6 +43,11 @@ class Cost:
     layers: list[Layer]  # in the order in which they ran
 
 
+def variants() -> tuple[str, ...]:
+    """The names that `count` takes: each network's, and with V1 after it where it has bottlenecks."""
+    return tuple(name + suffix for name, network in NETWORKS.items() for suffix in ("", V1)[: 1 + network.bottlenecks])
+
+
 def count(network: str | nn.Module, size: int = 224) -> Cost:
     """Count the parameters of a network and its work for one image, [1, 3, size, size].
 
@@ -52,7 +56,7 @@ def count(network: str | nn.Module, size: int = 224) -> Cost:
     is neither run nor changed, and costs the same compiled and by any implementation of BatchNorm.
 
     Args:
-        network: one of NAMES, of 1000 classes, or a network, which may be compiled.
+        network: one of `variants`, of 1000 classes, or a network, which may be compiled.
         size: pixels.
 
     Raises:
@@ -93,13 +97,14 @@ def count(network: str | nn.Module, size: int = 224) -> Cost:
 
 
 def _by_name(name: str, size: int) -> nn.Module:
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1)
+    if name not in (names := variants()):
+        near = difflib.get_close_matches(name, names, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise UserError(f"there is no network {name}{hint}: give some of {', '.join(NAMES)}.")
+        raise UserError(f"there is no network {name}{hint}: give some of {', '.join(names)}.")
     base = name.removesuffix(V1)
-    if size < min_size(base):
-        raise UserError(f"--size is {size} pixels, but {name} needs at least {min_size(base)}: raise it.")
+    least = find_network(base).min_size
+    if size < least:
+        raise UserError(f"--size is {size} pixels, but {name} needs at least {least}: raise it.")
     with torch.device("meta"):
         return create_model(base, NUM_CLASSES, bottleneck_stride="3x3" if base == name else "1x1")
 
@@ -116,7 +121,7 @@ def _without_data(network: nn.Module) -> nn.Module:
     return copied
 
 
-def table(costs: Sequence[Cost]) -> Table:
+def costs_table(costs: Sequence[Cost]) -> Table:
     """A line for each network, for a terminal."""
     size = costs[0].size
     grid = Table(
@@ -126,8 +131,8 @@ def table(costs: Sequence[Cost]) -> Table:
         "subsample in the 3x3 (v1.5) or the first 1x1 convolution (v1, the paper's).",
     )
     for cost in costs:
-        figures = (cost.params / 1e6, cost.macs / 1e9, cost.flops / 1e9)
-        grid.add_row(title(cost.model), *(f"{figure:.2f}" for figure in figures))
+        counts = (cost.params / 1e6, cost.macs / 1e9, cost.flops / 1e9)
+        grid.add_row(title(cost.model), *(f"{count:.2f}" for count in counts))
     return _right_aligned(grid, first=1)
 
 
@@ -144,7 +149,7 @@ def layers_table(cost: Cost) -> Table:
 
 def title(model: str) -> str:
     """The name, with the version that a bottleneck network is where it does not say so."""
-    return f"{model} (v1.5)" if model in BOTTLENECKS else model
+    return f"{model} (v1.5)" if model in NETWORKS and NETWORKS[model].bottlenecks else model
 
 
 def _right_aligned(grid: Table, first: int) -> Table:

@@ -91,7 +91,7 @@ class EvalCommand(TestOptions):
     run: Positional[Path]
     """Run folder (its best checkpoint) or a checkpoint file."""
     split: Split = "val"
-    """Which split; it must have classes."""
+    """The split, which must have classes."""
     names: str | None = None
     """Names of the classes: a JSON list, a text file with one a line, or kaggle104; None = the data's."""
     out: Path | None = None
@@ -111,7 +111,7 @@ class PredictCommand(TestOptions):
     run: Positional[Path]
     """Run folder (its best checkpoint) or a checkpoint file."""
     split: Split = "test"
-    """Which split; it needs no classes."""
+    """The split, which needs no classes."""
     images: tuple[Path, ...] | None = None
     """Picture files, in place of a split."""
     out: Path | None = None
@@ -139,7 +139,7 @@ class EnsembleCommand(Options):
     """vote = what most members say, of equally many the class with the higher mean probability; mean = of the
     probabilities; weighted = with weights that make validation's classes the likeliest."""
     split: Split = "test"
-    """Which split of the runs."""
+    """The split to combine predictions of."""
     root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
     """Data folder, or several, for what is predicted now; None = each run's."""
     fit_on: tuple[Path, ...] = ()
@@ -167,7 +167,7 @@ class CvCommand(Options):
     config: Path | None = None
     """YAML file of settings, or the name of one that comes with fastflower."""
     folds: int | None = None
-    """How many; None = data.folds, else 5."""
+    """Number of folds; None = data.folds, or else 5."""
     run: Path | None = None
     """Folder for the folds, as runs fold-0, fold-1, ..., and for what they give together; None =
     runs/cv-CONFIG-DATE-TIME."""
@@ -180,7 +180,7 @@ class CvCommand(Options):
     test: bool = False
     """Also predict the test split, by the mean of the folds' networks."""
     submission: Path | None = None
-    """Write the competition's CSV, id,label, of that."""
+    """Write those predictions as the competition's CSV, id,label."""
 
 
 @dataclass(frozen=True)
@@ -192,11 +192,11 @@ class FlopsCommand(Options):
     """
 
     models: Positional[tuple[str, ...]] = ()
-    """Networks, as model.name; resnet50, 101 and 152 are v1.5, and resnet50-v1, ... the paper's; without any, all."""
+    """Networks, as model.name; those with bottlenecks are v1.5, or the paper's as resnet50-v1; without any, all."""
     size: int = 224
     """Side of the image (pixels)."""
     layers: bool = False
-    """Also each network's layers one by one."""
+    """Also list each network's layers one by one."""
     json: bool = False
     """Print a JSON list of objects: model, size, params, macs, flops, and with --layers layers."""
 
@@ -244,7 +244,7 @@ class DemoCommand(Options):
     test: int = 480
     """Pictures in the test split (without classes)."""
     seed: int = 0
-    """Of the drawing."""
+    """Seed of the drawing."""
 
 
 @dataclass(frozen=True)
@@ -270,9 +270,9 @@ class StatsCommand(Options):
     root: Positional[tuple[Path, ...]]
     """Data folder, or several that are taken together."""
     split: Literal["train", "train+val"] = "train"
-    """What to measure, as data.train_on."""
+    """The part to measure, as data.train_on names it."""
     sizes: Literal["auto", "all"] | tuple[int, ...] = "auto"
-    """Stored sizes to measure (pixels), as data.sizes."""
+    """Stored sizes to measure (pixels), as data.sizes names them."""
 
 
 @dataclass(frozen=True)

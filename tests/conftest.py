@@ -226,7 +226,7 @@ class TinyNet(nn.Module):
 @pytest.fixture
 def tiny_net(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs of this test train a TinyNet, whatever the configuration names."""
-    monkeypatch.setattr("fastflower.training.setup.create_model", TinyNet)
+    monkeypatch.setattr("fastflower.training.network.create_model", TinyNet)
 
 
 @pytest.fixture

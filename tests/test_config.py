@@ -26,9 +26,9 @@ def settings(*arguments: object) -> Config:
 def test_command_line_wins_over_file_wins_over_defaults(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("train: {epochs: 5, lr: 1e-3}\ndata: {sizes: [192, 224]}\n")
-    found = settings("--config", file, "--train.epochs", 7)
-    assert (found.train.epochs, found.train.lr, found.train.batch_size) == (7, 0.001, 256)
-    assert found.data.sizes == (192, 224)
+    config = settings("--config", file, "--train.epochs", 7)
+    assert (config.train.epochs, config.train.lr, config.train.batch_size) == (7, 0.001, 256)
+    assert config.data.sizes == (192, 224)
 
 
 def test_without_configuration_and_data_the_demos_settings_are_the_defaults(tmp_path: Path) -> None:
@@ -46,11 +46,11 @@ def test_every_configuration_that_ships_is_valid_and_found_by_name(file: Path) -
 
 def test_the_studys_configurations_are_its_recipe() -> None:
     for name, epochs in (("plain34", 70), ("resnet34", 70), ("resnet50", 50)):
-        found = settings("--config", name)
-        assert found.model.name == name
-        assert found.data.sizes == "all"
-        assert found.data.val_resize is None
-        train = found.train
+        config = settings("--config", name)
+        assert config.model.name == name
+        assert config.data.sizes == "all"
+        assert config.data.val_resize is None
+        train = config.train
         assert (train.epochs, train.lr, train.batch_size, train.schedule, train.patience, train.factor) == (
             *(epochs, 0.1, 256, "plateau", 7, 0.1),
         )

@@ -15,7 +15,7 @@ import torch
 from nvidia import dali
 
 from fastflower import doctor, machine
-from fastflower.doctor import Finding, Probe, examine, is_ready, table
+from fastflower.doctor import Finding, Probe, examine, findings_table, is_ready
 from fastflower.errors import UserError
 from tests.conftest import fastflower
 
@@ -35,21 +35,21 @@ def test_it_says_what_is_here_in_little_time(tmp_path: Path) -> None:
     times = []
     for _ in range(2):
         began = time.perf_counter()
-        code, found = run(tmp_path)
+        code, findings = run(tmp_path)
         times.append(time.perf_counter() - began)
     assert min(times) < 10
     assert code == 0
-    assert found["torch"]["value"] == torch.__version__
-    assert found["DALI"]["value"] == dali.__version__
-    assert found["cores"]["value"].startswith(f"{machine.cpus()} of")
-    assert found["memory"]["value"].count("GiB") >= 2
-    assert found["this folder"]["value"].startswith(str(tmp_path))
-    assert found["cache folder"]["value"].startswith(os.environ["FASTFLOWER_CACHE"])
-    assert (found["GPU"]["value"] is None) == (not torch.cuda.is_available())
-    assert found["device"]["value"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
-    for finding in found.values():
+    assert findings["torch"]["value"] == torch.__version__
+    assert findings["DALI"]["value"] == dali.__version__
+    assert findings["cores"]["value"].startswith(f"{machine.cpus()} of")
+    assert findings["memory"]["value"].count("GiB") >= 2
+    assert findings["this folder"]["value"].startswith(str(tmp_path))
+    assert findings["cache folder"]["value"].startswith(os.environ["FASTFLOWER_CACHE"])
+    assert (findings["GPU"]["value"] is None) == (not torch.cuda.is_available())
+    assert findings["device"]["value"] == ("cuda:0" if torch.cuda.is_available() else "cpu")
+    for finding in findings.values():
         assert bool(finding["value"]) != bool(finding["mend"])  # one or the other
-    assert list(found["torch"]) == ["section", "item", "value", "mend", "essential"]
+    assert list(findings["torch"]) == ["section", "item", "value", "mend", "essential"]
 
 
 @pytest.mark.parametrize("broken", ["torch", "nvidia/dali"])
@@ -58,17 +58,17 @@ def test_a_broken_package_hides_nothing_else(broken: str, tmp_path: Path) -> Non
     package.mkdir(parents=True)
     (package.parent / "__init__.py").write_text("")  # of nvidia
     (package / "__init__.py").write_text("raise OSError('libcudart.so.12: cannot open shared object file')\n")
-    code, found = run(tmp_path, tmp_path / "packages")
+    code, findings = run(tmp_path, tmp_path / "packages")
     item, other = ("torch", "DALI") if broken == "torch" else ("DALI", "torch")
     assert code == 1
-    assert found[item]["value"] is None
-    assert found[item]["mend"].startswith("Install it: pip install ")
-    assert "libcudart.so.12" in found[item]["mend"]
-    assert found[other]["value"]
+    assert findings[item]["value"] is None
+    assert findings[item]["mend"].startswith("Install it: pip install ")
+    assert "libcudart.so.12" in findings[item]["mend"]
+    assert findings[other]["value"]
     for name in ("processor", "memory", "this folder", "cache folder", "Python", "Triton"):
-        assert found[name]["value"]
-    assert "find_apex" not in found["apex"]["mend"]
-    assert found["decoding"]["mend"].startswith("It follows from torch and DALI")
+        assert findings[name]["value"]
+    assert "find_apex" not in findings["apex"]["mend"]
+    assert findings["decoding"]["mend"].startswith("It follows from torch and DALI")
 
 
 def test_a_strangers_apex_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,16 +133,16 @@ def test_what_is_missing_has_a_mend_and_decides_the_exit_code(monkeypatch: pytes
     assert result.code == 1
     assert "Wait. (ValueError: two lines)" in " ".join(result.out.replace("│", " ").split())
     assert not is_ready(examine())
-    assert table(examine()).row_count == 3
+    assert findings_table(examine()).row_count == 3
 
 
 @pytest.mark.gpu
 def test_a_gpu_is_described() -> None:
-    found = {finding.item: finding for finding in examine()}
-    assert torch.cuda.get_device_name() in (found["GPU"].value or "")
-    assert found["NVIDIA driver"].value
-    assert found["CUDA"].value
-    assert found["decoding"].value is not None
-    assert found["decoding"].value.startswith("DALI on the GPU")
+    findings = {finding.item: finding for finding in examine()}
+    assert torch.cuda.get_device_name() in (findings["GPU"].value or "")
+    assert findings["NVIDIA driver"].value
+    assert findings["CUDA"].value
+    assert findings["decoding"].value is not None
+    assert findings["decoding"].value.startswith("DALI on the GPU")
     is_hopper = torch.cuda.get_device_capability() == (9, 0)
-    assert not is_hopper or found["hardware JPEG decoder"].value
+    assert not is_hopper or findings["hardware JPEG decoder"].value

@@ -11,8 +11,8 @@ import torchvision
 from torch import nn
 
 from fastflower.errors import UserError
-from fastflower.flops import NAMES, Cost, count
-from fastflower.models import MODEL_NAMES, create_model
+from fastflower.flops import Cost, count, variants
+from fastflower.models import NETWORKS, create_model
 from tests.conftest import TinyNet, fastflower
 
 # 10^9 multiply-adds by "Deep Residual Learning", table 1 and figure 3.
@@ -56,7 +56,7 @@ PARAMETERS = {
 
 @pytest.fixture(scope="module")
 def costs() -> dict[str, Cost]:
-    return {name: count(name) for name in NAMES}
+    return {name: count(name) for name in variants()}
 
 
 def test_multiply_adds_are_the_published_ones(costs: dict[str, Cost]) -> None:
@@ -169,7 +169,7 @@ class TestCommand:
     def test_all_networks_are_a_table_that_says_what_is_counted(self) -> None:
         result = fastflower("flops")
         assert result.code == 0
-        for part in (*MODEL_NAMES, "resnet50 (v1.5)", "resnet152-v1", "FLOPs: 2 x MACs", "not counted"):
+        for part in (*NETWORKS, "resnet50 (v1.5)", "resnet152-v1", "FLOPs: 2 x MACs", "not counted"):
             assert part in " ".join(result.out.split()), part
         row = next(line for line in result.out.splitlines() if "resnet50-v1" in line)
         assert row.replace("│", " ").split() == ["resnet50-v1", "25.56", "3.86", "7.72"]
@@ -177,10 +177,10 @@ class TestCommand:
     def test_json_is_a_list_of_objects(self) -> None:
         result = fastflower("flops", "resnet50", "alexnet", "--size", 64, "--json")
         assert result.code == 0
-        found = json.loads(result.out)
-        assert [list(row) for row in found] == [["model", "size", "params", "macs", "flops"]] * 2
-        assert [(row["model"], row["size"]) for row in found] == [("resnet50", 64), ("alexnet", 64)]
-        assert found[1]["macs"] == count("alexnet", 64).macs
+        rows = json.loads(result.out)
+        assert [list(row) for row in rows] == [["model", "size", "params", "macs", "flops"]] * 2
+        assert [(row["model"], row["size"]) for row in rows] == [("resnet50", 64), ("alexnet", 64)]
+        assert rows[1]["macs"] == count("alexnet", 64).macs
 
     def test_layers(self) -> None:
         (row,) = json.loads(fastflower("flops", "plain18", "--layers", "--json").out)

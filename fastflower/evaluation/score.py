@@ -18,7 +18,7 @@ from fastflower.runtime.checkpoint import first_non_finite, require_fit
 from fastflower.runtime.device import Precision, choose_precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.metrics import Evaluation, EvaluationSums
-from fastflower.training.setup import build_network
+from fastflower.training.network import build_network
 from fastflower.training.validate import outputs
 
 OTHER = "give another checkpoint, or train again with a lower train.lr"
@@ -93,7 +93,8 @@ def ready(
     with within.ranks.together():
         if views.whole:
             shapes = _shapes(data, records, views)
-    network = build_network(config, len(planned.classes), within.device, within.ranks)
+    classes, device, ranks = len(planned.classes), within.device, within.ranks
+    network = build_network(config.model, classes, seed=config.seed, device=device, ranks=ranks)
     if isinstance(planned, Trained):
         if name := first_non_finite(planned.weights):
             raise UserError(f"{planned.checkpoint} holds weights that are not finite ({name}): {OTHER}.")

@@ -19,7 +19,7 @@ from torch import nn
 from fastflower.config import DataConfig
 from fastflower.data.geometry import centered
 from fastflower.errors import UserError
-from fastflower.models import CLASSICS
+from fastflower.models import find_network
 
 Scorer = Callable[[torch.Tensor], torch.Tensor]
 
@@ -44,7 +44,7 @@ class Views:
         """Raise UserError where they do not fit together, the data's geometry or the network of that name."""
         if self.crops not in (1, 10):
             raise UserError(f"crops is {self.crops}: give 1, the center, or 10.")
-        if self.scales and model in CLASSICS:
+        if self.scales and not find_network(model).global_pooling:
             raise UserError(
                 f"--scales needs a network that ends in global average pooling, which {model} does not: give --crops "
                 "10."

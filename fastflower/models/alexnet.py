@@ -8,12 +8,13 @@ from __future__ import annotations
 from torch import nn
 
 from fastflower.models.layers import Classic
+from fastflower.models.names import Network
 
 
 class AlexNet(Classic):
     """The network. It takes images [N, 3, H, W] from 63 pixels a side on."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, network: Network, num_classes: int) -> None:
         """Build with He initialization."""
         features = nn.Sequential(
             *(nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(inplace=True), nn.MaxPool2d(3, stride=2)),

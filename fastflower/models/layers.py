@@ -10,7 +10,7 @@ from torch import nn
 
 from fastflower.errors import UserError
 from fastflower.kernels.batch_norm import bn_relu
-from fastflower.models import Norm, NormChoice
+from fastflower.models.names import Norm, NormChoice
 
 # Kinds of GPU, as torch.cuda.get_device_name calls them, on which "triton" trains faster than "torch" compiled, by
 # bench/results/kernels.jsonl.
@@ -106,6 +106,11 @@ class Classic(nn.Module):
 def head_prefix(network: nn.Module) -> str:
     """What the names of the last linear layer's parameters begin with: `fc.`, or `classifier.6.`."""
     return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1] + "."
+
+
+def uses_kernels(network: nn.Module) -> bool:
+    """Whether BatchNorm + ReLU is computed by this package's kernels."""
+    return any(isinstance(module, BNReLU) and module.norm == "triton" for module in network.modules())
 
 
 def both(x: torch.Tensor | Forked) -> Forked:

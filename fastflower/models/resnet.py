@@ -13,19 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastflower.models import BOTTLENECKS, PLAIN, BottleneckStride, Norm, Shortcut
 from fastflower.models.layers import BNReLU, Forked, both
-
-# Blocks in each of the four stages.
-DEPTHS = {
-    "plain18": (2, 2, 2, 2),
-    "plain34": (3, 4, 6, 3),
-    "resnet18": (2, 2, 2, 2),
-    "resnet34": (3, 4, 6, 3),
-    "resnet50": (3, 4, 6, 3),
-    "resnet101": (3, 4, 23, 3),
-    "resnet152": (3, 8, 36, 3),
-}
+from fastflower.models.names import BottleneckStride, Network, Norm, Shortcut
 
 
 class ResNet(nn.Module):
@@ -33,7 +22,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        name: str,
+        network: Network,
         num_classes: int,
         *,
         shortcut: Shortcut = "B",
@@ -45,7 +34,7 @@ class ResNet(nn.Module):
         """Build with He initialization.
 
         Args:
-            name: a key of DEPTHS.
+            network: its depths are the blocks in each of the four stages.
             num_classes: outputs.
             shortcut: A = identity, with zero padding where dimensions grow; B = identity, with a projection there;
                 C = a projection in every block. Plain networks have none of these.
@@ -58,11 +47,11 @@ class ResNet(nn.Module):
             sync_norm: take batch statistics over all ranks; "triton" only.
         """
         super().__init__()
-        kind = None if name in PLAIN else shortcut
+        kind = shortcut if network.shortcuts else None
         bn_relu = partial(BNReLU, norm=norm, sync=sync_norm)
 
         def block(inputs: int, width: int, stride: int) -> BasicBlock | Bottleneck:
-            if name in BOTTLENECKS:
+            if network.bottlenecks:
                 return Bottleneck(inputs, width, stride, kind, bottleneck_stride, bn_relu)
             return BasicBlock(inputs, width, stride, kind, bn_relu)
 
@@ -70,7 +59,7 @@ class ResNet(nn.Module):
         self.bn1 = bn_relu(64)
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         channels, stages = 64, []
-        for width, stride, depth in zip((64, 128, 256, 512), (1, 2, 2, 2), DEPTHS[name], strict=True):
+        for width, stride, depth in zip((64, 128, 256, 512), (1, 2, 2, 2), network.depths, strict=True):
             first = block(channels, width, stride)
             channels = width * first.expansion
             stages.append(nn.Sequential(first, *(block(channels, width, 1) for _ in range(depth - 1))))

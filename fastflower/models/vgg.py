@@ -8,20 +8,25 @@ from __future__ import annotations
 from torch import nn
 
 from fastflower.models.layers import Classic
+from fastflower.models.names import Network
 
-# 3x3 convolutions in each of the five stages, after which the maximum of 2x2 is taken: configurations D and E.
-DEPTHS = {"vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
-WIDTHS = (64, 128, 256, 512, 512)
+WIDTHS = (64, 128, 256, 512, 512)  # channels in each of the five stages
 
 
 class VGG(Classic):
     """The network without BatchNorm. It takes images [N, 3, H, W] from 32 pixels a side on."""
 
-    def __init__(self, name: str, num_classes: int) -> None:
-        """Build a key of DEPTHS with He initialization."""
+    def __init__(self, network: Network, num_classes: int) -> None:
+        """Build with He initialization.
+
+        Args:
+            network: its depths are the 3x3 convolutions in each of the five stages, after which the maximum of 2x2 is
+                taken: configurations D and E.
+            num_classes: outputs.
+        """
         layers: list[nn.Module] = []
         channels = 3
-        for width, depth in zip(WIDTHS, DEPTHS[name], strict=True):
+        for width, depth in zip(WIDTHS, network.depths, strict=True):
             for _ in range(depth):
                 layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
                 channels = width

@@ -22,7 +22,7 @@ from fastflower.errors import UserError
 from fastflower.evaluation.trained_run import open_trained
 from fastflower.files import atomic_write
 from fastflower.flops import Cost, count
-from fastflower.models import create_model
+from fastflower.models import architecture, create_model
 from fastflower.report.curves import (
     plot_accuracy,
     plot_bubbles,
@@ -249,8 +249,6 @@ def _cost(run: History) -> Cost | None:
         trained = open_trained(run.path)
     except UserError:
         return None
-    settings = asdict(trained.config.model)
-    del settings["pretrained"], settings["norm"], settings["sync_norm"]
     with torch.device("meta"):
-        network = create_model(num_classes=len(trained.classes), **settings)
+        network = create_model(num_classes=len(trained.classes), **architecture(asdict(trained.config.model)))
     return count(network, trained.config.data.crop)

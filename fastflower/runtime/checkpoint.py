@@ -144,8 +144,8 @@ def first_non_finite(state: Mapping[str, Any], prefix: str = "") -> str | None:
     for key, value in state.items():
         name = f"{prefix}{key}"
         if isinstance(value, Mapping):
-            if found := first_non_finite(value, f"{name}."):
-                return found
+            if inner := first_non_finite(value, f"{name}."):
+                return inner
         elif isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
             return name
     return None

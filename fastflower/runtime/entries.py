@@ -45,14 +45,14 @@ Three = Field(min_length=3, max_length=3)
 
 
 class Group(TypedDict):
-    """Of the optimizer's parameters."""
+    """A group of the optimizer's parameters."""
 
     params: list[int]
     lr: Annotated[Finite, Field(ge=0)]
 
 
 class Scaler(TypedDict):
-    """Of fp16's loss; its other values are torch's own."""
+    """The scaler of fp16's loss; its other values are torch's own."""
 
     scale: Positive
     growth_factor: Positive
@@ -62,7 +62,7 @@ class Scaler(TypedDict):
 
 
 class Records(TypedDict):
-    """`fastflower.data.identity.Identity`."""
+    """Records of a split, as `fastflower.data.identity.Identity` has them."""
 
     count: Count
     names: str
@@ -70,7 +70,7 @@ class Records(TypedDict):
 
 
 class TrainRecords(TypedDict):
-    """With the digest of all, and which of them data.skip leaves out; earlier versions noted less."""
+    """Records that train, as `fastflower.training.provenance.TrainRecords` has them; earlier versions noted less."""
 
     count: Count
     names: str

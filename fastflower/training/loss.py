@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from fastflower.arrays import Ints
 from fastflower.config import TrainConfig
 from fastflower.data.sampler import generator
 
@@ -53,7 +54,7 @@ class Criterion:
         ).mean()
 
 
-def balanced_weights(labels: np.ndarray, classes: int) -> torch.Tensor:
+def balanced_weights(labels: Ints, classes: int) -> torch.Tensor:
     """Weights [classes] float32 in inverse proportion to the classes' sizes, 1 on average over `labels` [n]."""
     sizes = np.bincount(labels, minlength=classes)
     weights = len(labels) / (np.count_nonzero(sizes) * np.maximum(sizes, 1))

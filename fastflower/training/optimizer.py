@@ -30,8 +30,8 @@ def new_optimizer(network: torch.nn.Module, train: TrainConfig, device: torch.de
         )
     if device.type != "cuda":
         raise UserError("train.optimizer apex_sgd runs on a GPU only: take sgd, which torch fuses too.")
-    if (found := find_apex()) != "nvidia":
-        reason = "another package of that name is installed" if found else "it is not installed"
+    if (package := find_apex()) != "nvidia":
+        reason = "another package of that name is installed" if package else "it is not installed"
         raise UserError(f"train.optimizer apex_sgd needs NVIDIA's apex, but {reason}: take sgd, which torch fuses too.")
     from apex.optimizers import FusedSGD
 

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from fastflower.config import ModelConfig
 from fastflower.data.view import IMAGENET, Normalization
 from fastflower.errors import UserError
+from fastflower.models import NETWORKS, architecture
 from fastflower.models.layers import head_prefix
 from fastflower.runtime.checkpoint import (
     FORMAT,
@@ -27,26 +28,9 @@ from fastflower.runtime.checkpoint import (
 from fastflower.runtime.entries import is_weights, require_entries
 from fastflower.runtime.run_folder import RunFolder
 
-# As torchvision publishes them (torchvision.models.ResNet50_Weights and its like). A file's name ends with the first
-# digits of its SHA-256.
+# Where torchvision publishes weights (torchvision.models.ResNet50_Weights and its like). A file's name ends with the
+# first digits of its SHA-256.
 URL = "https://download.pytorch.org/models"
-FILES = {
-    "IMAGENET1K_V1": {
-        "resnet18": "resnet18-f37072fd.pth",
-        "resnet34": "resnet34-b627a593.pth",
-        "resnet50": "resnet50-0676ba61.pth",
-        "resnet101": "resnet101-63fe2227.pth",
-        "resnet152": "resnet152-394f9c45.pth",
-        "vgg16": "vgg16-397923af.pth",
-        "vgg19": "vgg19-dcbb9e9d.pth",
-        "alexnet": "alexnet-owt-7be5be79.pth",
-    },
-    "IMAGENET1K_V2": {
-        "resnet50": "resnet50-11ad3fa6.pth",
-        "resnet101": "resnet101-cd907fc2.pth",
-        "resnet152": "resnet152-f82ba261.pth",
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -64,7 +48,7 @@ def open_pretrained(model: ModelConfig, say: Callable[[str], None]) -> Pretraine
     A file without normalization of its own is taken to be trained with ImageNet's.
 
     Args:
-        model: what is to be trained; see `fastflower.config.Model.pretrained`.
+        model: what is to be trained; see `fastflower.config.ModelConfig.pretrained`.
         say: gets a line when something is downloaded.
 
     Raises:
@@ -72,15 +56,15 @@ def open_pretrained(model: ModelConfig, say: Callable[[str], None]) -> Pretraine
     """
     if not model.pretrained:
         return None
-    if model.pretrained in FILES:
-        path = _torchvision_file(model, say)
+    if model.pretrained in (published := _published()):
+        path = _torchvision_file(model, published[model.pretrained], say)
     else:
         path = Path(model.pretrained).expanduser()
         path = RunFolder(path).best if path.is_dir() else path
     if not path.is_file():
         raise UserError(
-            f"model.pretrained: there is no file {path}; give {' or '.join(FILES)}, a .pth or .safetensors file, or a "
-            "run of fastflower that has finished an epoch."
+            f"model.pretrained: there is no file {path}; give {' or '.join(published)}, a .pth or .safetensors file, "
+            "or a run of fastflower that has finished an epoch."
         )
     weights, about = _read(path)
     if "architecture" in about:
@@ -116,18 +100,27 @@ def load_pretrained(network: torch.nn.Module, pretrained: Pretrained) -> None:
     network.load_state_dict(weights, strict=False)
 
 
-def _torchvision_file(model: ModelConfig, say: Callable[[str], None]) -> Path:
+def _published() -> dict[str, dict[str, str]]:
+    """Torchvision's files by the weights' name and the network's."""
+    files: dict[str, dict[str, str]] = {}
+    for network in NETWORKS.values():
+        for kind, name in network.weights.items():
+            files.setdefault(kind, {})[network.name] = name
+    return files
+
+
+def _torchvision_file(model: ModelConfig, files: Mapping[str, str], say: Callable[[str], None]) -> Path:
     """The file in torch.hub's folder, downloaded and its hash checked unless it is there."""
-    kind = str(model.pretrained)
-    if model.name not in FILES[kind]:
+    kind = model.pretrained
+    if model.name not in files:
+        raise UserError(f"model.pretrained: torchvision has no {kind} of {model.name}, only of {', '.join(files)}.")
+    its = ModelConfig(model.name)
+    if architecture(asdict(model)) != architecture(asdict(its)):
         raise UserError(
-            f"model.pretrained: torchvision has no {kind} of {model.name}, only of {', '.join(FILES[kind])}."
+            f"model.pretrained {kind} was trained with model.shortcut {its.shortcut} and model.bottleneck_stride "
+            f"{its.bottleneck_stride}: give these."
         )
-    if (model.shortcut, model.bottleneck_stride) != ("B", "3x3"):
-        raise UserError(
-            f"model.pretrained {kind} was trained with model.shortcut B and model.bottleneck_stride 3x3: give these."
-        )
-    name = FILES[kind][model.name]
+    name = files[model.name]
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     path, url = folder / name, f"{URL}/{name}"
     if not path.exists():
@@ -183,7 +176,7 @@ def _read_pickle(path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 def _refuse_other_architecture(path: Path, about: Any, model: ModelConfig) -> None:
-    ours, its = asdict(model), about if isinstance(about, Mapping) else {}
-    for key in ("name", "shortcut", "bottleneck_stride"):  # the last does not show in the weights
-        if its.get(key) != ours[key]:
-            raise UserError(f"{path} holds a network of model.{key} {its.get(key)}, not {ours[key]}: give the same.")
+    its = architecture(about if isinstance(about, Mapping) else {})
+    for key, ours in architecture(asdict(model)).items():
+        if its[key] != ours:
+            raise UserError(f"{path} holds a network of model.{key} {its[key]}, not {ours}: give the same.")

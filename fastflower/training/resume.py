@@ -12,10 +12,12 @@ import numpy as np
 
 from fastflower.data.sampler import moved_position
 from fastflower.errors import UserError
+from fastflower.models import architecture
 from fastflower.runtime.checkpoint import load_checkpoint, require_fit
 from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import RunFolder, changes, read_rows
 from fastflower.training.optimizer import require_fitting_state
+from fastflower.training.provenance import Provenance
 from fastflower.training.state import Setup, State, is_better, makes_best
 
 Saved = dict[str, Any]  # a checkpoint's content, or some keys of it
@@ -27,11 +29,8 @@ def restore(state: State, setup: Setup, folder: RunFolder, checkpoint: Path, sav
     Raises:
         UserError: the network, the optimizer, the classes or the records are not those of the checkpoint.
     """
-    known = (read_rows(folder.metrics), _kept_best(folder)) if setup.ranks.is_main else ([], None)
-    rows, best = setup.ranks.gather(known)[0]
-    records = saved["train_records"]
-    if "left_out" not in records and not saved["config"]["data"]["skip"]:  # an earlier version did not say it
-        saved = saved | {"train_records": records | {"whole": records["names"], "left_out": []}}
+    history = (read_rows(folder.metrics), _kept_best(folder)) if setup.ranks.is_main else ([], None)
+    rows, best = setup.ranks.gather(history)[0]
     _refuse_another(saved, setup, checkpoint)
     changed = changes(saved["config"], setup.config)
     adapted, sentences = adapt(saved, setup, rows, best)
@@ -76,16 +75,15 @@ def _kept_best(folder: RunFolder) -> tuple[int, int] | None:
 def _refuse_another(saved: Saved, setup: Setup, checkpoint: Path) -> None:
     """Raise UserError where what was trained cannot be trained on."""
     config, before = setup.config, saved["config"]
-    if _architecture(before["model"]) != _architecture(asdict(config.model)):
-        raise UserError(
-            f"{checkpoint} holds another network ({before['model']}): a resumed run keeps its model settings."
-        )
-    old, now = saved["train_records"], setup.saved_with["train_records"]
-    names, skip = ("whole", "") if "whole" in old else ("names", "data.skip, ")
-    for what, same in (
-        ("classes", saved["classes"] == setup.saved_with["classes"]),
-        ("training records", old[names] == now[names]),
-    ):
+    model, its = asdict(config.model), before["model"]
+    if architecture(its) != architecture(model) or its["zero_init_gamma"] != model["zero_init_gamma"]:
+        raise UserError(f"{checkpoint} holds another network ({its}): a resumed run keeps its model settings.")
+    old, now = Provenance.of(saved), setup.provenance
+    train, its_train = now.train_records, old.train_records
+    noted = its_train.whole is not None  # an earlier version noted only the records that trained
+    same_train = its_train.whole == train.whole if noted else its_train.names == train.names
+    skip = "" if noted else "data.skip, "
+    for what, same in (("classes", old.classes == now.classes), ("training records", same_train)):
         if not same:
             raise UserError(
                 f"{checkpoint} was trained on other {what} than this would be: keep its data.root, data.sizes, "
@@ -95,11 +93,6 @@ def _refuse_another(saved: Saved, setup: Setup, checkpoint: Path) -> None:
         raise UserError(
             f"{checkpoint} was trained by {before['train']['optimizer']}: a resumed run keeps its train.optimizer."
         )
-
-
-def _architecture(model: dict[str, Any]) -> dict[str, Any]:
-    """The settings that decide what the weights are, and not where they came from or how they are computed with."""
-    return {key: value for key, value in model.items() if key not in ("pretrained", "norm", "sync_norm")}
 
 
 def _follow_best(saved: Saved, best: tuple[int, int] | None, sentences: list[str]) -> Saved:
@@ -116,16 +109,16 @@ def _follow_best(saved: Saved, best: tuple[int, int] | None, sentences: list[str
 def _follow_records(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
     """Where the epoch in progress goes on, if other records are left out than before or its order is another one."""
     config, before = setup.config, saved["config"]
-    old, now = saved["train_records"], setup.saved_with["train_records"]
-    if "content" in old and old["names"] == now["names"] and old["content"] != now["content"]:
+    old, now = Provenance.of(saved).train_records, setup.provenance.train_records
+    if old.content and old.names == now.names and old.content != now.content:
         sentences.append("The training records have other bytes than before, under the same names.")
     position, epoch = saved["position"], saved["epoch"]
     same_order = (before["seed"], before["data"]["sampling"]) == (config.seed, config.data.sampling)
-    if same_order and "left_out" in old:
-        if old["left_out"] == now["left_out"]:
+    if same_order and old.left_out is not None:
+        if old.left_out == now.left_out:
             return {}
-        sentences.append(f"Trains on {now['count']} records; there were {old['count']} before.")
-        kept = ~np.isin(np.arange(len(setup.train.kept)), old["left_out"])
+        sentences.append(f"Trains on {now.count} records; there were {old.count} before.")
+        kept = ~np.isin(np.arange(len(setup.train.kept)), old.left_out)
         return {"position": moved_position(position, kept, setup.train.kept, seed=config.seed, epoch=epoch)}
     if not position or not setup.train.left(position):
         return {}
@@ -136,7 +129,7 @@ def _follow_records(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
 def _follow_validation(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
     """Without what earlier epochs' figures decided, if they are not comparable with those to come."""
     data, before = setup.config.data, saved["config"]["data"]
-    old, now = saved["val_records"], setup.saved_with["val_records"]
+    old, now = Provenance.of(saved).val_records, setup.provenance.val_records
     same_view = (before["crop"], before["val_resize"]) == (data.crop, data.val_resize)
     if (not old or old == now) and same_view:  # an earlier version did not save it
         return {}
@@ -154,14 +147,14 @@ def _follow_figure(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]]
     name = f"val_{figure}"
     values = {row["epoch"] - 1: row[name] for row in rows if row.get(name) is not None}
     comparable = range(saved["comparable_from"], saved["epoch"])
-    if epoch not in comparable or any(each not in values for each in comparable):
+    if epoch not in comparable or any(number not in values for number in comparable):
         sentences.append("metrics.jsonl lacks epochs: what is best by another train.best begins anew.")
         return _anew(saved)
     sentences.append(f"The best checkpoint is of epoch {epoch + 1}, whose validation {figure} is {values[epoch]:.4f}.")
     improved = comparable[0]
-    for each in comparable:
-        if is_better(values[each], values[improved], figure):
-            improved = each
+    for number in comparable:
+        if is_better(values[number], values[improved], figure):
+            improved = number
     return {"best": values[epoch], "improved_epoch": improved}
 
 

@@ -65,7 +65,7 @@ def save(
 
     A run goes on from last: a kill before it is there takes the row back, and after it best is made from it.
     """
-    saved = state.to_dict(setup.ranks) | setup.saved_with | {"config": to_plain(setup.config)}
+    saved = state.to_dict(setup.ranks) | setup.provenance.to_dict() | {"config": to_plain(setup.config)}
     with setup.ranks.together():
         weights = {"model": saved["model"], "ema": saved["ema"] or {}}
         if name := first_non_finite(weights | {"optimizer": saved["optimizer"]["state"]}):

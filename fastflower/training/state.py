@@ -16,6 +16,7 @@ from fastflower.training.ema import Ema
 from fastflower.training.loss import Criterion
 from fastflower.training.metrics import Evaluation, TrainingSums
 from fastflower.training.optimizer import load_optimizer, new_optimizer
+from fastflower.training.provenance import Provenance
 from fastflower.training.schedule import Schedule
 
 
@@ -30,7 +31,7 @@ class Setup:
     criterion: Criterion
     train: TrainingBatches
     val: EvaluationBatches | None  # None in a final fit
-    saved_with: dict[str, Any]  # what checkpoints hold beside the state: class names, normalization, records
+    provenance: Provenance
 
     @property
     def compiles(self) -> bool:

@@ -86,7 +86,7 @@ def evaluate_in(setup: Setup, network: torch.nn.Module, batches: Iterable[Batch]
     return evaluate(
         network,
         batches,
-        classes=len(setup.saved_with["classes"]),
+        classes=len(setup.provenance.classes),
         device=setup.device,
         precision=setup.precision,
         ranks=setup.ranks,

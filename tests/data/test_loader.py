@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -86,7 +86,7 @@ def test_held_batches_are_not_overwritten_by_later_ones(small: Path) -> None:
         assert torch.equal(batch.images, images)
 
 
-def _requests(made: Loader, start: int = 0):  # type: ignore[no-untyped-def]
+def _requests(made: Loader, start: int = 0) -> Iterator[Request]:
     return training_requests(len(made.records), seed=0, epoch=0, scale=(36, 48), global_batch=8, start=start)
 
 
@@ -228,7 +228,7 @@ def test_an_iteration_may_be_collected_as_garbage_by_its_own_thread(small: Path)
     opened: list[Any] = []
     closed = threading.Event()
 
-    def requests():  # type: ignore[no-untyped-def]
+    def requests() -> Iterator[Request]:
         for number, request in enumerate(_requests(made)):
             yield request
             if number == 3:  # in the loader thread, when the first batches have been handed out

@@ -38,10 +38,10 @@ def batches(count: int, size: int = 64) -> Iterator[tuple[torch.Tensor, torch.Te
         yield images.to(memory_format=torch.channels_last), torch.arange(8) % 3
 
 
-def relative(found: torch.Tensor | None, expected: torch.Tensor | None) -> float:
-    assert found is not None
+def relative(actual: torch.Tensor | None, expected: torch.Tensor | None) -> float:
+    assert actual is not None
     assert expected is not None
-    return ((found.detach().double() - expected.detach()).norm() / expected.detach().double().norm()).item()
+    return ((actual.detach().double() - expected.detach()).norm() / expected.detach().double().norm()).item()
 
 
 def forward_and_signs(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -82,8 +82,8 @@ def test_five_steps_equal_float64(name: str, interpreted: bool, monkeypatch: pyt
     # and float64 have nothing in common after three steps of plain18.
     optimizers = [torch.optim.SGD(model.parameters(), lr=1e-5) for model in (reference, network)]
     for step, (images, labels) in enumerate(batches(STEPS, size=32 if interpreted else 64)):
-        found, positive = forward_and_signs(network, images)
-        logits = [forward_by_signs(reference, images.double(), positive), found]
+        actual, positive = forward_and_signs(network, images)
+        logits = [forward_by_signs(reference, images.double(), positive), actual]
         for optimizer, output in zip(optimizers, logits, strict=True):
             optimizer.zero_grad()
             F.cross_entropy(output, labels).backward()
@@ -109,8 +109,8 @@ def test_compiled_equals_eager_without_a_graph_break(name: str, backend: str, mo
     for images, labels in batches(2, size=48):
         for model in (eager, compiled):
             F.cross_entropy(model(images), labels).backward()
-    for (key, expected), found in zip(eager.named_parameters(), network.parameters(), strict=True):
-        assert relative(found.grad, expected.grad) < 1e-5, key
+    for (key, expected), actual in zip(eager.named_parameters(), network.parameters(), strict=True):
+        assert relative(actual.grad, expected.grad) < 1e-5, key
     for (key, buffer), ours in zip(eager.named_buffers(), network.buffers(), strict=True):
         assert relative(ours, buffer) < 1e-6, key
     eager.eval(), network.eval()
@@ -177,14 +177,14 @@ def test_a_run_moves_between_implementations(small: Path, tmp_path: Path, monkey
     result = fastflower(*train_arguments(small, run), "--train.epochs", 1, "--model.norm", "triton")
     assert result.code == 0, result.err
     assert "norm in plain torch instead of our Triton kernels" in result.out
-    figures = json.loads(fastflower("eval", run, "--json").out)
+    metrics = json.loads(fastflower("eval", run, "--json").out)
     for epochs, norm in ((2, "torch"), (3, "triton")):
         result = fastflower("train", "--resume", run, "--train.epochs", epochs, "--model.norm", norm)
         assert result.code == 0, result.err
         assert "model.norm" in result.out
     saved = load_checkpoint(run / "checkpoints" / "last.pt")
     assert saved["model"]["bn1.num_batches_tracked"] == saved["step"] == 18
-    assert figures["n"] == 20
+    assert metrics["n"] == 20
     outputs = []
     for norm in ("torch", "triton"):
         network = create_model("resnet18", 3, norm=norm).eval()  # type: ignore[arg-type]

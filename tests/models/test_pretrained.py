@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from torch import nn
 from fastflower.config import ModelConfig
 from fastflower.data.view import IMAGENET
 from fastflower.errors import UserError
-from fastflower.models import create_model
+from fastflower.models import NETWORKS, create_model
 from fastflower.training import pretrained
-from fastflower.training.pretrained import FILES, Pretrained, load_pretrained, open_pretrained
+from fastflower.training.pretrained import Pretrained, load_pretrained, open_pretrained
 from tests.conftest import ROOT, TinyNet
 
 Weights = dict[str, torch.Tensor]
@@ -33,9 +34,9 @@ def tiny_weights(classes: int = 7) -> Weights:
 
 
 def opened(source: object, **model: Any) -> Pretrained:
-    found = open_pretrained(ModelConfig(pretrained=str(source), **model), print)
-    assert found
-    return found
+    loaded = open_pretrained(ModelConfig(pretrained=str(source), **model), print)
+    assert loaded
+    return loaded
 
 
 def refusal(source: object, network: nn.Module | None = None, **model: Any) -> str:
@@ -50,16 +51,20 @@ def assert_same(a: Weights, b: Weights) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def assert_starts_from(found: Pretrained, weights: Weights) -> None:
+def assert_starts_from(loaded: Pretrained, weights: Weights) -> None:
     """A network that loads `found` has `weights`, but keeps its own last layer."""
     network = TinyNet("", 3)
     own = {name: tensor.clone() for name, tensor in network.state_dict().items() if name.startswith("fc.")}
-    load_pretrained(network, found)
+    load_pretrained(network, loaded)
     assert_same(network.state_dict(), weights | own)
 
 
 def test_the_table_is_torchvisions() -> None:
-    ours = {(kind, name): f"{pretrained.URL}/{file}" for kind, files in FILES.items() for name, file in files.items()}
+    ours = {
+        (kind, name): f"{pretrained.URL}/{file}"
+        for name, network in NETWORKS.items()
+        for kind, file in network.weights.items()
+    }
     names = [name for name in torchvision.models.list_models() if re.fullmatch(r"resnet\d+|vgg1[69]|alexnet", name)]
     theirs = {
         (weights.name, name): weights.url
@@ -111,9 +116,9 @@ def renamed(weights: Weights, rename: Callable[[str], str]) -> Weights:
 )
 def test_files_of_every_wrapping_load(tmp_path: Path, file: str, save: Callable[[Weights, Path], None]) -> None:
     save(tiny_weights(), tmp_path / file)
-    found = opened(tmp_path / file)
-    assert_starts_from(found, tiny_weights())
-    assert found.normalization == IMAGENET
+    loaded = opened(tmp_path / file)
+    assert_starts_from(loaded, tiny_weights())
+    assert loaded.normalization == IMAGENET
 
 
 def test_counts_of_batches_may_be_missing(tmp_path: Path) -> None:
@@ -199,7 +204,8 @@ def published(monkeypatch: pytest.MonkeyPatch, weights: Weights, folder: Path) -
     digest = hashlib.sha256((folder / "w.pth").read_bytes()).hexdigest()
     file = (folder / "w.pth").rename(folder / f"tiny-{digest[:8]}.pth")
     monkeypatch.setattr(pretrained, "URL", f"file://{folder}")
-    monkeypatch.setitem(FILES["IMAGENET1K_V1"], "resnet18", file.name)
+    network = replace(NETWORKS["resnet18"], weights={"IMAGENET1K_V1": file.name})
+    monkeypatch.setitem(NETWORKS, "resnet18", network)
     return file, folder / "home/hub/checkpoints" / file.name
 
 

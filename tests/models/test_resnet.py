@@ -16,9 +16,9 @@ import torchvision
 from torch import nn
 
 from fastflower.errors import UserError
-from fastflower.models import BOTTLENECKS, CLASSICS, MODEL_NAMES, PLAIN, RESIDUAL, Shortcut, create_model
+from fastflower.models import NETWORKS, Shortcut, create_model, find_network
 from fastflower.models.layers import BNReLU
-from fastflower.models.resnet import DEPTHS, BasicBlock, Bottleneck, ResNet, ZeroPad
+from fastflower.models.resnet import BasicBlock, Bottleneck, ResNet, ZeroPad
 
 # torchvision's published counts, 1000 classes.
 PARAMETERS = {
@@ -177,7 +177,7 @@ class TestShortcuts:
     def test_c_projects_in_every_block(self, name: str) -> None:
         with torch.device("meta"):
             model = make(name, shortcut="C")
-        assert len(blocks(model)) == sum(DEPTHS[name])
+        assert len(blocks(model)) == sum(find_network(name).depths)
         for block in blocks(model).values():
             assert isinstance(block.downsample, nn.Sequential)
             projection, norm = block.downsample
@@ -249,7 +249,7 @@ class TestInitialization:
     def test_zero_gamma_makes_every_block_its_shortcut(self, name: str, shortcut: Shortcut) -> None:
         model = make(name, shortcut=shortcut, zero_init_gamma=True)
         zeros = {key for key, norm in norms(model).items() if (norm.weight == 0).all()}
-        last = "bn3" if name in BOTTLENECKS else "bn2"
+        last = "bn3" if find_network(name).bottlenecks else "bn2"
         assert zeros == {f"{key}.{last}" for key in blocks(model)}
         assert all((norm.weight == 1).all() for key, norm in norms(model).items() if key not in zeros)
         for block in blocks(model).values():
@@ -358,16 +358,12 @@ class TestRunningStatistics:
 
 
 class TestRegistry:
-    @pytest.mark.parametrize("name", DEPTHS)
+    @pytest.mark.parametrize("name", ["plain18", "plain34", *RESNETS])
     def test_every_name_takes_the_defaults(self, name: str) -> None:
         with torch.device("meta"):
             model = create_model(name, 7, shortcut="B", bottleneck_stride="3x3", zero_init_gamma=False)
-        assert len(blocks(model)) == sum(DEPTHS[name])
-        assert model.state_dict()["fc.weight"].shape == (7, 2048 if name in BOTTLENECKS else 512)
-
-    def test_names_are_the_networks(self) -> None:
-        assert set(DEPTHS) == set(PLAIN + RESIDUAL)
-        assert set(DEPTHS) | set(CLASSICS) == set(MODEL_NAMES)
+        assert len(blocks(model)) == sum(find_network(name).depths)
+        assert model.state_dict()["fc.weight"].shape == (7, 2048 if find_network(name).bottlenecks else 512)
 
     @pytest.mark.parametrize(
         ("name", "nearest"),
@@ -378,7 +374,7 @@ class TestRegistry:
             create_model(name, 10)
         message = str(error.value)
         assert repr(name) in message
-        assert ", ".join(MODEL_NAMES) in message
+        assert ", ".join(NETWORKS) in message
         assert (f"did you mean {nearest}?" in message) if nearest else ("did you mean" not in message)
 
     @pytest.mark.parametrize(

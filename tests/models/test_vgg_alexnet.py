@@ -14,18 +14,19 @@ from torch import nn
 
 from fastflower.config import Config, TrainConfig, build, resolve
 from fastflower.errors import UserError
-from fastflower.models import CLASSICS, create_model, min_size
+from fastflower.models import create_model, find_network
 from fastflower.models.layers import head_prefix
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.distributed import Ranks
+from fastflower.training.network import build_network
 from fastflower.training.optimizer import LR_SCALE, freeze, parameter_groups
 from fastflower.training.pretrained import load_pretrained
-from fastflower.training.setup import build_network
 from tests.conftest import fastflower
 from tests.models.test_pretrained import Weights, opened
 
 # torchvision's published counts, 1000 classes.
 PARAMETERS = {"vgg16": 138_357_544, "vgg19": 143_667_240, "alexnet": 61_100_840}
+CLASSICS = tuple(PARAMETERS)
 HEAD = {"classifier.6.weight", "classifier.6.bias"}
 
 
@@ -62,7 +63,7 @@ def test_weights_load_strictly_both_ways_and_give_the_same_logits(name: str) -> 
     theirs.load_state_dict(drawn(theirs), assign=True)
     ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
     theirs.load_state_dict(ours.state_dict(), strict=True)
-    for size in (min_size(name), 96):  # the pooling repeats positions, and averages them
+    for size in (find_network(name).min_size, 96):  # the pooling repeats positions, and averages them
         images = torch.randn(2, 3, size, size)
         wanted = theirs(images)
         assert wanted.std() > 0.1
@@ -72,7 +73,7 @@ def test_weights_load_strictly_both_ways_and_give_the_same_logits(name: str) -> 
 @pytest.mark.parametrize("name", CLASSICS)
 def test_the_smallest_crop_is_the_smallest_that_runs(name: str) -> None:
     ours, _ = pair(name)
-    least = min_size(name)
+    least = find_network(name).min_size
     assert ours(torch.empty(1, 3, least, least, device="meta")).shape == (1, 1000)
     with pytest.raises(RuntimeError, match="too small"):
         ours(torch.empty(1, 3, least - 1, least - 1, device="meta"))
@@ -132,10 +133,10 @@ def test_compiled_and_channels_last_give_the_gradients_of_eager() -> None:
     network(images.to(memory_format=torch.channels_last))
     assert len(layouts) == 13
     assert all(layouts)
-    found = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         F.cross_entropy(compiled(images.to(memory_format=torch.channels_last)), labels), parameters
     )
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
 
 
@@ -188,13 +189,13 @@ class TestOptions:
             create_model(name, 10, **{option: value})  # type: ignore[arg-type]
         config = build({"model": {"name": name, option: value}}, "test")
         with torch.device("meta"), pytest.raises(UserError, match=f"model.{option} .*has no effect on {name}, "):
-            build_network(config, 3, torch.device("meta"), Ranks())
+            build_network(config.model, 3, seed=0, device=torch.device("meta"), ranks=Ranks())
 
     @pytest.mark.parametrize("norm", ["auto", "torch"])
     def test_norm_may_be_left_to_torch(self, name: str, norm: str) -> None:
         config = build({"model": {"name": name, "norm": norm}}, "test")
         with torch.device("meta"):
-            build_network(config, 3, torch.device("meta"), Ranks())
+            build_network(config.model, 3, seed=0, device=torch.device("meta"), ranks=Ranks())
 
     def test_the_learning_rate_is_their_papers(self, name: str) -> None:
         assert resolve(build({"model": {"name": name}}, "test")).train.lr == 0.01

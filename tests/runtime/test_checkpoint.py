@@ -65,8 +65,8 @@ def test_a_wrapped_network_is_evaluated_and_gone_on_with_as_itself(
     changed = {key: renamed(state[key], rename) for key in ("model", "ema")}
     for name in ("last", "best"):
         torch.save(state | changed, runs[1] / f"checkpoints/{name}.pt")
-    figures = [json.loads(fastflower("eval", run, "--json").out) for run in runs]
-    assert figures[0] == figures[1]
+    metrics = [json.loads(fastflower("eval", run, "--json").out) for run in runs]
+    assert metrics[0] == metrics[1]
     for run in runs:
         result = fastflower("train", "--resume", run, "--train.epochs", "2")
         assert result.code == 0, result.err

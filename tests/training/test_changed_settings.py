@@ -80,7 +80,7 @@ def begin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Begu
             run = folder / f"run{len(made)}"
             limit = ["--train.max_steps", PLACES[place]] if place else []
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("fastflower.training.setup.create_model", TinyNet)
+                patch.setattr("fastflower.training.network.create_model", TinyNet)
                 patch.setenv("FASTFLOWER_CACHE", str(folder / "cache"))
                 trained = record(patch)
                 arguments = [*train_arguments(data, run), "--train.epochs", 2, *limit, *options.split()]
@@ -96,7 +96,7 @@ def go_on(begun: Begun, folder: Path, options: str) -> tuple[Result, Trained]:
     """Resume a copy of a run in `folder`."""
     shutil.copytree(begun.folder, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.training.setup.create_model", TinyNet)
+        patch.setattr("fastflower.training.network.create_model", TinyNet)
         trained = record(patch)
         return fastflower("train", "--resume", folder, "--train.max_steps", "None", *options.split()), trained
 

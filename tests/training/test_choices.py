@@ -68,8 +68,8 @@ def test_the_average_validates_is_best_and_is_what_eval_uses(small: Path, tmp_pa
     assert differing(averaged, weights(run, "best"))
     assert not differing(averaged, load_file(run / "checkpoints/best.safetensors"))
     best = min(rows(run), key=lambda row: row["val_loss"])
-    figures = json.loads(fastflower("eval", run, "--json").out)
-    assert figures["loss"] == pytest.approx(best["val_loss"], abs=1e-6)
+    metrics = json.loads(fastflower("eval", run, "--json").out)
+    assert metrics["loss"] == pytest.approx(best["val_loss"], abs=1e-6)
     without = tmp_path / "without"
     fastflower(*train_arguments(small, without), "--train.epochs", "2")
     assert not differing(weights(without), weights(run)), "the average must not disturb training"

@@ -59,7 +59,7 @@ def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_pa
     # the logged figures are those of every record once: one process finds the same
     best = min(rows(whole), key=lambda row: row["val_loss"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.training.setup.create_model", TinyNet)
+        patch.setattr("fastflower.training.network.create_model", TinyNet)
         figures = json.loads(fastflower("eval", whole, "--json").out)
     assert figures["n"] == 21
     for key in ("loss", "accuracy", "top5", "macro_f1"):
@@ -76,7 +76,7 @@ def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_pa
 
     # and one process can go on from two
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.training.setup.create_model", TinyNet)
+        patch.setattr("fastflower.training.network.create_model", TinyNet)
         assert fastflower("train", "--resume", whole, "--train.epochs", "3").code == 0
     assert len(rows(whole)) == 3
 
@@ -85,7 +85,7 @@ def test_two_ranks_with_common_statistics_train_as_one_process_does(uneven: Path
     alone, both = tmp_path / "alone", tmp_path / "both"
     options = ("--train.epochs", "2", "--model.sync_norm")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.training.setup.create_model", TinyNet)
+        patch.setattr("fastflower.training.network.create_model", TinyNet)
         patch.delenv("TRITON_INTERPRET", raising=False)
         assert fastflower(*train_arguments(uneven, alone), *options).code == 0
     result = train_in_ranks(*train_arguments(uneven, both), *options, TRITON_INTERPRET="0")
@@ -147,7 +147,7 @@ def test_a_validation_record_that_fails_on_one_rank_leaves_the_epoch_saved_for_a
 def test_a_run_goes_from_one_process_to_two_and_back_in_mid_epoch(uneven: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.training.setup.create_model", TinyNet)
+        patch.setattr("fastflower.training.network.create_model", TinyNet)
         options = ("--train.epochs", "2", "--train.schedule", "cosine", "--train.max_steps", "3")
         assert fastflower(*train_arguments(uneven, run), *options).code == 0
     result = train_in_ranks("train", "--resume", run, "--train.batch_size", "12", "--train.max_steps", "6")
@@ -156,7 +156,7 @@ def test_a_run_goes_from_one_process_to_two_and_back_in_mid_epoch(uneven: Path, 
     assert (last["step"], last["position"]) == (6, 12)  # 3 of 8, 2 of 12; one of 12
     assert [pictures for _, _, pictures in last["sums"]] == [6, 6]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.training.setup.create_model", TinyNet)
+        patch.setattr("fastflower.training.network.create_model", TinyNet)
         assert fastflower("train", "--resume", run, "--train.max_steps", "None").code == 0
     assert [row["step"] for row in rows(run)] == [5, 9]
     for row in rows(run):
@@ -264,7 +264,7 @@ def test_compiled_ddp_trains_as_eager_ddp_does(uneven: Path, tmp_path: Path) -> 
 def test_two_jobs_at_once_and_a_run_that_goes_from_one_process_to_two(uneven: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastflower.training.setup.create_model", TinyNet)
+        patch.setattr("fastflower.training.network.create_model", TinyNet)
         assert fastflower(*train_arguments(uneven, alone), "--train.epochs", "1").code == 0
     jobs = (
         ("train", "--resume", alone, "--train.epochs", "2"),

@@ -34,9 +34,9 @@ def evaluated(run: Path, *options: object) -> dict[str, Any]:
     return json.loads(result.out)
 
 
-def assert_logged(run: Path, figures: dict[str, Any]) -> None:
+def assert_logged(run: Path, metrics: dict[str, Any]) -> None:
     for key in ("loss", "accuracy", "top5", "macro_f1"):
-        assert figures[key] == pytest.approx(rows(run)[-1][f"val_{key}"], abs=1e-5)
+        assert metrics[key] == pytest.approx(rows(run)[-1][f"val_{key}"], abs=1e-5)
 
 
 def test_a_folder_without_val_trains_and_is_evaluated_to_the_logged_figures(folders: Path, tmp_path: Path) -> None:
@@ -84,13 +84,13 @@ def test_resuming_keeps_the_split_and_refuses_another(
 def test_a_val_folder_that_lacks_a_class_shifts_nothing(tmp_path: Path) -> None:
     run, counts = tmp_path / "run", {"train/aster": 8, "train/rose": 8, "train/tulip": 8, "val/rose": 5, "val/tulip": 3}
     assert fastflower(*train_arguments(write_folders(tmp_path / "a", counts), run), *ONE_EPOCH).code == 0
-    figures = evaluated(run)
-    assert figures["n"] == 8
-    assert_logged(run, figures)
+    metrics = evaluated(run)
+    assert metrics["n"] == 8
+    assert_logged(run, metrics)
     # the same pictures under their right numbers, from a layout that cannot shift
     labelled = [example(i, label) for i, label in zip(range(24, 32), [1] * 5 + [2] * 3, strict=True)]
     write_tfrecord(tmp_path / "b/val/0.tfrec", labelled)
-    assert evaluated(run, "--data.root", tmp_path / "b") == pytest.approx(figures, abs=1e-5)
+    assert evaluated(run, "--data.root", tmp_path / "b") == pytest.approx(metrics, abs=1e-5)
     stranger = write_folders(tmp_path / "c", {"val/rose": 2, "val/zinnia": 2})
     refused = fastflower("eval", run, "--data.root", stranger)
     assert refused.code == 2
@@ -143,9 +143,9 @@ def test_listed_records_neither_train_nor_validate(tmp_path: Path, monkeypatch: 
     assert "Left out 2 records" in result.out
     assert "train: 17 pictures, 17 records\n" in result.out
     monkeypatch.chdir("/")
-    figures = evaluated(run)
-    assert figures["n"] == 7
-    assert_logged(run, figures)
+    metrics = evaluated(run)
+    assert metrics["n"] == 7
+    assert_logged(run, metrics)
     (tmp_path / "skip.json").unlink()  # it belongs to the run's own folders
     assert "data.skip" in fastflower("eval", run).err
     other = write_folders(tmp_path / "other", {"val/rose": 3})

@@ -37,9 +37,9 @@ def test_a_folds_run_is_evaluated_to_the_logged_figures(small: Path, tmp_path: P
     assert f"val: {len(dataset.val)} pictures" in result.out
     assert "Fold 1 of 0 to 2 validates, the others train.\n" in result.out
     assert_logged(run, evaluated(run))
-    figures = [evaluated(run, "--split", split)["n"] for split in ("train", "val")]
-    assert figures == [len(dataset.train), len(dataset.val)]
-    assert sum(figures) == 68
+    metrics = [evaluated(run, "--split", split)["n"] for split in ("train", "val")]
+    assert metrics == [len(dataset.train), len(dataset.val)]
+    assert sum(metrics) == 68
     saved = load_checkpoint(run / "checkpoints/best.pt")
     measured = pixel_statistics(dataset.train, Engine()).normalization
     assert saved["normalization"] == {"mean": list(measured.mean), "std": list(measured.std)}
@@ -84,10 +84,10 @@ def test_a_class_of_one_picture_is_evaluated_by_the_fold_that_never_saw_it(tmp_p
         result = fastflower(*train_arguments(tmp_path / "data", run), *ONE_EPOCH, *options, "--data.fold", fold)
         assert result.code == 0, result.err
         assert len(load_checkpoint(run / "checkpoints/best.pt")["classes"]) == 3
-        figures = evaluated(run)
-        assert_logged(run, figures)
-        sizes.add(figures["n"])
-        assert np.isfinite(figures["loss"])
+        metrics = evaluated(run)
+        assert_logged(run, metrics)
+        sizes.add(metrics["n"])
+        assert np.isfinite(metrics["loss"])
     assert sizes == {12, 13}
 
 

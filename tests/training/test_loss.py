@@ -22,13 +22,13 @@ PLACE = {"seed": 1, "epoch": 2, "position": 64}
 def test_loss_of_a_mixture_is_that_of_mixed_targets(smoothing: float, weights: torch.Tensor | None) -> None:
     others = LABELS.roll(1)
     share = 0.7
-    found = Criterion(smoothing, weights)(LOGITS, Targets(LABELS, others, share))
+    loss = Criterion(smoothing, weights)(LOGITS, Targets(LABELS, others, share))
     logs = LOGITS.log_softmax(1)
     wanted = torch.zeros(())
     for labels, part in ((LABELS, share), (others, 1 - share)):
         target = F.one_hot(labels, 3) * (1 - smoothing) + smoothing / 3
         wanted += part * -(target * logs * (torch.ones(3) if weights is None else weights)).sum(1).mean()
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(loss, wanted)
 
 
 def test_without_choices_it_is_cross_entropy() -> None:

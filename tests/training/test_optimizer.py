@@ -16,15 +16,14 @@ from fastflower.config import Config, TrainConfig, resolve
 from fastflower.data.loader import Batch
 from fastflower.errors import UserError
 from fastflower.runtime.device import Precision
-from fastflower.runtime.distributed import Ranks
 from fastflower.training import optimizer as module
 from fastflower.training.ema import Ema
-from fastflower.training.loss import Criterion
 from fastflower.training.optimizer import freeze, load_optimizer, new_optimizer
 from fastflower.training.schedule import Schedule
-from fastflower.training.state import Setup, State, new_state
+from fastflower.training.state import State, new_state
 from fastflower.training.step import training_step
 from tests.conftest import TinyNet
+from tests.training.no_data import setup_without_data
 
 CPU = torch.device("cpu")
 
@@ -41,8 +40,8 @@ def test_every_parameter_has_its_rate_and_decay(name: Any) -> None:
     train = TrainConfig(lr=0.2, head_lr=1.0, weight_decay=0.01, decay_norm_and_bias=False, optimizer=name)
     optimizer = new_optimizer(network, train, CPU)
     assert optimizer.defaults["fused"]
-    found = options_by_name(network, optimizer)
-    assert found == {
+    options = options_by_name(network, optimizer)
+    assert options == {
         "conv1.weight": (0.2, 0.01),
         "conv2.weight": (0.2, 0.01),
         "bn1.weight": (0.2, 0.0),
@@ -102,8 +101,8 @@ def test_apex_is_refused_where_it_cannot_be_and_used_where_it_is(monkeypatch: py
     train = TrainConfig(optimizer="apex_sgd", lr=0.1)
     with pytest.raises(UserError, match="runs on a GPU only"):
         new_optimizer(TinyNet("", 3), train, CPU)
-    for found, sentence in ((None, "not installed"), ("another package", "another package of that name")):
-        monkeypatch.setattr(module, "find_apex", lambda found=found: found)
+    for package, sentence in ((None, "not installed"), ("another package", "another package of that name")):
+        monkeypatch.setattr(module, "find_apex", lambda package=package: package)
         with pytest.raises(UserError, match=sentence):
             new_optimizer(TinyNet("", 3), train, torch.device("cuda"))
     monkeypatch.setattr(module, "find_apex", lambda: "nvidia")
@@ -164,8 +163,7 @@ def step_once(train: TrainConfig, pictures: int = 10) -> State:
     config = replace(Config(), train=train)
     precision = Precision(None)
     state = new_state(Plain(), config, CPU, precision)
-    loader: Any = SimpleNamespace(global_batch=pictures)
-    setup = Setup(config, CPU, precision, Ranks(), Criterion(), loader, None, {})
+    setup = setup_without_data(config, pictures)
     images = torch.randn(pictures, 3, 4, 4).contiguous(memory_format=torch.channels_last)
     batch = Batch(images, torch.arange(pictures) % 4, np.arange(pictures))
     training_step(setup, state, state.network, batch)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,13 +14,12 @@ from hypothesis import strategies as st
 from fastflower.config import Config, TrainConfig
 from fastflower.data.loader import Batch
 from fastflower.runtime.device import Precision
-from fastflower.runtime.distributed import Ranks
 from fastflower.training.ema import Ema
-from fastflower.training.loss import Criterion
 from fastflower.training.optimizer import freeze, load_optimizer, new_optimizer, parameter_groups
-from fastflower.training.state import Setup, new_state
+from fastflower.training.state import new_state
 from fastflower.training.step import training_step
 from tests.conftest import TinyNet, fastflower, train_arguments
+from tests.training.no_data import setup_without_data
 
 CPU = torch.device("cpu")
 STEPS, PICTURES, CLASSES = 6, 6, 3
@@ -98,8 +96,7 @@ def test_steps_that_overflow_leave_everything_as_it_was(case: Case) -> None:
     precision = Precision(torch.float16)
     state = new_state(network_of(0), config, CPU, precision)
     assert state.scaler.is_enabled()
-    loader: Any = SimpleNamespace(global_batch=PICTURES)
-    setup = Setup(config, CPU, Precision(None), Ranks(), Criterion(), loader, None, {})
+    setup = setup_without_data(config, PICTURES)
     scaling = state.scaler.state_dict()
     for step, overflows in enumerate(case.overflows):
         freeze(state.network, frozen=step < case.frozen)
@@ -115,8 +112,8 @@ def test_steps_that_overflow_leave_everything_as_it_was(case: Case) -> None:
     remembered = dict(zip(network.parameters(), state.network.parameters(), strict=True))
     for parameter, ours in remembered.items():
         for what, expected in optimizer.state[parameter].items():
-            found = state.optimizer.state[ours][what]
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=what)
+            actual = state.optimizer.state[ours][what]
+            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, msg=what)
     for memory in state.optimizer.state.values():
         assert all(tensor.isfinite().all() for tensor in memory.values())
     assert (state.step, state.position) == (STEPS, STEPS * PICTURES)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +20,11 @@ from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
-from fastflower.training.loss import Criterion
 from fastflower.training.setup import require_two_values
-from fastflower.training.state import Setup, new_state
+from fastflower.training.state import new_state
 from fastflower.training.step import training_step
 from tests.conftest import fastflower, train_arguments, write_dataset
+from tests.training.no_data import setup_without_data
 
 CPU = torch.device("cpu")
 
@@ -65,8 +64,7 @@ def train_a_step(config: Config, pictures: int) -> list[int]:
     """How many pictures the network saw at a time."""
     network = LastNorm()
     state = new_state(network, config, CPU, Precision(None))
-    loader: Any = SimpleNamespace(global_batch=pictures)
-    setup = Setup(config, CPU, Precision(None), Ranks(), Criterion(), loader, None, {})
+    setup = setup_without_data(config, pictures)
     images = torch.randn(pictures, 3, config.data.crop, config.data.crop)
     training_step(setup, state, network, Batch(images, torch.arange(pictures) % 4, np.arange(pictures)))
     return network.seen

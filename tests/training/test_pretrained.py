@@ -80,9 +80,9 @@ def test_runs_and_checkpoints_of_ours_bring_their_normalization(finished: Path, 
         (checkpoints / "best.safetensors", best),
         (checkpoints / "last.pt", last),
     ):
-        found = opened(source, name="resnet18")
-        assert_starts_from(found, saved["model"])
-        assert {"mean": list(found.normalization.mean), "std": list(found.normalization.std)} == best["normalization"]
+        loaded = opened(source, name="resnet18")
+        assert_starts_from(loaded, saved["model"])
+        assert {"mean": list(loaded.normalization.mean), "std": list(loaded.normalization.std)} == best["normalization"]
         assert "model.name resnet18, not resnet34" in refusal(source, name="resnet34")
         assert "model.shortcut B, not A" in refusal(source, name="resnet18", shortcut="A")
     assert best["normalization"] != IMAGENETS

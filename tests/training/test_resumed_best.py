@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastflower.config import Config, DataConfig, TrainConfig, to_plain
+from fastflower.data.identity import Identity
+from fastflower.data.view import IMAGENET
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.training import step
 from fastflower.training.metrics import Evaluation
+from fastflower.training.provenance import Provenance, TrainRecords
 from fastflower.training.resume import adapt
 from fastflower.training.state import State
 from tests.conftest import fastflower, train_arguments, write_dataset
@@ -30,8 +33,8 @@ def evaluation(loss: float, accuracy: float, macro_f1: float = 0.5) -> Evaluatio
 
 def see(state: State, epochs: Sequence[tuple[float, float, float]], figure: str) -> None:
     """Validate some epochs with these figures."""
-    for each in epochs:
-        state.see(evaluation(*each), figure)
+    for row in epochs:
+        state.see(evaluation(*row), figure)
         state.epoch += 1
 
 
@@ -44,18 +47,18 @@ def resumed(state: State, configs: Sequence[Config], epochs: Sequence[tuple[floa
     """Let `adapt` follow the second settings after the first, and validation records; its sentences."""
     before, now = configs
     names = ("position", "epoch", "best", "best_epoch", "improved_epoch", "comparable_from")
-    records = {"count": 8, "names": "a", "content": "b", "whole": "a", "left_out": []}
+    first, second = (
+        Provenance(["rose"], IMAGENET, TrainRecords(8, "a", "b", "a", []), Identity(4, names, "b"))
+        for names in ("first", val)
+    )
     saved = {name: getattr(state, name) for name in names} | {
         "config": to_plain(before),
-        "train_records": records,
-        "val_records": {"names": "first"},
+        **first.to_dict(),
         "step": 0,
     }
-    setup: Any = SimpleNamespace(
-        config=now, saved_with={"train_records": records, "val_records": {"names": val}}, val=1
-    )
+    setup: Any = SimpleNamespace(config=now, provenance=second, val=1)
     figures = [
-        {"epoch": e + 1} | {f"val_{k}": v for k, v in zip(FIGURES, each, strict=True)} for e, each in enumerate(epochs)
+        {"epoch": e + 1} | {f"val_{k}": v for k, v in zip(FIGURES, row, strict=True)} for e, row in enumerate(epochs)
     ]
     adapted, sentences = adapt(saved, setup, figures, (state.best_epoch, 0))
     for name in names:
@@ -76,13 +79,13 @@ def test_later_epochs_must_beat_what_the_kept_best_has_of_the_new_figure(
     configs = [Config(train=TrainConfig(lr=0.1, best=figure)) for figure in (before, now)]  # type: ignore[arg-type]
     resumed(state, configs, first, "first")
     column = FIGURES.index(now)
-    values = [sign(now) * each[column] for each in first]
-    old = [sign(before) * each[FIGURES.index(before)] for each in first]
+    values = [sign(now) * row[column] for row in first]
+    old = [sign(before) * row[FIGURES.index(before)] for row in first]
     kept = old.index(min(old))
     assert state.best_epoch == kept
     assert state.improved_epoch == values.index(min(values))  # early_stop counts from there
     see(state, second, now)
-    values += [sign(now) * each[column] for each in second]
+    values += [sign(now) * row[column] for row in second]
     for epoch in range(len(first), len(values)):
         kept = epoch if values[epoch] < values[kept] else kept
     assert state.best_epoch == kept
@@ -100,16 +103,16 @@ def test_on_other_records_what_is_best_begins_anew(
     assert "Validation is on other records" in sentence
     assert state.epoch - 1 - state.improved_epoch == 0  # early_stop counts anew
     see(state, second, figure)
-    values = [sign(figure) * each[FIGURES.index(figure)] for each in second]
+    values = [sign(figure) * row[FIGURES.index(figure)] for row in second]
     assert state.best_epoch == len(first) + values.index(min(values))
     # and by another figure only those are compared that are of the same records
     for other in FIGURES:
         if other != figure:
-            configs = [Config(train=TrainConfig(lr=0.1, best=each)) for each in (figure, other)]  # type: ignore[arg-type]
+            configs = [Config(train=TrainConfig(lr=0.1, best=name)) for name in (figure, other)]  # type: ignore[arg-type]
             again = new_state()
             again.__dict__.update(state.__dict__)
             resumed(again, configs, [*first, *second], "first")
-            values = [sign(other) * each[FIGURES.index(other)] for each in second]
+            values = [sign(other) * row[FIGURES.index(other)] for row in second]
             assert again.improved_epoch == len(first) + values.index(min(values))
 
 

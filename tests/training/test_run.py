@@ -80,7 +80,7 @@ def test_a_run_leaves_what_later_commands_need(finished: Path, small: Path) -> N
 
 
 def test_best_weights_load_into_torchvision(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastflower.training.setup.create_model", create_model)  # the real one
+    monkeypatch.setattr("fastflower.training.network.create_model", create_model)  # the real one
     run = tmp_path / "run"
     assert fastflower(*train_arguments(small, run), "--train.epochs", "1", "--train.batch_size", "24").code == 0
     path = run / "checkpoints/best.safetensors"

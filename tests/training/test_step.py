@@ -42,6 +42,9 @@ CHOICES = [
 class NoWaiting(TorchDispatchMode):
     """Refuses what a GPU would be waited for: results that the host needs, and copies from one to the other."""
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch says no types
+
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

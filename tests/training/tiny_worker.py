@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastflower import cli
-from fastflower.training import pretrained, setup
+from fastflower.models import NETWORKS
+from fastflower.training import network, pretrained
 from fastflower.training import run as commands
 from fastflower.training.metrics import TrainingSums
 from tests.conftest import TinyNet
@@ -50,8 +52,8 @@ if __name__ == "__main__":
     original_add, original_train = TrainingSums.add, commands.train
     TrainingSums.add = add  # type: ignore[method-assign]
     commands.train = train
-    setup.create_model = TinyNet
+    network.create_model = TinyNet
     if "TINY_WEIGHTS" in os.environ:
         pretrained.URL, _, name = os.environ["TINY_WEIGHTS"].rpartition("/")
-        pretrained.FILES["IMAGENET1K_V1"]["resnet18"] = name
+        NETWORKS["resnet18"] = replace(NETWORKS["resnet18"], weights={"IMAGENET1K_V1": name})
     cli.main()
