@@ -28,8 +28,8 @@ TINY = ["overview", "--batch", "8", "--steps", "2", "--warmup", "1", "--repeats"
 @pytest.fixture(autouse=True)
 def _flowers(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few of the built-in pictures, and no runs."""
-    monkeypatch.setattr("fastflower.training.setup.ensure_builtin", lambda progress: small)
-    monkeypatch.setattr("fastflower.training.setup.builtin_root", lambda: small)
+    monkeypatch.setattr("fastflower.data.dataset.ensure_builtin", lambda progress: small)
+    monkeypatch.setattr("fastflower.data.dataset.builtin_root", lambda: small)
     monkeypatch.chdir(tmp_path)
 
 

@@ -76,8 +76,8 @@ def test_decoded_pictures_are_measured_beside_the_others(small: Path, tmp_path: 
 
 
 def test_default_data_are_the_builtin_flowers(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastflower.training.setup.ensure_builtin", lambda progress: small)
-    monkeypatch.setattr("fastflower.training.setup.builtin_root", lambda: small)
+    monkeypatch.setattr("fastflower.data.dataset.ensure_builtin", lambda progress: small)
+    monkeypatch.setattr("fastflower.data.dataset.builtin_root", lambda: small)
     first, *_ = measure(tmp_path / "out.jsonl", "loader", "--batch", 8, *SHORT)
     assert first["settings"]["root"] == ["small"]
     assert (first["settings"]["crop"], first["settings"]["scale"]) == (56, [64, 96])
