@@ -12,16 +12,14 @@ import numpy as np
 from rich.table import Table
 
 from fastflower.config import SPLITS
+from fastflower.data.classes import MAX_CLASSES, class_names, listed_classes
 from fastflower.data.contents import digest
 from fastflower.data.decoding import BATCH, ShapeDecoder, has_header
 from fastflower.data.records import (
-    MAX_CLASSES,
     NO_LABEL,
     Records,
-    class_names,
     concatenate,
     is_picture,
-    listed_classes,
     miscounted,
     read_image,
     stored_size,

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from fastflower.config import DataConfig
+from fastflower.data.classes import listed_classes, numbered_classes
 from fastflower.data.contents import Progress
 from fastflower.data.folds import assign_folds, hold_out
 from fastflower.data.names import are_places, class_index, find
-from fastflower.data.records import NO_LABEL, Records, concatenate, listed_classes, numbered_classes
+from fastflower.data.records import NO_LABEL, Records, concatenate
 from fastflower.data.sources.folder import LAYOUTS, load_folder
 from fastflower.data.sources.kaggle import holds_tfrecords, load_split
 from fastflower.errors import UserError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tfrecord.reader import tfrecord_loader
 
-from fastflower.data.records import NO_LABEL, Records, class_names, concatenate, miscounted, read_image
+from fastflower.data.classes import class_names
+from fastflower.data.records import NO_LABEL, Records, concatenate, miscounted, read_image
 from fastflower.data.sources.kaggle import find_files, load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stamp import Stamp
@@ -203,46 +203,6 @@ def test_classes_inside_the_list_pass(small: Path) -> None:
     load_split(small, "train").require_classes(3)
     with pytest.raises(UserError, match=r"has class 2, outside 0\.\.1"):
         load_split(small, "train").require_classes(2)
-
-
-# Class names
-
-
-def test_class_names_from_json(small: Path) -> None:
-    names = ["rose", "wild geranium", "Löwenzahn 蒲公英"]
-    (small / "class_names.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
-    assert class_names(small) == names
-    assert class_names(small / "tfrecords-jpeg-40x40") == names
-
-
-def test_class_names_from_numbers(tmp_path: Path) -> None:
-    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(0, 0), example(1, 11), example(2, 3)])
-    assert class_names(tmp_path, load_split(tmp_path, "train")) == [str(i) for i in range(12)]
-
-
-@pytest.mark.parametrize("label", [-1, 100_000, 2**40])
-def test_class_numbers_that_are_no_classes_are_refused(tmp_path: Path, label: int) -> None:
-    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(0, 0), example(1, label)])
-    with pytest.raises(UserError, match=rf"a\.tfrec, record 1 \(id 000001\) has class {label}, outside"):
-        class_names(tmp_path, load_split(tmp_path, "train"))
-
-
-def test_class_names_without_a_source(small: Path) -> None:
-    with pytest.raises(UserError, match=r"has no class_names\.json") as caught:
-        class_names(small)
-    assert str(small) in sentence(caught)
-
-
-@pytest.mark.parametrize(
-    "text", [b"", b"[", b"rose\ndaisy\n", b"\xff\xfe", b"[]", b'{"0": "rose"}', b'["rose", 1]', b'"rose"']
-)
-def test_broken_class_names_are_refused(small: Path, text: bytes) -> None:
-    path = small / "class_names.json"
-    path.write_bytes(text)
-    with pytest.raises(UserError) as caught:  # never falls back to numbers
-        class_names(small, load_split(small, "train"))
-    assert str(path) in str(caught.value)
-    assert "list of class names" in str(caught.value)
 
 
 # Image bytes
