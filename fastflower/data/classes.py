@@ -6,7 +6,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from fastflower.data.records import SIZE_FOLDER, Records
+from fastflower.data.records import Records
+from fastflower.data.sources import layout_of
 from fastflower.errors import UserError
 
 MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
@@ -31,8 +32,7 @@ def listed_classes(root: Path) -> list[str] | None:
     Raises:
         UserError: it is not a JSON list of different names.
     """
-    root = root.resolve()
-    path = (root.parent if SIZE_FOLDER.fullmatch(root.name) else root) / "class_names.json"
+    path = layout_of(root).names_file(root)
     if not path.is_file():
         return None
     try:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastflower.data.contents import Progress, content_digests
-from fastflower.data.records import Records
+from fastflower.data.contents import content_digests
+from fastflower.data.records import Progress, Records
 from fastflower.errors import UserError
 
 

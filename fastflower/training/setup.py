@@ -140,8 +140,8 @@ def build_loaders(
     ranks.share_of(batch_size)
     with ranks.main_first():
         read = display.follow("read pictures")
-        dataset = open_dataset(config.data, config.seed, read)
-        for note in look_over(dataset, read):
+        dataset, notes = look_over(open_dataset(config.data, config.seed, read), read)
+        for note in notes:
             display.say(note)
         engine = choose_engine(config.data, device, ranks)
         normalization = choose_normalization(config.data, dataset.train, engine, inherited)

@@ -15,7 +15,7 @@ from tfrecord.reader import tfrecord_loader
 
 from fastflower.data.classes import class_names
 from fastflower.data.records import NO_LABEL, Records, concatenate, miscounted, read_image
-from fastflower.data.sources.kaggle import find_files, load_split
+from fastflower.data.sources.kaggle import count_by_name, find_files, load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stamp import Stamp
 from fastflower.errors import UserError
@@ -314,7 +314,19 @@ def test_only_names_as_kaggles_say_how_many_records_there_are(stem: str, suffix:
     path = Path("/data") / f"{stem}.{suffix}"
     for count in (2, 798):
         one = np.zeros(1, np.int64)
-        records = Records((path,), (Stamp(0, 0, 0, 0),), (count,), one, one, one, one, np.array(["a"]), one)
+        records = Records(
+            files=(path,),
+            stamps=(Stamp(0, 0, 0, 0),),
+            counts=(count,),
+            counts_by_name=(count_by_name(path),),
+            sides=(None,),
+            file=one,
+            number=one,
+            offset=one,
+            length=one,
+            ids=np.array(["a"]),
+            labels=one,
+        )
         expected = []
         if says and int(parts[-1]) != count:
             expected = [
