@@ -82,7 +82,7 @@ def check(root: Path, *, threads: int, follow: Callable[[str], Progress]) -> Rep
         problems += [_problem(everything, split, *finding) for finding in findings]
         picture_files = frozenset(everything.describe(index) for index, _, _ in findings if everything.is_file(index))
     problems.sort(key=lambda p: (SPLITS.index(p.split), p.file, -1 if p.record is None else p.record))
-    per_class = {split: _pictures_per_class(table, len(names)) for split, table in records.items()}
+    per_class = {split: _pictures_per_class(part, len(names)) for split, part in records.items()}
     return Report(
         root,
         splits={
@@ -113,19 +113,19 @@ def _in_one_list(root: Path, loaded: Mapping[str, Loaded]) -> tuple[dict[str, Re
         return records, _numbered(root, records), []
     names = listed_classes(root) or (loaded["train"].names if "train" in loaded else None) or []
     place = {name: label for label, name in enumerate(names)}
-    for split, table in records.items():
+    for split, part in records.items():
         own = loaded[split].names or []
         for name in own:
             place.setdefault(name, len(place))
-        labels = [label if label == NO_LABEL else place[own[label]] for label in table.labels.tolist()]
-        records[split] = replace(table, labels=np.array(labels, np.int64))
+        labels = [label if label == NO_LABEL else place[own[label]] for label in part.labels.tolist()]
+        records[split] = replace(part, labels=np.array(labels, np.int64))
     return records, names, list(place)[len(names) :]
 
 
 def _numbered(root: Path, records: Mapping[str, Records]) -> list[str]:
     """The classes' names, by number; where no file has them, the numbers up to the largest in the training split."""
-    for table in (records[split] for split in SPLITS if split in records):
-        labelled = table.select((table.labels >= 0) & (table.labels < MAX_CLASSES))
+    for part in (records[split] for split in SPLITS if split in records):
+        labelled = part.select((part.labels >= 0) & (part.labels < MAX_CLASSES))
         if len(labelled):
             return class_names(root, labelled)
     return []
@@ -245,7 +245,7 @@ def _pictures_per_class(records: Records, count: int) -> Ints:
     return np.bincount(labels[(labels >= 0) & (labels < count)], minlength=count)
 
 
-def table(report: Report) -> Table:
+def overview(report: Report) -> Table:
     """The splits, for a terminal."""
     grid = Table("split", "records", "pictures", "classes", "sizes")
     for column in grid.columns[1:]:

@@ -68,21 +68,21 @@ class SizedTFRecords(Layout):
                 f"{root} holds no TFRecord files in train, val or test or in tfrecords-jpeg-SxS folders: "
                 "give the data set's folder."
             )
-        tables: dict[str, list[Records]] = {}
+        parts: dict[str, list[Records]] = {}
         progress = follow("verify checksums")
         for done, (split, path) in enumerate(files, start=1):
             try:
                 damaged = list(damaged_payloads(path))
-                table = load_files([path])
+                part = load_files([path])
             except UserError as error:
                 problems.append(Problem("file", split, str(path), None, "", str(error)))
             else:
-                tables.setdefault(split, []).append(table)
-                problems += [Problem("count", split, str(path), None, "", text) for text in miscounted(table)]
+                parts.setdefault(split, []).append(part)
+                problems += [Problem("count", split, str(path), None, "", text) for text in miscounted(part)]
                 text = "does not match its checksum: copy or download the file again"
-                problems += [Problem("crc", split, str(path), i, str(table.ids[i]), text) for i in damaged]
+                problems += [Problem("crc", split, str(path), i, str(part.ids[i]), text) for i in damaged]
             progress(done, len(files))
-        return {split: Loaded(concatenate(parts), None) for split, parts in tables.items()}, problems
+        return {split: Loaded(concatenate(own), None) for split, own in parts.items()}, problems
 
 
 def load_split(root: Path, split: str, *, sizes: Sizes = "auto", scale_min: int = 256) -> Records:
@@ -109,9 +109,9 @@ def load_files(files: Sequence[Path]) -> Records:
         UserError: one of them is refused (`fastflower.data.sources.tfrecord.scan`).
     """
     stamps = tuple(stamp_of(path) for path in files)
-    tables = [_index(path, stamp) for path, stamp in zip(files, stamps, strict=True)]
-    columns: dict[str, Any] = {name: np.concatenate([table[name] for table in tables]) for name in COLUMNS}
-    counts = tuple(len(table["labels"]) for table in tables)
+    indexes = [_index(path, stamp) for path, stamp in zip(files, stamps, strict=True)]
+    columns: dict[str, Any] = {name: np.concatenate([index[name] for index in indexes]) for name in COLUMNS}
+    counts = tuple(len(index["labels"]) for index in indexes)
     return Records(
         files=tuple(files),
         stamps=stamps,
@@ -201,13 +201,13 @@ def _index(path: Path, stamp: Stamp) -> dict[str, NDArray[Any]]:
         / f"{cache_key(code_digest(__file__, records.__file__, tfrecord.__file__), [path], [stamp])}.npz"
     )
     try:
-        with np.load(cached, allow_pickle=False) as table:
-            return {name: table[name] for name in COLUMNS}
+        with np.load(cached, allow_pickle=False) as columns:
+            return {name: columns[name] for name in COLUMNS}
     except (OSError, ValueError, KeyError, EOFError, RuntimeError, BadZipFile):
         pass  # absent, or not written by us: scan again
     examples = list(scan(path))
     require_unchanged(path, stamp)
-    table = {
+    index: dict[str, Any] = {
         "number": np.arange(len(examples)),
         "offset": np.array([e.image[0] if e.image else -1 for e in examples], np.int64),
         "length": np.array([e.image[1] if e.image else 0 for e in examples], np.int64),
@@ -215,10 +215,10 @@ def _index(path: Path, stamp: Stamp) -> dict[str, NDArray[Any]]:
         "labels": np.array([NO_LABEL if e.label is None else e.label for e in examples], np.int64),
     }
     buffer = BytesIO()
-    np.savez(buffer, **table)
+    np.savez(buffer, **index)
     try:
         with atomic_write(cached) as file:
             file.write(buffer.getbuffer())
     except OSError:
         pass  # a cache that cannot be written costs a scan each time, nothing else
-    return table
+    return index
