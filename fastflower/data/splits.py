@@ -12,7 +12,7 @@ import numpy as np
 from fastflower.arrays import Bools, Ints
 from fastflower.config import DataConfig
 from fastflower.data.classes import listed_classes, numbered_classes
-from fastflower.data.contents import examined
+from fastflower.data.contents import contents_of, examined
 from fastflower.data.folds import assign_folds, hold_out
 from fastflower.data.names import are_places, class_index, find
 from fastflower.data.records import NO_LABEL, Progress, Records, concatenate
@@ -35,7 +35,8 @@ def load_parts(data: DataConfig, seed: int, *splits: str, progress: Progress | N
     """Index splits: for each of them the parts that the folders of `data.root` have of it.
 
     With data.folds, val is a fold of train and val together, and train the other folds (`assign_folds`). Without, a
-    folder of classes that has no val gives up data.val_share of its training pictures, chosen by `seed` (`hold_out`).
+    folder that has no val and needs none (`Layout.holds_out`) gives up data.val_share of its training pictures, chosen
+    by `seed` (`hold_out`).
     Either way copies of a picture are on one side, for which `progress` takes records read and to read.
 
     Raises:
@@ -59,7 +60,7 @@ def load_parts(data: DataConfig, seed: int, *splits: str, progress: Progress | N
 def load_pool(data: DataConfig) -> list[Part]:
     """Index train and val of all folders of `data.root`, where they have both, for folds to divide.
 
-    Where both have ids of their own, they start with the split, since the same one may be two pictures.
+    Where an id is of its split alone (`Layout.ids_are_of_split`), it then starts with the split.
 
     Raises:
         UserError: names the folder, file or record.
@@ -116,8 +117,7 @@ def _divide_by_share(data: DataConfig, seed: int, progress: Progress | None) -> 
 
 def _examined(part: Part, everything: Records, rows: Ints) -> Part:
     """A part with what the table that it went into knows of its records, which are at `rows` there."""
-    contents = everything.contents and everything.contents.select(rows)
-    return replace(part, records=replace(part.records, contents=contents))
+    return replace(part, records=replace(part.records, contents=contents_of(everything).select(rows)))
 
 
 def class_list(train: Sequence[Part]) -> list[str]:

@@ -20,7 +20,7 @@ from torch._dynamo.utils import counters
 from fastflower.config import DataConfig
 from fastflower.data.dataset import whole_pictures
 from fastflower.data.decoding import shapes_of
-from fastflower.data.sources.folder import picture_files
+from fastflower.data.sources.files import picture_files
 from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
 from fastflower.evaluation.views import Views, log_mean_probabilities, window_of

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fastflower.arrays import Ints, Strings
 from fastflower.config import SPLITS, DataConfig
 from fastflower.data.records import NO_LABEL, Progress, Records
-from fastflower.data.sources import tfrecord
+from fastflower.data.sources.files import records_of_files
 from fastflower.data.sources.layout import Layout, Loaded, Problem, one_of
-from fastflower.data.stamp import Stamp, stamp_of
+from fastflower.data.stamp import Stamp
 from fastflower.errors import UserError
 
 # What DALI decodes.
@@ -125,25 +123,6 @@ def without_pictures(folder: Path) -> str:
     return f"{folder} holds no pictures ({', '.join(SUFFIXES)}): fill it or take it away."
 
 
-def picture_files(paths: Sequence[Path]) -> Records:
-    """Picture files that are named one by one, without classes; a path is the id.
-
-    Raises:
-        UserError: one cannot be read, is not a picture's file, or is given twice.
-    """
-    if not paths:
-        raise UserError("--images names no picture: give one or more files.")
-    for path, times in Counter(paths).items():
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: give picture files, or a data set's folder as --data.root.")
-        if path.suffix in tfrecord.SUFFIXES:
-            raise UserError(f"{path} holds records and is no picture: give its data set's folder as --data.root.")
-        if times > 1:
-            raise UserError(f"{path} is given twice: give each picture once.")
-    stamps = [stamp_of(path) for path in paths]
-    return _one_each(paths, stamps, np.array([str(path) for path in paths]), np.full(len(paths), NO_LABEL))
-
-
 def _pictures(folder: str, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[Picture]:
     """All picture files below `folder`; a link to a folder that it lies in leads nowhere new."""
     status = os.stat(folder)
@@ -181,21 +160,4 @@ def _records(folder: Path, pictures: list[Picture]) -> tuple[Records, list[str]]
     names = sorted(set(classes) - {""})
     index = {name: label for label, name in enumerate(names)} | {"": NO_LABEL}
     ids, labels = np.where(counts[same] > 1, paths, stems), np.array([index[name] for name in classes], np.int64)
-    return _one_each([folder / path for path in paths], stamps, ids, labels), names
-
-
-def _one_each(files: Sequence[Path], stamps: Sequence[Stamp], ids: Strings, labels: Ints) -> Records:
-    """Records that are files of their own."""
-    return Records(
-        files=tuple(files),
-        stamps=tuple(stamps),
-        counts=(1,) * len(files),
-        counts_by_name=(None,) * len(files),
-        sides=(None,) * len(files),
-        file=np.arange(len(files)),
-        number=np.zeros(len(files), np.int64),
-        offset=np.zeros(len(files), np.int64),
-        length=np.array([stamp.size for stamp in stamps], np.int64),
-        ids=ids,
-        labels=labels,
-    )
+    return records_of_files([folder / path for path in paths], stamps, ids, labels), names

@@ -227,5 +227,5 @@ def test_flowers5_at_all_sizes(flowers5: Path) -> None:
     assert (len(records), records.pictures) == (880, 220)
     records.require_classes(len(class_names(flowers5)))
     labels = {name: set(records.labels[records.ids == name].tolist()) for name in np.unique(records.ids)}
-    assert {len(found) for found in labels.values()} == {1}  # one picture has one class at every size
+    assert {len(own) for own in labels.values()} == {1}  # one picture has one class at every size
     assert size_of(find_files(flowers5, "train", scale_min=256)) == [331]

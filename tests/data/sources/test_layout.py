@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -286,3 +287,13 @@ def test_a_record_that_is_all_of_its_file_is_named_by_the_file(tmp_path: Path) -
     assert described(two, "train", "val") == [f"{two}/{PICTURES}, record {i} (id {i})" for i in range(2)]
     records = write_dataset(tmp_path / "records", {"train": 1, "val": 1})
     assert described(records, "train")[0].endswith(".tfrec, record 0 (id 000000)")
+
+
+def test_nothing_but_the_registry_knows_a_layout() -> None:
+    package = Path(sources.__file__).parents[2]
+    names = "|".join(type(layout).__module__.rpartition(".")[2] for layout in LAYOUTS)
+    imported = re.compile(rf"data\.sources(\.| import .*\b)({names})\b")
+    assert imported.search("from fastflower.data.sources import tfrecord, kaggle")
+    outside = [path for path in package.rglob("*.py") if path.parent != Path(sources.__file__).parent]
+    assert len(outside) > 50
+    assert [path for path in outside if imported.search(path.read_text())] == []
