@@ -94,9 +94,9 @@ def test_each_record_is_read_once_whatever_is_asked_for(
             progress.clear()
             new = len(set(selection) - asked)
             before = len(seen)
-            found = contents_of(everything.select(np.array(selection)), lambda *done: progress.append(done))
-            assert found.digests.tolist() == [wanted[i] for i in selection]
-            assert found.sound.tolist() == [sound[i] for i in selection]
+            answer = contents_of(everything.select(np.array(selection)), lambda *done: progress.append(done))
+            assert answer.digests.tolist() == [wanted[i] for i in selection]
+            assert answer.sound.tolist() == [sound[i] for i in selection]
             asked |= set(selection)
             assert set(seen) == {everything.describe(i) for i in asked}
             assert len(set(seen[before:])) == new
@@ -181,10 +181,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_is_kept_of_
 
     def then_write(function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any) -> Any:
-            found = list(function(*arguments))
+            values = list(function(*arguments))
             with path.open("ab") as file:
                 file.write(b"more")
-            return np.array(found)
+            return np.array(values)
 
         return called
 

@@ -142,7 +142,9 @@ def test_only_names_as_kaggles_say_how_many_records_there_are(stem: str, suffix:
     parts = stem.split("-")
     sides = parts[-2].split("x") if len(parts) > 2 else []
     says = (
-        len(sides) == 2 and sides[0] == sides[1] and all(each.isdigit() for each in (parts[-3][-1:], *sides, parts[-1]))
+        len(sides) == 2
+        and sides[0] == sides[1]
+        and all(digits.isdigit() for digits in (parts[-3][-1:], *sides, parts[-1]))
     )
     path = Path("/data") / f"{stem}.{suffix}"
     for count in (2, 798):

@@ -119,7 +119,7 @@ class TestAnotherLayout:
     def test_splits_and_classes(self, tmp_path: Path) -> None:
         folders = write_folders(tmp_path / "folders", TRAIN | VAL)
         root = as_list(folders, tmp_path / "listed")
-        listed, expected = (open_dataset(DataConfig(root=(each,)), 0) for each in (root, folders))
+        listed, expected = (open_dataset(DataConfig(root=(data,)), 0) for data in (root, folders))
         assert listed.classes == expected.classes == ["rose", "tulip"]
         assert listed.val is not None
         assert expected.val is not None
