@@ -1,9 +1,10 @@
 """What a layout on disk says of a data folder; all else asks it, and never which layout it is.
 
 A layout gives records (`fastflower.data.records.Records`), which are located, not read: a record is an encoded picture
-that lies as it is, `length` bytes from `offset` on, in a file that this process can open; with it come its number in
-the file, its id and its label. What lies otherwise (compressed, or on another machine) a layout first has to put into a
-file, of the user's cache folder say. A record never changes its file and number, since `data.skip` names it so.
+that lies as it is, `length` bytes from `offset` on, in a file that this process can open. With it come its number,
+which no other record of the file has and which stays, since `data.skip` names a record by it, its id and its label.
+What lies otherwise (compressed, or on another machine) a layout first has to put into a file, of the user's cache
+folder say.
 
 To add one, derive a class from `Layout` in a file of its own, and add it to the registry in
 `fastflower/data/sources/__init__.py`.
