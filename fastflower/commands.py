@@ -213,7 +213,7 @@ def _demo(command: DemoCommand) -> int:
 
 
 def _check(command: CheckCommand) -> int:
-    from fastflower.data.check import check, sentences, table
+    from fastflower.data.check import check, overview, sentences
     from fastflower.runtime.progress import Display
 
     with Display(Console(stderr=command.json), shown=True) as display:
@@ -221,7 +221,7 @@ def _check(command: CheckCommand) -> int:
     if command.json:
         print(to_json(report.to_plain()))
     else:
-        Console().print(table(report))
+        Console().print(overview(report))
         for sentence in sentences(report):
             _say(sentence)
     return 1 if report.problems else 0

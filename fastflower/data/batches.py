@@ -192,8 +192,8 @@ def open_batches(
     ranks.share_of(batch_size)
     with ranks.main_first():
         read = display.follow("read pictures")
-        dataset = open_dataset(data, seed, read)
-        for note in look_over(dataset, read):
+        dataset, notes = look_over(open_dataset(data, seed, read), read)
+        for note in notes:
             display.say(note)
         engine = choose_engine(data, device, ranks)
         normalization = choose_normalization(data, dataset.train, engine, inherited)

@@ -10,37 +10,35 @@ import contextlib
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from nvidia import nvimgcodec
 
 from fastflower import machine
+from fastflower.arrays import Bools, Bytes, Hashes, Ints
 from fastflower.data import decoding
 from fastflower.data.decoding import is_sound, undecodable
-from fastflower.data.records import Records, read_image
+from fastflower.data.records import Contents, Progress, Records, read_image
 from fastflower.data.stamp import file_keys, require_unchanged
 from fastflower.files import atomic_write, cache_dir, code_digest
 
 CHUNK = 256  # records that a thread reads in one go
 _ROW = np.dtype([("key", np.uint64), ("digest", np.uint64), ("sound", np.bool_)])
 
-Progress = Callable[[int, int], None]
 
-
-@dataclass(frozen=True)
-class Contents:
-    """What records hold."""
-
-    digests: np.ndarray  # [n] uint64, see `digest`
-    sound: np.ndarray  # [n] bool: it begins as a picture and is not cut off
+Rows = NDArray[Any]  # [n] of _ROW
 
 
 def contents_of(records: Records, progress: Progress | None = None) -> Contents:
     """What each record holds; those that are not known yet are read, by all cores.
+
+    Whoever asks again takes the records of `examined`, which know it.
 
     Args:
         records: each with an image.
@@ -49,21 +47,23 @@ def contents_of(records: Records, progress: Progress | None = None) -> Contents:
     Raises:
         UserError: a record cannot be read, or its file changes meanwhile.
     """
+    if records.contents:
+        return records.contents
     rows = np.zeros(len(records), _ROW)
     rows["key"] = _keys(records)
     shards = _shards(records)
     kept = {path: _load(path) for path in shards}
-    known = np.zeros(len(records), bool)
+    is_kept = np.zeros(len(records), bool)
     for path, chosen in shards.items():
-        keys, there = rows["key"][chosen], kept[path]
-        found = np.isin(keys, there["key"])
-        rows[chosen[found]] = there[np.searchsorted(there["key"], keys[found])]
-        known[chosen] = found
-    missing = np.flatnonzero(~known)
+        keys, shard = rows["key"][chosen], kept[path]
+        hits = np.isin(keys, shard["key"])
+        rows[chosen[hits]] = shard[np.searchsorted(shard["key"], keys[hits])]
+        is_kept[chosen] = hits
+    missing = np.flatnonzero(~is_kept)
     if len(missing):
         rows["digest"][missing], rows["sound"][missing] = _read(records, missing, progress)
     for path, chosen in shards.items():
-        if not known[chosen].all():
+        if not is_kept[chosen].all():
             together = np.append(kept[path], rows[chosen])
             _, first = np.unique(together["key"], return_index=True)
             with contextlib.suppress(OSError), atomic_write(path) as file:
@@ -71,26 +71,37 @@ def contents_of(records: Records, progress: Progress | None = None) -> Contents:
     return Contents(rows["digest"], rows["sound"])
 
 
-def content_digests(records: Records, progress: Progress | None = None) -> np.ndarray:
-    """The digest of each record's encoded picture, [n] uint64; see `contents_of`."""
+def examined(records: Records, progress: Progress | None = None) -> Records:
+    """The records with what they hold; see `contents_of`."""
+    return replace(records, contents=contents_of(records, progress))
+
+
+def content_digests(records: Records, progress: Progress | None = None) -> Hashes:
+    """The digest of each record's encoded picture, [n]; see `contents_of`."""
     return contents_of(records, progress).digests
 
 
-def require_pictures(splits: Sequence[Records], progress: Progress | None = None) -> None:
-    """Raise UserError that names the records of some splits whose bytes are no picture; see `contents_of`."""
+def require_pictures(splits: Sequence[Records], progress: Progress | None = None) -> list[Records]:
+    """The splits with what their records hold; see `contents_of`.
+
+    Raises:
+        UserError: names the records whose bytes are no picture.
+    """
+    splits = [examined(records, progress) for records in splits]
     bad = []
     for records in splits:
-        bad += [(records, index) for index in np.flatnonzero(~contents_of(records, progress).sound).tolist()]
+        bad += [(records, index) for index in np.flatnonzero(~contents_of(records).sound).tolist()]
     if bad:
         raise undecodable(*bad)
+    return splits
 
 
-def digest(encoded: np.ndarray) -> int:
+def digest(encoded: Bytes) -> int:
     """Of the bytes of an encoded picture, below 2**64: equal for the same bytes, and for others in no data set."""
     return int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest())
 
 
-def _read(records: Records, indices: np.ndarray, progress: Progress | None) -> tuple[np.ndarray, np.ndarray]:
+def _read(records: Records, indices: Ints, progress: Progress | None) -> tuple[Hashes, Bools]:
     def read(start: int) -> list[tuple[int, bool]]:
         pictures = (read_image(records, index) for index in indices[start : start + CHUNK].tolist())
         return [(digest(encoded), is_sound(encoded)) for encoded in pictures]
@@ -99,8 +110,8 @@ def _read(records: Records, indices: np.ndarray, progress: Progress | None) -> t
     done = 0
     with ThreadPoolExecutor(machine.cpus()) as threads:  # hashing and reading leave Python's lock
         for part in threads.map(read, range(0, len(indices), CHUNK)):
-            for each in part:
-                digests[done], sound[done] = each
+            for answer in part:
+                digests[done], sound[done] = answer
                 done += 1
                 if progress:
                     progress(done, len(indices))
@@ -109,13 +120,13 @@ def _read(records: Records, indices: np.ndarray, progress: Progress | None) -> t
     return digests, sound
 
 
-def _keys(records: Records) -> np.ndarray:
-    """Of each record a number that no other has, in any file: [n] uint64."""
+def _keys(records: Records) -> Hashes:
+    """Of each record a number that no other has, in any file, [n]."""
     files = np.array([int.from_bytes(key[:8]) for key in file_keys(records.files, records.stamps)], np.uint64)
     return files[records.file] + records.offset.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # odd: one to one
 
 
-def _shards(records: Records) -> dict[Path, np.ndarray]:
+def _shards(records: Records) -> dict[Path, Ints]:
     """The cache's files, one for each folder of folders, and which of the records they are for."""
     code = code_digest(__file__, decoding.__file__) + nvimgcodec.__version__
 
@@ -132,10 +143,10 @@ def _shards(records: Records) -> dict[Path, np.ndarray]:
     return {path: chosen for path, i in number.items() if len(chosen := np.flatnonzero(of_record == i))}
 
 
-def _load(path: Path) -> np.ndarray:
-    """Rows of `_ROW`, sorted by key."""
+def _load(path: Path) -> Rows:
+    """What a shard of the cache has, sorted by key."""
     with contextlib.suppress(OSError, ValueError, EOFError):
-        found = np.load(path, allow_pickle=False)
-        if found.dtype == _ROW and found.ndim == 1:
-            return found
+        rows = np.load(path, allow_pickle=False)
+        if rows.dtype == _ROW and rows.ndim == 1:
+            return rows
     return np.zeros(0, _ROW)

@@ -11,9 +11,9 @@ import numpy as np
 from fastflower.arrays import Bools
 from fastflower.config import DataConfig
 from fastflower.data import demo
-from fastflower.data.contents import Progress, content_digests, require_pictures
+from fastflower.data.contents import content_digests, require_pictures
 from fastflower.data.demo import write_demo
-from fastflower.data.records import Records, concatenate, miscounted
+from fastflower.data.records import Progress, Records, concatenate, miscounted
 from fastflower.data.splits import class_list, is_listed, join, load_parts
 from fastflower.errors import UserError
 from fastflower.files import cache_dir, code_digest
@@ -101,15 +101,17 @@ def open_dataset(data: DataConfig, seed: int, progress: Progress | None = None) 
     return Dataset(train.select(train_kept), val.select(val_kept), classes, train, train_kept, left_out)
 
 
-def look_over(dataset: Dataset, progress: Progress | None = None) -> list[str]:
-    """Read each record once, so that what is wrong with it is said before the first step: sentences for the user.
+def look_over(dataset: Dataset, progress: Progress | None = None) -> tuple[Dataset, list[str]]:
+    """Read each record once, so that what is wrong with it is said before the first step.
+
+    Returns:
+        The data set, whose records know what they hold, and sentences for the user.
 
     Raises:
         UserError: names the records that are no pictures.
     """
-    train, val = dataset.train, dataset.val
-    splits = [train] if val is None else [train, val]
-    require_pictures(splits, progress)
+    splits = require_pictures([dataset.train] if dataset.val is None else [dataset.train, dataset.val], progress)
+    train, val = splits[0], None if dataset.val is None else splits[1]
     notes = list(dict.fromkeys(sentence for records in splits for sentence in miscounted(records)))
     if val is not None:
         again = np.flatnonzero(np.isin(content_digests(val), content_digests(train)))
@@ -118,7 +120,7 @@ def look_over(dataset: Dataset, progress: Progress | None = None) -> list[str]:
                 f"{len(again)} of the {len(val)} validation records are also in train, such as "
                 f"{val.describe(again[0])}: `fastflower data check` names those of a folder, for data.skip."
             )
-    return notes
+    return replace(dataset, train=train, val=val), notes
 
 
 def summary(dataset: Dataset, data: DataConfig) -> list[str]:

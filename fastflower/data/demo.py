@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from fastflower.arrays import Floats
 from fastflower.config import SPLITS
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.errors import UserError
@@ -41,7 +42,7 @@ class Outline:
     notch: float = 0.0  # depth of the cut in the tip
     ruffle: float = 0.0  # height of the waves at the tip, relative
 
-    def points(self, n: int = 9) -> np.ndarray:
+    def points(self, n: int = 9) -> Floats:
         """[2n-1, 2] points, from the foot around the tip and back."""
         x = (1 - np.cos(np.linspace(0, np.pi, n))) / 2
         y = x**self.foot * (1 - x) ** self.tip
@@ -55,7 +56,7 @@ class Outline:
 class Stencil:
     """Polygons to be painted one over another, each in one of the given colors times a shade of its own."""
 
-    def __init__(self, *parts: tuple[np.ndarray, int, float]) -> None:
+    def __init__(self, *parts: tuple[Floats, int, float]) -> None:
         """Take (corners [n, 2 or 3], number of the color, shade) of each polygon."""
         polygons, colors, shades = zip(*parts, strict=True)
         ends = itertools.accumulate((2 * len(polygon) for polygon in polygons), initial=0)
@@ -63,7 +64,7 @@ class Stencil:
         self._spans = [slice(*span) for span in itertools.pairwise(ends)]
         self._color, self._shade = list(colors), np.array(shades)[:, None]
 
-    def paint(self, picture: Image.Image, points: np.ndarray, colors: np.ndarray) -> None:
+    def paint(self, picture: Image.Image, points: Floats, colors: Floats) -> None:
         """Paint copies: points [copies, n, 2] is where the points have come to, colors [copies, number, RGB].
 
         Points are x to the right and y down, and colors red, green and blue, all from 0 to 1.
@@ -264,10 +265,10 @@ def _grass(picture: Image.Image, rng: np.random.Generator, count: int) -> None:
 def _blades(
     picture: Image.Image,
     rng: np.random.Generator,
-    foot: np.ndarray,
-    tip: np.ndarray,
-    width: np.ndarray,
-    color: np.ndarray,
+    foot: Floats,
+    tip: Floats,
+    width: Floats,
+    color: Floats,
 ) -> None:
     """Bent blades from foot [n, 2] to tip [n, 2]; width [n] is relative."""
     x, y = BLADE.points.T
@@ -276,7 +277,7 @@ def _blades(
     BLADE.paint(picture, foot[:, None] + blades @ _along(tip - foot), color)
 
 
-def _plant(picture: Image.Image, rng: np.random.Generator, kind: Kind, at: np.ndarray, radius: float) -> None:
+def _plant(picture: Image.Image, rng: np.random.Generator, kind: Kind, at: Floats, radius: float) -> None:
     """Stem, leaves and flower, in focus."""
     green = _vary(rng, GREEN, 0.15)
     root = np.array([at[0] + rng.uniform(-0.3, 0.3), at[1] + 1])
@@ -287,7 +288,7 @@ def _plant(picture: Image.Image, rng: np.random.Generator, kind: Kind, at: np.nd
     _flower(picture, rng, kind, at, radius)
 
 
-def _flower(picture: Image.Image, rng: np.random.Generator, kind: Kind, at: np.ndarray, radius: float) -> None:
+def _flower(picture: Image.Image, rng: np.random.Generator, kind: Kind, at: Floats, radius: float) -> None:
     """Petals, the outermost layer first, then the center; tilted in space and seen in perspective."""
     tilt = math.radians(45) * rng.random() ** 1.5
     view = np.array([(1, 0, 0), (0, math.cos(tilt), math.sin(tilt)), (0, -math.sin(tilt), math.cos(tilt))])
@@ -295,7 +296,7 @@ def _flower(picture: Image.Image, rng: np.random.Generator, kind: Kind, at: np.n
     view[:2] = spin @ view[:2]
     view[:, :2] = view[:, :2] @ lean
 
-    def project(points: np.ndarray) -> np.ndarray:
+    def project(points: Floats) -> Floats:
         """[..., 3] in petal lengths, z towards the eye, to [..., 2] in the picture."""
         turned = points @ view
         return at + radius * turned[..., :2] / (1 - 0.3 * turned[..., 2:])
@@ -371,24 +372,24 @@ def _expose(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     return Image.fromarray(np.clip(np.asarray(picture) * (light * gain) + grain, 0, 255).astype(np.uint8))
 
 
-def _vary(rng: np.random.Generator, color: Sequence[float], amount: float, count: int = 1) -> np.ndarray:
+def _vary(rng: np.random.Generator, color: Sequence[float], amount: float, count: int = 1) -> Floats:
     """[count, 1, 3] colors like `color`: lighter or darker, and a little of another hue."""
     lightness, hue = rng.standard_normal((count, 1, 1)), rng.standard_normal((count, 1, 3))
     return np.array(color) * (1 + amount * lightness) + amount / 2 * hue
 
 
-def _directions(rng: np.random.Generator, count: int) -> np.ndarray:
+def _directions(rng: np.random.Generator, count: int) -> Floats:
     """[count, 2] vectors of length 1."""
     angles = rng.uniform(0, 2 * np.pi, count)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _along(axes: np.ndarray) -> np.ndarray:
+def _along(axes: Floats) -> Floats:
     """[..., 2, 2]: turn and stretch the x axis to `axes` [..., 2]."""
     return np.stack([axes, axes[..., ::-1] * (-1, 1)], axis=-2)
 
 
-def _circle(n: int) -> np.ndarray:
+def _circle(n: int) -> Floats:
     """[n, 2] points of the circle of radius 1."""
     angles = np.arange(n) * (2 * np.pi / n)
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastflower.data.contents import Progress, content_digests
-from fastflower.data.records import Records
+from fastflower.arrays import Bools, Ints
+from fastflower.data.contents import content_digests
+from fastflower.data.records import Progress, Records
 from fastflower.errors import UserError
 
 
@@ -26,8 +27,8 @@ class Duplicate:
     labels: tuple[int, ...]  # the classes that they have, sorted; more than one = somebody mislabelled it
 
 
-def assign_folds(records: Records, folds: int, seed: int, progress: Progress | None = None) -> np.ndarray:
-    """The fold of each record, [n] int64 in 0..folds-1; the same picture is never in two.
+def assign_folds(records: Records, folds: int, seed: int, progress: Progress | None = None) -> Ints:
+    """The fold of each record, [n] in 0..folds-1; the same picture is never in two.
 
     Where no picture has several ids, the folds' numbers of pictures differ by at most one, of each class and in all.
     It is a function of the seed and the records' ids and classes (without an id: its bytes), not of their order, nor of
@@ -56,10 +57,8 @@ def assign_folds(records: Records, folds: int, seed: int, progress: Progress | N
     return fold[group]
 
 
-def hold_out(
-    records: Records, folder: np.ndarray, share: float, seed: int, progress: Progress | None = None
-) -> np.ndarray:
-    """Which records validate where class folders have no val, [n] bool: of each class of each data folder
+def hold_out(records: Records, folder: Ints, share: float, seed: int, progress: Progress | None = None) -> Bools:
+    """Which records validate where data folders have no val, [n]: of each class of each data folder
     round(share * n) of its n different pictures, but at least one and not all, with all copies of them.
 
     So a class that is one picture, however often it is there, only trains. What validates of one folder trains in no
@@ -67,7 +66,7 @@ def hold_out(
 
     Args:
         records: with ids and classes.
-        folder: which data folder each is from, [n] int64.
+        folder: which data folder each is from, [n].
         share: in 0..1.
         seed: of the choice.
         progress: takes records read and to read.
@@ -79,13 +78,13 @@ def hold_out(
     validates = np.zeros(len(records), bool)  # by group
     _, part = np.unique(np.stack((folder, records.labels)), axis=1, return_inverse=True)
     last = {}
-    for here in np.split(np.argsort(part, kind="stable"), np.cumsum(np.bincount(part))[:-1]):
+    for indices in np.split(np.argsort(part, kind="stable"), np.cumsum(np.bincount(part))[:-1]):
         names: dict[int, str] = {}
-        for number, name in zip(group[here].tolist(), records.ids[here].tolist(), strict=True):
+        for number, name in zip(group[indices].tolist(), records.ids[indices].tolist(), strict=True):
             names[number] = min(name, names.get(number, name))
         order = sorted(names, key=lambda number: seeded_rank(seed, names[number]))
         validates[order[: min(max(round(share * len(order)), 1), len(order) - 1)]] = True
-        last[int(records.labels[here[0]])] = order[-1]
+        last[int(records.labels[indices[0]])] = order[-1]
     for label in np.setdiff1d(records.labels, records.labels[~validates[group]]).tolist():
         validates[last[label]] = False  # others that have the same pictures chose all of them
     return validates[group]
@@ -102,18 +101,18 @@ def duplicates(records: Records) -> list[Duplicate]:
     Raises:
         UserError: a record cannot be read.
     """
-    found = []
+    repeated = []
     for pictures in _same_pictures(records.select(records.ids != ""))[1]:
         ids, labels = {name for name, _ in pictures}, {label for _, label in pictures}
         if len(ids) > 1:
-            found.append(Duplicate(tuple(sorted(ids)), tuple(sorted(labels))))
-    return sorted(found, key=lambda duplicate: duplicate.ids)
+            repeated.append(Duplicate(tuple(sorted(ids)), tuple(sorted(labels))))
+    return sorted(repeated, key=lambda duplicate: duplicate.ids)
 
 
-def _same_pictures(records: Records, progress: Progress | None = None) -> tuple[np.ndarray, list[set[tuple[str, int]]]]:
+def _same_pictures(records: Records, progress: Progress | None = None) -> tuple[Ints, list[set[tuple[str, int]]]]:
     """Of each record the number of its group ([n]), and of each group the different ids and labels in it."""
     digests = content_digests(records, progress)
-    names = np.where(records.ids == "", [f"{each:016x}" for each in digests.tolist()], records.ids)
+    names = np.where(records.ids == "", [f"{digest:016x}" for digest in digests.tolist()], records.ids)
     numbers = (np.unique(column, return_inverse=True)[1] for column in (names, digests))
     roots, group = np.unique(_connect(*numbers), return_inverse=True)
     members: list[set[tuple[str, int]]] = [set() for _ in roots]
@@ -122,10 +121,10 @@ def _same_pictures(records: Records, progress: Progress | None = None) -> tuple[
     return group, members
 
 
-def _connect(*columns: np.ndarray) -> np.ndarray:
+def _connect(*columns: Ints) -> Ints:
     """Of each row the first row that it is connected to, by equal numbers in a column or through other rows, [n].
 
-    The columns are [n] int64 in 0..n-1.
+    The columns are [n] in 0..n-1.
     """
     root = np.arange(len(columns[0]))
     while True:

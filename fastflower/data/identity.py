@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastflower.data.contents import content_digests
-from fastflower.data.records import Records
+from fastflower.data.records import Progress, Records
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Identity:
     content: str  # digest of the encoded pictures, in the same order
 
 
-def identity(records: Records, progress: Callable[[int, int], None] | None = None) -> Identity:
+def identity(records: Records, progress: Progress | None = None) -> Identity:
     """The identity of records, for which each is read once (see `fastflower.data.contents.contents_of`).
 
     Args:

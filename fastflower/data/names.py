@@ -55,8 +55,8 @@ def find(index: Mapping[str | Decimal, int], name: str, missing: T) -> int | T:
 def places(wanted: Sequence[str], own: Sequence[str]) -> list[int] | None:
     """Where in `own` each class of `wanted` is (see `find`); None where they are not the same classes."""
     index = class_index(own)
-    found = [place for name in wanted if (place := find(index, name, None)) is not None]
-    return found if len(found) == len(wanted) and sorted(found) == [*range(len(own))] else None
+    matches = [place for name in wanted if (place := find(index, name, None)) is not None]
+    return matches if len(matches) == len(wanted) and sorted(matches) == [*range(len(own))] else None
 
 
 def display_names(classes: list[str], given: str | None) -> list[str]:
@@ -103,19 +103,19 @@ def _kaggle_names_of(classes: Sequence[str]) -> list[str]:
                 "same: give a file with a name for each."
             )
         numbers = [Decimal(place) for place in range(len(classes))]
-    known = {Decimal(number): name for number, name in enumerate(kaggle)}
-    if unknown := [name for name, number in zip(classes, numbers, strict=True) if number not in known]:
+    by_number = {Decimal(number): name for number, name in enumerate(kaggle)}
+    if unknown := [name for name, number in zip(classes, numbers, strict=True) if number not in by_number]:
         raise UserError(
             f"{KAGGLE} names the classes 0 to {len(kaggle) - 1}, and there is a class {unknown[0]}: give a file with a "
             "name for each."
         )
-    return [known[number] for number in numbers]
+    return [by_number[number] for number in numbers]
 
 
 def kaggle_names() -> list[str]:
     """The 104 classes of the Kaggle competition "Petals to the Metal", by number."""
-    found = importlib.resources.files("fastflower.data").joinpath(f"{KAGGLE}.txt")
-    return found.read_text(encoding="utf-8").splitlines()
+    file = importlib.resources.files("fastflower.data").joinpath(f"{KAGGLE}.txt")
+    return file.read_text(encoding="utf-8").splitlines()
 
 
 def _read_names(path: Path, count: int) -> list[str]:

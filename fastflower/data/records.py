@@ -1,32 +1,43 @@
 """A split of a data set as a table of records: what is asked of it, and a record's bytes.
 
-A picture is an id; a record is an id at a stored size. The Kaggle layout holds each picture at several sizes:
-ROOT/tfrecords-jpeg-SxS/{train,val,test}/*.tfrec. A picture may also be a file of its own
-(`fastflower.data.sources.folder`).
+A picture is an id; a record is an id at a stored size, of which a layout on disk (`fastflower.data.sources`) may have
+several. Either a file holds many records, or it is the picture itself.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 import os
-import re
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from fastflower.arrays import Bools, Bytes, Hashes, Ints, Strings
 from fastflower.data.stamp import Stamp, cache_key
 from fastflower.errors import UserError
 
-SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
-MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
 NO_LABEL = np.iinfo(np.int64).min
-_COUNTED = re.compile(rf".*\d-(\d+)x\1-(?P<count>\d+)({'|'.join(map(re.escape, SUFFIXES))})")
-SIZE_FOLDER = re.compile(r"tfrecords-jpeg-(\d+)x(\d+)")
+Progress = Callable[[int, int], None]  # takes what is done and all that is to do
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What records hold, as `fastflower.data.contents` finds it out."""
+
+    digests: Hashes  # [n], equal for the same bytes
+    sound: Bools  # [n], it begins as a picture and is not cut off
+
+    def select(self, indices: Ints | Bools) -> Contents:
+        """Those of the records at `indices` ([m] or [n])."""
+        return Contents(self.digests[indices], self.sound[indices])
+
+    @classmethod
+    def join(cls, parts: Sequence[Contents]) -> Contents:
+        """Those of some tables' records, one table after another."""
+        return cls(np.concatenate([part.digests for part in parts]), np.concatenate([part.sound for part in parts]))
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,15 @@ class Records:
     files: tuple[Path, ...]
     stamps: tuple[Stamp, ...]  # of each file when it was indexed
     counts: tuple[int, ...]  # of records in each file, whether they are in this table or not
-    file: np.ndarray  # [n] int64, index into files
-    number: np.ndarray  # [n] int64, position of the record in its file
-    offset: np.ndarray  # [n] int64, bytes; -1 where the record has no image
-    length: np.ndarray  # [n] int64, bytes
-    ids: np.ndarray  # [n] str, "" where the record has none
-    labels: np.ndarray  # [n] int64, NO_LABEL where the record has none
+    counts_by_name: tuple[int | None, ...]  # the same as each file's name says it; None where it says nothing
+    sides: tuple[int | None, ...]  # of each file: its pictures' stored size (pixels); None where there is but one
+    file: Ints  # [n], index into files
+    number: Ints  # [n], position of the record in its file
+    offset: Ints  # [n], bytes; -1 where the record has no image
+    length: Ints  # [n], bytes
+    ids: Strings  # [n], "" where the record has none
+    labels: Ints  # [n], NO_LABEL where the record has none
+    contents: Contents | None = None  # once the records are read
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -54,21 +68,30 @@ class Records:
 
     @property
     def sizes(self) -> list[int]:
-        """The stored sizes in pixels, ascending; empty where no folder names one."""
-        return sorted({size for path in self.files if (size := stored_size(path))})
+        """The stored sizes in pixels, ascending; empty where there is but one."""
+        return sorted({side for side in self.sides if side})
+
+    @property
+    def side(self) -> Ints:
+        """Each record's stored size in pixels, [n]; 0 where there is but one."""
+        return np.array([side or 0 for side in self.sides], np.int64)[self.file]
+
+    def is_file(self, index: int) -> bool:
+        """Whether a record is all of its file, which then is the picture itself."""
+        return bool(self.offset[index] == 0 and self.length[index] == self.stamps[self.file[index]].size)
 
     def describe(self, index: int) -> str:
         """File, record number and id, for messages; of a picture that is a file, just its path."""
         path = self.files[self.file[index]]
-        if is_picture(path):
+        if self.is_file(index):
             return str(path)
         name = f" (id {self.ids[index]})" if self.ids[index] else ""
         return f"{path}, record {self.number[index]}{name}"
 
-    def select(self, indices: np.ndarray) -> Records:
-        """The records at `indices` ([m] int64 or [n] bool), in that order."""
+    def select(self, indices: Ints | Bools) -> Records:
+        """The records at `indices` ([m] or [n]), in that order."""
         columns = {name: getattr(self, name)[indices] for name in (*COLUMNS, "file")}
-        return replace(self, **columns)
+        return replace(self, **columns, contents=self.contents and self.contents.select(indices))
 
     def require(self, feature: Literal["image", "id", "class"]) -> None:
         """Raise UserError naming the first record that lacks `feature`."""
@@ -76,7 +99,7 @@ class Records:
         if missing.any():
             index = int(np.argmax(missing))
             where = self.describe(index)
-            if is_picture(self.files[self.file[index]]):
+            if self.is_file(index):
                 raise UserError(f"{where} has no {feature}, which this command needs: put it into its class's folder.")
             raise UserError(f"{where} has no feature '{feature}', which this command needs: write it or drop the file.")
 
@@ -100,12 +123,16 @@ def concatenate(parts: Sequence[Records]) -> Records:
     if len(parts) == 1:
         return parts[0]
     first = np.cumsum([0, *(len(part.files) for part in parts)])
+    contents = [part.contents for part in parts if part.contents]
     return Records(
         files=tuple(path for part in parts for path in part.files),
         stamps=tuple(stamp for part in parts for stamp in part.stamps),
         counts=tuple(count for part in parts for count in part.counts),
+        counts_by_name=tuple(count for part in parts for count in part.counts_by_name),
+        sides=tuple(side for part in parts for side in part.sides),
         file=np.concatenate([part.file + start for part, start in zip(parts, first[:-1], strict=True)]),
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS},
+        contents=Contents.join(contents) if len(contents) == len(parts) else None,
     )
 
 
@@ -114,75 +141,21 @@ def fingerprint(records: Records, code: str) -> str:
     return cache_key(code, records.files, records.stamps, records.file, records.offset, records.length)
 
 
-def is_picture(path: Path) -> bool:
-    """Whether a record's file is the picture itself, and no TFRecord file."""
-    return path.suffix not in SUFFIXES
-
-
-def stored_size(path: Path) -> int | None:
-    """The size in pixels that a file's tfrecords-jpeg-SxS folder names; None where there is no such folder."""
-    match = SIZE_FOLDER.fullmatch(path.parent.parent.name)
-    return int(match[1]) if match else None
-
-
 def miscounted(records: Records) -> list[str]:
-    """A sentence for each file that has fewer or more records than its name says (NN-SxS-COUNT, as in the Kaggle set).
+    """A sentence for each file that has fewer or more records than its name says.
 
     A file that was cut off between two records shows it in nothing else.
     """
+    counts = dict(zip(records.files, zip(records.counts, records.counts_by_name, strict=True), strict=True))
     return [
         f"{path} has {count} records, but by its name {said}: copy or download it again, or correct its name."
-        for path, count in dict(zip(records.files, records.counts, strict=True)).items()
-        if (match := _COUNTED.fullmatch(path.name)) and (said := int(match["count"])) != count
+        for path, (count, said) in counts.items()
+        if said not in (None, count)
     ]
 
 
-def class_names(root: Path, train: Records | None = None) -> list[str]:
-    """Class names by index: `class_names.json` of the data folder, else the numbers 0..C-1 seen in `train`.
-
-    Raises:
-        UserError: the file is not a JSON list of names, or there is neither file nor training split.
-    """
-    if (names := listed_classes(root)) is not None:
-        return names
-    if train is None:
-        raise UserError(f"{root} has no class_names.json, and no training split was read to count the classes.")
-    return numbered_classes(train)
-
-
-def listed_classes(root: Path) -> list[str] | None:
-    """What `class_names.json` of the data folder lists; None where there is no such file.
-
-    Raises:
-        UserError: it is not a JSON list of different names.
-    """
-    root = root.resolve()
-    path = (root.parent if SIZE_FOLDER.fullmatch(root.name) else root) / "class_names.json"
-    if not path.is_file():
-        return None
-    try:
-        names = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}): write a list of class names.") from error
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is not a JSON list of class names: write one name for each class, by index.")
-    if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{path} has the class name {twice[0]!r} twice: give each class a name of its own.")
-    return names
-
-
-def numbered_classes(train: Records) -> list[str]:
-    """The numbers 0..C-1 up to the largest label, for classes without names.
-
-    Raises:
-        UserError: a record has no class, or one that cannot be meant.
-    """
-    train.require_classes(MAX_CLASSES)
-    return [str(label) for label in range(int(train.labels.max()) + 1)]
-
-
-def read_image(records: Records, index: int) -> np.ndarray:
-    """The encoded image of a record, [length] uint8.
+def read_image(records: Records, index: int) -> Bytes:
+    """The encoded image of a record, [length].
 
     A plain read: a file that shrinks or vanishes while it is used is an error here, where a memory map would crash.
 

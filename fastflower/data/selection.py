@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastflower.data.records import Records, stored_size
+from fastflower.data.records import Records
 
 
 def largest_of_each(records: Records) -> tuple[Records, list[str]]:
@@ -15,7 +15,7 @@ def largest_of_each(records: Records) -> tuple[Records, list[str]]:
     Returns:
         The records, and a sentence for each id that is there more than once at that size: the first record is taken.
     """
-    size = np.array([stored_size(path) or 0 for path in records.files], np.int64)[records.file]
+    size = records.side
     names = np.where(records.ids == "", [f"\0{i}" for i in range(len(records))], records.ids)
     _, first, member = np.unique(names, return_index=True, return_inverse=True)
     largest = np.zeros(len(first), np.int64)

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from fastflower.arrays import Bools, Ints
 from fastflower.config import DataConfig
-from fastflower.data.contents import Progress
+from fastflower.data.classes import listed_classes, numbered_classes
+from fastflower.data.contents import contents_of, examined
 from fastflower.data.folds import assign_folds, hold_out
 from fastflower.data.names import are_places, class_index, find
-from fastflower.data.records import NO_LABEL, Records, concatenate, listed_classes, numbered_classes
-from fastflower.data.sources.folder import LAYOUTS, load_folder
-from fastflower.data.sources.kaggle import holds_tfrecords, load_split
+from fastflower.data.records import NO_LABEL, Progress, Records, concatenate
+from fastflower.data.sources import layout_of
 from fastflower.errors import UserError
 
 
@@ -27,13 +28,15 @@ class Part:
     split: str
     records: Records
     names: list[str] | None  # what the labels stand for; None where they are mere numbers
+    listed: list[str] | None  # the folder's own list of names, if it has one
 
 
 def load_parts(data: DataConfig, seed: int, *splits: str, progress: Progress | None = None) -> list[list[Part]]:
     """Index splits: for each of them the parts that the folders of `data.root` have of it.
 
     With data.folds, val is a fold of train and val together, and train the other folds (`assign_folds`). Without, a
-    folder of classes that has no val gives up data.val_share of its training pictures, chosen by `seed` (`hold_out`).
+    folder that has no val and needs none (`Layout.holds_out`) gives up data.val_share of its training pictures, chosen
+    by `seed` (`hold_out`).
     Either way copies of a picture are on one side, for which `progress` takes records read and to read.
 
     Raises:
@@ -43,12 +46,12 @@ def load_parts(data: DataConfig, seed: int, *splits: str, progress: Progress | N
     divided = divide(data, seed, progress) if set(splits) & {"train", "val"} else []
 
     def load(root: Path, split: str) -> list[Part]:
-        here = [(part, validates) for part, validates in divided if part.root == root]
-        if split == "test" or not here:
+        parts = [(part, validates) for part, validates in divided if part.root == root]
+        if split == "test" or not parts:
             return [_load(data, root, split)]
         return [
-            Part(root, split, part.records.select(validates if split == "val" else ~validates), part.names)
-            for part, validates in here
+            replace(part, split=split, records=part.records.select(validates if split == "val" else ~validates))
+            for part, validates in parts
         ]
 
     return [[part for root in _roots(data) for part in load(root, split)] for split in splits]
@@ -57,15 +60,17 @@ def load_parts(data: DataConfig, seed: int, *splits: str, progress: Progress | N
 def load_pool(data: DataConfig) -> list[Part]:
     """Index train and val of all folders of `data.root`, where they have both, for folds to divide.
 
-    Ids of class folders with both start with the split, since the two may have pictures of the same name.
+    Where an id is of its split alone (`Layout.ids_are_of_split`), it then starts with the split.
 
     Raises:
         UserError: names the folder, file or record.
     """
     pool = []
     for root in dict.fromkeys(_roots(data)):
-        parts = [_load(data, root, split) for split in ("train", "val") if split == "train" or _has_val(root)]
-        if len(parts) > 1 and not _holds_tfrecords(root):
+        layout = layout_of(root)
+        both = "val" in layout.splits(root)
+        parts = [_load(data, root, split) for split in (("train", "val") if both else ("train",))]
+        if both and layout.ids_are_of_split:
             parts = [
                 replace(part, records=replace(part.records, ids=np.char.add(f"{part.split}/", part.records.ids)))
                 for part in parts
@@ -74,19 +79,18 @@ def load_pool(data: DataConfig) -> list[Part]:
     return pool
 
 
-Divided = list[tuple[Part, np.ndarray]]  # undivided parts, and which of their records validate ([n] bool)
+Divided = list[tuple[Part, Bools]]  # undivided parts, and which of their records validate ([n])
 
 
 def _divide_by_fold(data: DataConfig, seed: int, progress: Progress | None) -> Divided:
     """Everything, by data.folds, which all stored sizes have a say in: whichever are used, a picture's fold is one."""
     assert data.folds
-    everything = load_pool(replace(data, sizes="all"))
-    records = join(everything, class_list(everything))
-    folds = assign_folds(records, data.folds, seed, progress)
-    fold_of = dict(zip(_places(records), folds.tolist(), strict=True))
-    return [
-        (part, np.array([fold_of[place] == data.fold for place in _places(part.records)])) for part in load_pool(data)
-    ]
+    pool = load_pool(replace(data, sizes="all"))
+    everything = examined(join(pool, class_list(pool)), progress)
+    validates = assign_folds(everything, data.folds, seed) == data.fold
+    row_of = {place: row for row, place in enumerate(_places(everything))}
+    rows = ((part, np.array([row_of[place] for place in _places(part.records)])) for part in load_pool(data))
+    return [(_examined(part, everything, own), validates[own]) for part, own in rows]
 
 
 def _places(records: Records) -> Iterator[tuple[Path, int]]:
@@ -95,18 +99,25 @@ def _places(records: Records) -> Iterator[tuple[Path, int]]:
 
 
 def _divide_by_share(data: DataConfig, seed: int, progress: Progress | None) -> Divided:
-    """Class folders without val, by data.val_share."""
+    """The folders without val that give it up, by data.val_share."""
+    layouts = {root: layout_of(root) for root in _roots(data)}
     whole = [
         _load(data, root, "train")
-        for root in dict.fromkeys(_roots(data))
-        if not _holds_tfrecords(root) and not _has_val(root)
+        for root, layout in layouts.items()
+        if layout.holds_out and "val" not in layout.splits(root)
     ]
     if not whole:
         return []
-    sizes = [len(part.records) for part in whole]
-    folder = np.repeat(np.arange(len(whole)), sizes)
-    validates = hold_out(join(whole, class_list(whole)), folder, data.val_share, seed, progress)
-    return list(zip(whole, np.split(validates, np.cumsum(sizes)[:-1]), strict=True))
+    folder = np.repeat(np.arange(len(whole)), [len(part.records) for part in whole])
+    everything = examined(join(whole, class_list(whole)), progress)
+    validates = hold_out(everything, folder, data.val_share, seed)
+    rows = ((part, np.flatnonzero(folder == number)) for number, part in enumerate(whole))
+    return [(_examined(part, everything, own), validates[own]) for part, own in rows]
+
+
+def _examined(part: Part, everything: Records, rows: Ints) -> Part:
+    """A part with what the table that it went into knows of its records, which are at `rows` there."""
+    return replace(part, records=replace(part.records, contents=contents_of(everything).select(rows)))
 
 
 def class_list(train: Sequence[Part]) -> list[str]:
@@ -125,7 +136,7 @@ def class_list(train: Sequence[Part]) -> list[str]:
         )
     if numbered:
         return numbered_classes(concatenate([part.records for part in numbered]))
-    listed = dict.fromkeys(name for part in named for name in listed_classes(part.root) or ())
+    listed = dict.fromkeys(name for part in named for name in part.listed or ())
     return [*listed, *sorted({name for part in named for name in part.names or ()} - set(listed))]
 
 
@@ -164,8 +175,8 @@ def leave_out(records: Records, skip: Path) -> Records:
     return records.select(~is_listed(records, skip))
 
 
-def is_listed(records: Records, skip: Path) -> np.ndarray:
-    """Which records a file of what `fastflower data check --json` printed lists, [n] bool.
+def is_listed(records: Records, skip: Path) -> Bools:
+    """Which records a file of what `fastflower data check --json` printed lists, [n].
 
     Raises:
         UserError: it is no such file, or it lists all of them.
@@ -185,8 +196,8 @@ def _listed(skip: Path) -> set[tuple[Path, int]]:
     """File and record number of each problem with a record; a record without an id is none for training."""
     try:
         problems = json.loads(skip.read_text(encoding="utf-8"))["problems"]
-        records = [each for each in problems if each["record"] is not None and each["kind"] != "no id"]
-        return {(_settled(Path(problem["file"])), int(problem["record"])) for problem in records}
+        of_records = [problem for problem in problems if problem["record"] is not None and problem["kind"] != "no id"]
+        return {(_settled(Path(problem["file"])), int(problem["record"])) for problem in of_records}
     except OSError as error:
         raise UserError(f"data.skip {skip} cannot be read ({error.strerror}): give an existing file.") from error
     except (ValueError, TypeError, KeyError) as error:
@@ -207,34 +218,20 @@ def _roots(data: DataConfig) -> tuple[Path, ...]:
     return data.root
 
 
-def _has_val(root: Path) -> bool:
-    return (root / "val").is_dir() or any(root.glob("tfrecords-jpeg-*x*/val"))
-
-
-def _holds_tfrecords(root: Path) -> bool:
-    if not root.is_dir():
-        raise UserError(f"--data.root {root} is not a folder: {LAYOUTS}.")
-    try:
-        return holds_tfrecords(root)
-    except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): check its permissions.") from error
-
-
 def _load(data: DataConfig, root: Path, split: str) -> Part:
-    tfrecords, names = _holds_tfrecords(root), listed_classes(root)
-    if tfrecords:
-        records = load_split(root, split, sizes=data.sizes, scale_min=data.scale[0])
-        if names and (records.labels != NO_LABEL).any():
-            records.require_classes(len(names))
-        return Part(root, split, records, names)
-    records, folders = load_folder(root, split)
-    unknown = set(folders) - set(names or folders)
+    loaded, listed = layout_of(root).load(root, split, data), listed_classes(root)
+    records, names = loaded.records, loaded.names
+    if names is None:
+        if listed and (records.labels != NO_LABEL).any():
+            records.require_classes(len(listed))
+        return Part(root, split, records, listed, listed)
+    unknown = set(names) - set(listed or names)
     if unknown and split != "test":
         raise UserError(
             f"{root} has pictures of class {min(unknown)!r} in {split}, which its class_names.json does not list: "
             "correct the folder's name or the list."
         )
-    return Part(root, split, records, folders)
+    return Part(root, split, records, names, listed)
 
 
 def _relabel(part: Part, classes: list[str]) -> Records:
@@ -242,8 +239,8 @@ def _relabel(part: Part, classes: list[str]) -> Records:
         return part.records
     labelled = part.records.labels != NO_LABEL
     labels = part.records.labels.copy()
-    found, place = np.unique(labels[labelled], return_inverse=True)
-    names = [part.names[label] if part.names else str(label) for label in found.tolist()]
+    distinct, place = np.unique(labels[labelled], return_inverse=True)
+    names = [part.names[label] if part.names else str(label) for label in distinct.tolist()]
     index = class_index(classes)
     labels[labelled] = np.array([find(index, name, NO_LABEL) for name in names], np.int64)[place]
     unknown = labelled & (labels == NO_LABEL)

@@ -7,9 +7,9 @@ import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
+from numpy.typing import NDArray
 
 from fastflower.errors import UserError
 
@@ -37,7 +37,7 @@ class Stamp(NamedTuple):
         return self.size, self.mtime_ns
 
 
-def cache_key(code: str, files: Iterable[Path], stamps: Iterable[Stamp], *columns: np.ndarray) -> str:
+def cache_key(code: str, files: Iterable[Path], stamps: Iterable[Stamp], *columns: NDArray[Any]) -> str:
     """The name in the cache of what code of the digest `code` finds out about files, and what `columns` say of them."""
     digest = hashlib.blake2b(code.encode(), digest_size=16)
     for key in file_keys(files, stamps):

@@ -11,6 +11,7 @@ from nvidia import dali
 from nvidia.dali import fn
 from nvidia.dali.pipeline import DataNode
 
+from fastflower.arrays import Floats
 from fastflower.data import decoding
 from fastflower.data.decoding import decoded_pictures
 from fastflower.data.records import Records, fingerprint
@@ -24,7 +25,7 @@ class PixelStatistics:
     """Of R, G and B in [0, 1] over all pixels."""
 
     normalization: Normalization
-    covariance: np.ndarray  # [3, 3] float64
+    covariance: Floats  # [3, 3]
 
 
 def pixel_statistics(records: Records, engine: Engine) -> PixelStatistics:
@@ -40,15 +41,15 @@ def pixel_statistics(records: Records, engine: Engine) -> PixelStatistics:
     code = code_digest(__file__, decoding.__file__) + dali.__version__ + engine.device
     cached = cache_dir() / "statistics" / f"{fingerprint(records, code)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        known = json.loads(cached.read_text())
+        kept = json.loads(cached.read_text())
         return PixelStatistics(
-            Normalization(tuple(known["mean"]), tuple(known["std"])), np.array(known["covariance"], np.float64)
+            Normalization(tuple(kept["mean"]), tuple(kept["std"])), np.array(kept["covariance"], np.float64)
         )
-    found = _measure(records, engine)
-    mean, std = found.normalization.mean, found.normalization.std
+    statistics = _measure(records, engine)
+    mean, std = statistics.normalization.mean, statistics.normalization.std
     with contextlib.suppress(OSError), atomic_write(cached) as file:
-        file.write(to_json({"mean": mean, "std": std, "covariance": found.covariance.tolist()}).encode())
-    return found
+        file.write(to_json({"mean": mean, "std": std, "covariance": statistics.covariance.tolist()}).encode())
+    return statistics
 
 
 def _measure(records: Records, engine: Engine) -> PixelStatistics:

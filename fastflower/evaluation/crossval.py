@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastflower.config import SPLITS, Config, resolve
+from fastflower.data.contents import examined
 from fastflower.data.dataset import with_folders
 from fastflower.data.folds import duplicates
 from fastflower.data.identity import identity
@@ -263,7 +264,7 @@ def _look_at(config: Config, display: Display) -> dict[str, Any]:
     """
     pool = load_pool(replace(config.data, sizes="all"))
     classes = class_list(pool)
-    records = join(pool, classes)
+    records = examined(join(pool, classes), display.follow("read the pictures"))
     pictures = duplicates(records)
     if pictures:
         display.say(f"{len(pictures)} pictures stand under several ids, which are kept in one fold:")
@@ -274,7 +275,7 @@ def _look_at(config: Config, display: Display) -> dict[str, Any]:
     if len(pictures) > SHOWN:
         display.say(f"  … and {len(pictures) - SHOWN} more (fastflower data check names them).")
     # with what data.skip lists, which may grow on the way
-    return {"classes": classes, "records": asdict(identity(records, display.follow("read the pictures")))}
+    return {"classes": classes, "records": asdict(identity(records))}
 
 
 def _validate(path: Path, trained: Sequence[Trained], testing: Testing, session: Session) -> CrossValidation:

@@ -12,7 +12,7 @@ from rich.console import Console
 from fastflower.config import DataConfig
 from fastflower.data.names import display_names
 from fastflower.data.records import NO_LABEL, Records
-from fastflower.data.sources.folder import picture_files
+from fastflower.data.sources.files import picture_files
 from fastflower.errors import UserError
 from fastflower.evaluation.predictions import Predictions, read_predictions, sort_by_id, write_predictions
 from fastflower.evaluation.score import probabilities, ready, score

@@ -103,7 +103,7 @@ def load_split(
                 within.display.say(f"… and {len(again) - SHOWN} more ids that are there more than once.")
         for note in miscounted(records):
             within.display.say(note)
-        require_pictures([records], read)
+        (records,) = require_pictures([records], read)
     return data, records
 
 

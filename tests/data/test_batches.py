@@ -14,7 +14,7 @@ from fastflower.data.batches import evaluation_batches, training_batches, whole_
 from fastflower.data.decoding import shapes_of
 from fastflower.data.loader import Batch, Loader, Loading
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
-from fastflower.data.sources.folder import picture_files
+from fastflower.data.sources.files import picture_files
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.view import Engine, View
 from fastflower.runtime.distributed import Ranks

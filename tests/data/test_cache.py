@@ -17,7 +17,7 @@ from fastflower.data.batches import evaluation_batches, training_batches
 from fastflower.data.cache import Decoded, choose_place, open_cache
 from fastflower.data.loader import Loading
 from fastflower.data.records import Records
-from fastflower.data.sources.folder import picture_files
+from fastflower.data.sources.files import picture_files
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.view import IMAGENET, Engine
 from fastflower.errors import UserError

@@ -36,7 +36,7 @@ def write(root: Path, split: str, records: Sequence[Record], size: int = 40, nam
     return path
 
 
-def found(report: Report) -> list[tuple[Any, ...]]:
+def named_in(report: Report) -> list[tuple[Any, ...]]:
     """Kind, split, record and id of each problem."""
     return [(p.kind, p.split, p.record, p.id) for p in report.problems]
 
@@ -156,7 +156,7 @@ def test_each_trouble_is_named_and_nothing_else(tmp_path: Path, trouble: str) ->
     for split, records in splits.items():
         write(tmp_path, split, records)
     report = run(tmp_path)
-    assert found(report) == expected
+    assert named_in(report) == expected
     for problem in report.problems:
         assert problem.file == str(tmp_path / "tfrecords-jpeg-40x40" / problem.split / "a.tfrec")
     assert re.search(first_text, report.problems[0].text)
@@ -169,10 +169,10 @@ def test_one_id_at_several_sizes_is_one_picture(tmp_path: Path) -> None:
     """Even with the same bytes, as where a small picture was not enlarged; across splits it is a leak at each size."""
     for size in (40, 48):
         write(tmp_path, "train", [example(0, 0, jpeg(40, 40)), example(1, 0)], size)
-    assert found(run(tmp_path)) == []
+    assert named_in(run(tmp_path)) == []
     write(tmp_path, "val", [example(5, 0, jpeg(40, 40))], 40)
     write(tmp_path, "val", [example(6, 0)], 48)
-    assert found(run(tmp_path)) == [("leak", "train", 0, "000000")] * 2
+    assert named_in(run(tmp_path)) == [("leak", "train", 0, "000000")] * 2
 
 
 def test_a_changed_byte_is_found_by_its_checksum(tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_checked(tmp_path: Path, damage:
     bad.write_bytes(damage(bad.read_bytes()))
     report = run(root)
     assert report.splits["val"]["records"] == 5
-    assert ("unreadable", "val", 0, "000077") in found(report)
+    assert ("unreadable", "val", 0, "000077") in named_in(report)
     if text:
         (problem,) = (p for p in report.problems if p.split == "train")
         assert (problem.kind, problem.file, problem.record) == ("file", str(bad), None)
@@ -216,7 +216,7 @@ def test_a_damaged_file_is_named_and_the_rest_is_checked(tmp_path: Path, damage:
 def test_damaged_files_alone_are_a_report_too(tmp_path: Path) -> None:
     write(tmp_path, "train", [example(0, 0)]).write_bytes(b"?")
     report = run(tmp_path)
-    assert found(report) == [("file", "train", None, "")]
+    assert named_in(report) == [("file", "train", None, "")]
     assert (report.splits, report.classes) == ({}, {})
 
 
@@ -267,7 +267,7 @@ def test_class_folders_are_checked_alike(tmp_path: Path) -> None:
     report = run(root)
     assert report.classes == {"rose": {"train": 5, "val": 4}, "tulip": {"train": 3, "val": 0}}
     assert report.splits["test"] == {"records": 1, "pictures": 1, "classes": 0, "sizes": []}
-    assert found(report) == [
+    assert named_in(report) == [
         ("unreadable", "train", 0, "rose/page"),
         ("leak", "train", 0, "tulip/000005"),
         ("class", "val", 0, "weed/000009"),
@@ -299,7 +299,7 @@ def test_a_picture_that_may_not_be_read_is_named_and_the_rest_is_checked(
 
     monkeypatch.setattr(module, "_open", refused)
     report = run(root)
-    assert found(report) == [("unreadable", "train", 0, "tulip/000005"), ("unreadable", "val", 0, "rose/page")]
+    assert named_in(report) == [("unreadable", "train", 0, "tulip/000005"), ("unreadable", "val", 0, "rose/page")]
     assert next(sentences(report)) == f"unreadable: {closed} cannot be read (Permission denied)"
 
 

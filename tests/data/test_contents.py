@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fastflower.data import contents as module
 from fastflower.data import records as records_module
-from fastflower.data.contents import content_digests, contents_of, require_pictures
+from fastflower.data.contents import content_digests, contents_of, examined, require_pictures
 from fastflower.data.records import Records, concatenate, read_image
 from fastflower.data.sources import kaggle
 from fastflower.data.sources.folder import load_folder
@@ -25,7 +25,7 @@ from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stats import pixel_statistics
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
-from tests.conftest import example, jpeg, write_folders
+from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset, write_folders
 
 PICTURES = [jpeg(20, 20, seed=i) for i in range(12)]
 BYTES = [
@@ -94,9 +94,9 @@ def test_each_record_is_read_once_whatever_is_asked_for(
             progress.clear()
             new = len(set(selection) - asked)
             before = len(seen)
-            found = contents_of(everything.select(np.array(selection)), lambda *done: progress.append(done))
-            assert found.digests.tolist() == [wanted[i] for i in selection]
-            assert found.sound.tolist() == [sound[i] for i in selection]
+            answer = contents_of(everything.select(np.array(selection)), lambda *done: progress.append(done))
+            assert answer.digests.tolist() == [wanted[i] for i in selection]
+            assert answer.sound.tolist() == [sound[i] for i in selection]
             asked |= set(selection)
             assert set(seen) == {everything.describe(i) for i in asked}
             assert len(set(seen[before:])) == new
@@ -181,10 +181,10 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_is_kept_of_
 
     def then_write(function: Callable[..., Any]) -> Callable[..., Any]:
         def called(*arguments: Any) -> Any:
-            found = list(function(*arguments))
+            values = list(function(*arguments))
             with path.open("ab") as file:
                 file.write(b"more")
-            return np.array(found)
+            return np.array(values)
 
         return called
 
@@ -231,3 +231,63 @@ def test_records_that_are_no_pictures_are_named_at_once(tmp_path: Path, count: i
     assert [place in sentence for place in places] == [i < 5 for i in range(count)]
     assert ("and 4 more" in sentence) == (count == 9)
     assert "data.skip, which takes what `fastflower data check ROOT --json` prints" in sentence
+
+
+def write_sizes(root: Path) -> Path:
+    for size in (40, 48):
+        write_dataset(root, {"train": 12, "val": 6}, size=size)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("write", "options", "count"),
+    [
+        (write_sizes, [], 18),
+        (write_sizes, ["--data.folds", 3], 36),  # which have to be the same at all sizes
+        (lambda root: write_folders(root, {"rose": 8, "tulip": 8}), [], 16),
+        (lambda root: write_folders(root, {"train/rose": 8, "train/tulip": 8, "val/rose": 4}), ["--data.folds", 2], 20),
+    ],
+)
+def test_a_start_looks_each_record_up_once(
+    tmp_path: Path,
+    tiny_net: None,
+    monkeypatch: pytest.MonkeyPatch,
+    write: Callable[[Path], Path],
+    options: list[object],
+    count: int,
+) -> None:
+    """For what validates, the sentences to the user and what the checkpoint says; a test of the network too."""
+    root, run, keys = write(tmp_path / "data"), tmp_path / "run", module._keys
+    asked: list[str] = []
+
+    def spy(records: Records) -> Any:
+        asked.extend(records.describe(index) for index in range(len(records)))
+        return keys(records)
+
+    monkeypatch.setattr(module, "_keys", spy)
+    trained = fastflower(*train_arguments(root, run), "--train.epochs", 1, *options)
+    assert trained.code == 0, trained.err
+    assert len(asked) == len(set(asked)) == count
+    asked.clear()
+    evaluated = fastflower("eval", run)
+    assert evaluated.code == 0, evaluated.err
+    assert len(asked) == len(set(asked)) > 0
+
+
+@given(parts=st.lists(st.lists(st.integers(0, 11), min_size=1, max_size=12), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=20)
+def test_what_is_known_of_records_goes_where_they_go(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[list[int]]
+) -> None:
+    """Into what is selected of them and joined; a table that has unknown ones knows none."""
+    records = write(tmp_path_factory.mktemp("some") / "a.tfrec", BYTES)
+    selected = [examined(records).select(np.array(part)) for part in parts]
+    joined = concatenate(selected)
+    assert joined.contents is not None
+    indices = np.concatenate(parts)
+    assert joined.contents.digests.tolist() == [digest_of(BYTES[i]) for i in indices]
+    assert joined.contents.sound.tolist() == [SOUND[i] for i in indices]
+    with_unknown = concatenate([*selected, records])
+    assert with_unknown.contents is None
+    expected = [digest_of(data) for data in (*(BYTES[i] for i in indices), *BYTES)]
+    assert content_digests(with_unknown).tolist() == expected

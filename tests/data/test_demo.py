@@ -17,8 +17,8 @@ import pytest
 import tfrecord
 from PIL import Image
 
+from fastflower.data.classes import class_names
 from fastflower.data.demo import COLORS, KINDS, draw_flower, write_demo
-from fastflower.data.records import class_names
 from fastflower.data.sources.kaggle import load_split
 from fastflower.errors import UserError
 

@@ -38,10 +38,10 @@ def singles(*counts: int) -> list[Row]:
 
 
 def by_id(records: Records, folds: int, seed: int = 0) -> dict[str, int]:
-    found = dict(zip(records.ids.tolist(), assign_folds(records, folds, seed).tolist(), strict=True))
+    fold_of = dict(zip(records.ids.tolist(), assign_folds(records, folds, seed).tolist(), strict=True))
     for name, fold in zip(records.ids.tolist(), assign_folds(records, folds, seed).tolist(), strict=True):
-        assert found[name] == fold
-    return found
+        assert fold_of[name] == fold
+    return fold_of
 
 
 # How folds are assigned
@@ -51,10 +51,10 @@ def by_id(records: Records, folds: int, seed: int = 0) -> dict[str, int]:
 @pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
 def test_folds_differ_by_one_picture_at_most_of_each_class_and_in_all(tmp_path: Path, folds: int, seed: int) -> None:
     records = stored(tmp_path / "a.tfrec", singles(17, 1, 10, 1, 6, 3))
-    found = assign_folds(records, folds, seed)
-    assert (found.dtype, found.shape) == (np.int64, (38,))
+    fold = assign_folds(records, folds, seed)
+    assert (fold.dtype, fold.shape) == (np.int64, (38,))
     for chosen in (records.labels >= 0, *(records.labels == label for label in range(6))):
-        counts = np.bincount(found[chosen], minlength=folds)
+        counts = np.bincount(fold[chosen], minlength=folds)
         assert len(counts) == folds
         assert np.ptp(counts) <= 1
 
@@ -83,27 +83,27 @@ def test_one_picture_is_in_one_fold_along_any_chain(tmp_path: Path) -> None:
     large = stored(tmp_path / "large.tfrec", [("a", 0, "A"), ("b", 0, "bc"), ("c", 0, "bc"), ("d", 0, "c")])
     records = concatenate([large, small])
     for seed in range(10):
-        found = by_id(records, 4, seed)
-        assert len({found[name] for name in "abcd"}) == 1
-        assert np.bincount([found[f"0-{i}"] for i in range(8)], minlength=4)[found["a"]] == 0
+        fold_of = by_id(records, 4, seed)
+        assert len({fold_of[name] for name in "abcd"}) == 1
+        assert np.bincount([fold_of[f"0-{i}"] for i in range(8)], minlength=4)[fold_of["a"]] == 0
     assert duplicates(records) == [Duplicate(("a", "b", "c", "d"), (0,))]
 
 
 def test_many_ids_of_one_picture_are_placed_first_and_the_others_around_them(tmp_path: Path) -> None:
     rows = [*singles(6), *((f"z{i}", 0, "same") for i in range(3))]
-    found = by_id(stored(tmp_path / "a.tfrec", rows), 3)
-    assert sorted(np.bincount(list(found.values())).tolist()) == [3, 3, 3]
-    assert len({found[f"z{i}"] for i in range(3)}) == 1
+    fold_of = by_id(stored(tmp_path / "a.tfrec", rows), 3)
+    assert sorted(np.bincount(list(fold_of.values())).tolist()) == [3, 3, 3]
+    assert len({fold_of[f"z{i}"] for i in range(3)}) == 1
 
 
 def test_records_without_an_id_are_told_apart_by_their_bytes(tmp_path: Path) -> None:
     rows = [("", i % 2, f"bytes {i}") for i in range(12)] + [("", 0, "bytes 0"), ("named", 0, "bytes 2")]
     records = stored(tmp_path / "a.tfrec", rows)
-    found = assign_folds(records, 4, seed=0)
-    assert (found[0], found[2]) == (found[12], found[13])
-    assert np.ptp(np.bincount(found[:12][records.labels[:12] == 1], minlength=4)) <= 1
+    folds = assign_folds(records, 4, seed=0)
+    assert (folds[0], folds[2]) == (folds[12], folds[13])
+    assert np.ptp(np.bincount(folds[:12][records.labels[:12] == 1], minlength=4)) <= 1
     backwards = assign_folds(records.select(np.arange(14)[::-1]), 4, seed=0)
-    assert backwards.tolist() == found[::-1].tolist()
+    assert backwards.tolist() == folds[::-1].tolist()
     assert duplicates(records) == []
     assert duplicates(records.select(np.arange(12))) == []
 
@@ -112,11 +112,11 @@ def test_one_picture_in_two_classes_counts_where_most_of_its_ids_are(tmp_path: P
     rows = [*singles(3, 2), ("x", 1, "same"), ("y", 1, "same"), ("z", 0, "same"), ("p", 0, "even"), ("q", 1, "even")]
     records = stored(tmp_path / "a.tfrec", rows)
     assert duplicates(records) == [Duplicate(("p", "q"), (0, 1)), Duplicate(("x", "y", "z"), (0, 1))]
-    found = by_id(records, 3)
+    fold_of = by_id(records, 3)
     # p and q, a tie, count in class 0 beside three others; x, y and z in class 1 beside two
-    assert sorted(np.bincount([found[f"0-{i}"] for i in range(3)], minlength=3).tolist()) == [0, 1, 2]
-    assert found["p"] not in {found[f"0-{i}"] for i in range(3)}
-    assert len({found["x"], found["1-0"], found["1-1"]}) == 3
+    assert sorted(np.bincount([fold_of[f"0-{i}"] for i in range(3)], minlength=3).tolist()) == [0, 1, 2]
+    assert fold_of["p"] not in {fold_of[f"0-{i}"] for i in range(3)}
+    assert len({fold_of["x"], fold_of["1-0"], fold_of["1-1"]}) == 3
 
 
 def test_more_folds_than_pictures_and_records_without_a_class_are_refused(tmp_path: Path) -> None:
@@ -142,7 +142,7 @@ def test_bytes_are_read_once_until_a_file_changes(tmp_path: Path, monkeypatch: p
         assert len(duplicates(load_files([path]))) == 1
     stored(path, [*singles(4), ("twin", 0, "bytes 0 2")])
     os.utime(path, (1, 1))
-    assert [each.ids for each in duplicates(load_files([path]))] == [("0-2", "twin")]
+    assert [pictures.ids for pictures in duplicates(load_files([path]))] == [("0-2", "twin")]
 
 
 def test_a_cache_that_is_damaged_or_cannot_be_written_costs_only_time(
@@ -205,9 +205,9 @@ def test_training_pictures_alone_are_divided(tmp_path: Path) -> None:
     records = write_dataset(tmp_path / "records", {"train": 12, "test": 3})
     folders = write_folders(tmp_path / "folders", {"rose": 6, "tulip": 6}, first=50)
     for root, names in ((records, {f"{i:06}" for i in range(12)}), (folders, set(load_ids(folders)))):
-        found = [set(parts_of(opened(root, folds=3, fold=fold, val_share=0.5))[1]) for fold in range(3)]
-        assert [len(each) for each in found] == [4, 4, 4]
-        assert set().union(*found) == names
+        validated = [set(parts_of(opened(root, folds=3, fold=fold, val_share=0.5))[1]) for fold in range(3)]
+        assert [len(ids) for ids in validated] == [4, 4, 4]
+        assert set().union(*validated) == names
     (records / "tfrecords-jpeg-40x40/val").mkdir()
     with pytest.raises(UserError, match=r"tfrecords-jpeg-40x40/val holds no TFRecord files"):
         opened(records, folds=3)
@@ -268,16 +268,16 @@ def test_leaving_out_moves_no_picture_to_another_fold(small: Path, tmp_path: Pat
 
 
 def test_normalization_is_that_of_the_folds_training_part(small: Path) -> None:
-    found = []
+    normalizations = []
     for fold in range(2):
         data = DataConfig(root=(small,), folds=2, fold=fold)
         dataset = open_dataset(data, 0)
-        found.append(choose_normalization(data, dataset.train, Engine(), None))
+        normalizations.append(choose_normalization(data, dataset.train, Engine(), None))
         pool = load_pool(data)
         records = join(pool, class_list(pool))
         trains = records.select(assign_folds(records, 2, seed=0) != fold)
-        assert found[-1] == pixel_statistics(trains, Engine()).normalization
-    assert found[0] != found[1]
+        assert normalizations[-1] == pixel_statistics(trains, Engine()).normalization
+    assert normalizations[0] != normalizations[1]
 
 
 # Real photographs
@@ -301,13 +301,13 @@ def test_real_ids_stay_together_over_all_sizes(flowers5: Path) -> None:
 def test_real_photographs_that_are_there_twice_are_found(flowers102: Path) -> None:
     pool = load_pool(DataConfig(root=(flowers102,)))
     records = join(pool, class_list(pool))
-    found = duplicates(records)
-    assert [len(each.ids) for each in found] == [2] * 5
-    assert all(len(each.labels) == 1 for each in found)
+    repeated = duplicates(records)
+    assert [len(pictures.ids) for pictures in repeated] == [2] * 5
+    assert all(len(pictures.labels) == 1 for pictures in repeated)
     folds = dict(zip(records.ids.tolist(), assign_folds(records, 5, seed=0).tolist(), strict=True))
-    assert all(folds[first] == folds[second] for first, second in (each.ids for each in found))
+    assert all(folds[first] == folds[second] for first, second in (pictures.ids for pictures in repeated))
     split = {name: part.split for part in pool for name in part.records.ids.tolist()}
-    assert sum(split[first] != split[second] for first, second in (each.ids for each in found)) == 1
+    assert sum(split[first] != split[second] for first, second in (pictures.ids for pictures in repeated)) == 1
     counts = np.bincount(list(folds.values()))
     assert (len(counts), counts.sum()) == (5, 7370)
     assert np.ptp(counts) <= 1

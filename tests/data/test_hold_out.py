@@ -94,11 +94,11 @@ def test_without_copies_the_share_of_each_class_that_comes_first_by_hash_validat
     tmp_path_factory: pytest.TempPathFactory, folders: list[set[tuple[str, int]]], share: float, seed: int
 ) -> None:
     root = tmp_path_factory.mktemp("data")
-    roots = [touch(root / str(k), *(f"{kind}/{k}-{i}.jpg" for kind, i in found)) for k, found in enumerate(folders)]
+    roots = [touch(root / str(k), *(f"{kind}/{k}-{i}.jpg" for kind, i in drawn)) for k, drawn in enumerate(folders)]
     wanted = set()
-    for k, found in enumerate(folders):
-        for kind in {kind for kind, _ in found}:
-            ids = [f"{kind}/{k}-{i}" for each, i in found if each == kind]
+    for k, drawn in enumerate(folders):
+        for kind in {kind for kind, _ in drawn}:
+            ids = [f"{kind}/{k}-{i}" for other, i in drawn if other == kind]
             ids.sort(key=lambda name: hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=16).digest())
             wanted.update(ids[: min(max(round(share * len(ids)), 1), len(ids) - 1)])
     if wanted:
@@ -126,16 +126,16 @@ def test_copies_are_on_one_side(
     root = tmp_path_factory.mktemp("data")
     numbers = iter(pictures)
     roots = []
-    for k, found in enumerate(folders):
-        names = [f"{kind}/{f'{k}-' if named_apart else ''}{i}.jpg" for kind, i in sorted(found)]
+    for k, drawn in enumerate(folders):
+        names = [f"{kind}/{f'{k}-' if named_apart else ''}{i}.jpg" for kind, i in sorted(drawn)]
         roots.append(write(root / str(k), {name: f"picture {next(numbers)}" for name in names}))
     divided = load_parts(DataConfig(root=tuple(roots), val_share=share), 0, "train", "val")
     train, val = (concatenate([part.records for part in parts]) for parts in divided)
-    sides = [{read_image(each, i).tobytes() for i in range(len(each))} for each in (train, val)]
+    sides = [{read_image(records, i).tobytes() for i in range(len(records))} for records in (train, val)]
     assert not sides[0] & sides[1]
     assert not set(train.ids.tolist()) & set(val.ids.tolist())
     assert len(train) + len(val) == sum(map(len, folders))
-    classes = {kind for found in folders for kind, _ in found}
+    classes = {kind for drawn in folders for kind, _ in drawn}
     assert {name.partition("/")[0] for name in train.ids.tolist()} == classes
 
 

@@ -23,8 +23,8 @@ def test_kaggles_names_are_104_different_ones_at_their_numbers() -> None:
     assert len(set(names)) == len(names) == 104
     assert all(name == name.strip() != "" for name in names)
     # a few that the competition's own pages show
-    known = {0: "pink primrose", 11: "colt's foot", 48: "daisy", 53: "sunflower", 73: "rose", 103: "wild rose"}
-    assert {number: names[number] for number in known} == known
+    expected = {0: "pink primrose", 11: "colt's foot", 48: "daisy", 53: "sunflower", 73: "rose", 103: "wild rose"}
+    assert {number: names[number] for number in expected} == expected
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,9 @@ def test_classes_are_the_same_by_name_or_by_number(numbers: list[int], zeros: li
     own = [str(number) for number in numbers]
     padded = [f"{'-' * (number < 0)}{'0' * zeros[number]}{abs(number)}" for number in numbers]
     wanted = random.sample(padded, len(padded))
-    found = places(wanted, own)
-    assert found
-    assert [int(own[place]) for place in found] == [int(name) for name in wanted]
+    matches = places(wanted, own)
+    assert matches
+    assert [int(own[place]) for place in matches] == [int(name) for name in wanted]
     assert places(wanted, [*own, "rose"]) is None
     assert places([*wanted, "rose"], own) is None
     assert places([*wanted, "51"], [*own, "52"]) is None

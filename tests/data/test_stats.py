@@ -59,28 +59,28 @@ def correlated() -> list[np.ndarray]:
     ],
 )
 def test_statistics_are_numpys_on_all_pixels(tmp_path: Path, pictures: list[np.ndarray]) -> None:
-    found = statistics(tmp_path, [png(picture) for picture in pictures])
+    measured = statistics(tmp_path, [png(picture) for picture in pictures])
     everything = np.concatenate([picture.reshape(-1, 3) for picture in pictures]) / 255
-    np.testing.assert_allclose(found.normalization.mean, everything.mean(0), rtol=1e-12)
-    np.testing.assert_allclose(found.normalization.std, everything.std(0), rtol=1e-10)
-    np.testing.assert_allclose(found.covariance, np.cov(everything.T, bias=True), rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(measured.normalization.mean, everything.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(measured.normalization.std, everything.std(0), rtol=1e-10)
+    np.testing.assert_allclose(measured.covariance, np.cov(everything.T, bias=True), rtol=1e-9, atol=1e-15)
 
 
 def test_a_black_and_a_white_picture_have_a_deviation_of_one_half(tmp_path: Path) -> None:
     """A mean of the pictures' own deviations would be 0."""
-    found = statistics(tmp_path, [png(flat(0, 40, 40)), png(flat(255, 40, 40))])
-    assert found.normalization.std == (0.5, 0.5, 0.5)
+    measured = statistics(tmp_path, [png(flat(0, 40, 40)), png(flat(255, 40, 40))])
+    assert measured.normalization.std == (0.5, 0.5, 0.5)
 
 
 @pytest.mark.filterwarnings("ignore:Palette images")  # by PIL
 @pytest.mark.parametrize("name", READABLE)
 def test_odd_files_count_as_their_rgb_pixels(odd_images: Path, tmp_path: Path, name: str) -> None:
     data, dots = (odd_images / name).read_bytes(), np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
-    found = statistics(tmp_path, [data, png(dots)])  # the dots give a deviation to a single pixel too
+    measured = statistics(tmp_path, [data, png(dots)])  # the dots give a deviation to a single pixel too
     picture = ImageOps.exif_transpose(Image.open(BytesIO(data))).convert("RGB")
     everything = np.concatenate([np.asarray(picture).reshape(-1, 3), dots[0]]) / 255
-    np.testing.assert_allclose(found.normalization.mean, everything.mean(0), atol=0.5 / 255)
-    np.testing.assert_allclose(found.covariance, np.cov(everything.T, bias=True), atol=2e-3)
+    np.testing.assert_allclose(measured.normalization.mean, everything.mean(0), atol=0.5 / 255)
+    np.testing.assert_allclose(measured.covariance, np.cov(everything.T, bias=True), atol=2e-3)
 
 
 def test_statistics_are_cached_and_name_a_bad_picture(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_lighting_moves_along_the_principal_components_by_their_eigenvalues(tmp_
 
 def test_photographs(flowers5: Path) -> None:
     records = load_split(flowers5, "train", sizes=[192])
-    found = pixel_statistics(records, Engine())
+    measured = pixel_statistics(records, Engine())
     pixels = [np.asarray(Image.open(BytesIO(read_image(records, i).tobytes()))) for i in range(len(records))]
     everything = np.concatenate([picture.reshape(-1, 3) for picture in pixels]) / 255
-    np.testing.assert_allclose(found.covariance, np.cov(everything.T, bias=True), rtol=1e-3)
+    np.testing.assert_allclose(measured.covariance, np.cov(everything.T, bias=True), rtol=1e-3)

@@ -21,7 +21,7 @@ from fastflower.config import DataConfig
 from fastflower.data.batches import whole_pictures
 from fastflower.data.decoding import shapes_of
 from fastflower.data.loader import Loading
-from fastflower.data.sources.folder import picture_files
+from fastflower.data.sources.files import picture_files
 from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
 from fastflower.evaluation.views import Views, log_mean_probabilities, window_of

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import os
 import stat
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from fastflower.config import SPLITS
-from fastflower.data.records import NO_LABEL, Records, is_picture
-from fastflower.data.stamp import Stamp, stamp_of
+from fastflower.config import SPLITS, DataConfig
+from fastflower.data.records import NO_LABEL, Progress, Records
+from fastflower.data.sources.files import records_of_files
+from fastflower.data.sources.layout import Layout, Loaded, Problem, one_of
+from fastflower.data.stamp import Stamp
 from fastflower.errors import UserError
 
 # What DALI decodes.
@@ -23,13 +25,51 @@ SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
 )
-LAYOUTS = (
-    "a data folder holds tfrecords-jpeg-SxS/{train,val,test}/*.tfrec, or pictures as train/CLASS/*.jpg, "
-    "val/CLASS/*.jpg and test/*.jpg, or as CLASS/*.jpg alone"
-)
+FORM = "pictures as train/CLASS/*.jpg, val/CLASS/*.jpg and test/*.jpg, or as CLASS/*.jpg alone"
 _NO_CLASSES = ("__MACOSX", "@eaDir")  # what archives and network drives put beside pictures
 
-Found = tuple[str, Stamp]  # path below the split's folder, with "/"
+Picture = tuple[str, Stamp]  # path below the split's folder, with "/"
+
+
+@dataclass(frozen=True)
+class ClassFolders(Layout):
+    """Pictures as files, in folders named after their classes."""
+
+    besides: tuple[Layout, ...]  # what else the folder might have been, for the sentences that refuse it
+
+    form = FORM
+    ids_are_of_split = True
+    holds_out = True
+
+    def holds(self, root: Path) -> bool:
+        """Any folder; what it lacks is said when it is loaded."""
+        return True
+
+    def splits(self, root: Path) -> list[str]:
+        """Those that have a folder."""
+        return [split for split in SPLITS if split_folder(root, split)]
+
+    def load(self, root: Path, split: str, data: DataConfig) -> Loaded:
+        """See `load_folder`."""
+        return self._load(root, split)
+
+    def inspect(self, root: Path, follow: Callable[[str], Progress]) -> tuple[dict[str, Loaded], list[Problem]]:
+        """The pictures of each split, also where classes of train are empty."""
+        loaded, problems = {}, []
+        for split in self.splits(root):
+            empty: list[Path] = []
+            try:
+                loaded[split] = self._load(root, split, empty)
+            except UserError as error:
+                problems.append(Problem("file", split, str(split_folder(root, split)), None, "", str(error)))
+            else:
+                problems += [
+                    Problem("file", split, str(folder), None, "", without_pictures(folder)) for folder in empty
+                ]
+        return loaded, problems
+
+    def _load(self, root: Path, split: str, empty: list[Path] | None = None) -> Loaded:
+        return Loaded(*load_folder(root, split, empty, expected=one_of((*self.besides, self))))
 
 
 def split_folder(root: Path, split: str) -> Path | None:
@@ -40,7 +80,9 @@ def split_folder(root: Path, split: str) -> Path | None:
     return root if split == "train" and not divided else None
 
 
-def load_folder(root: Path, split: str, empty: list[Path] | None = None) -> tuple[Records, list[str]]:
+def load_folder(
+    root: Path, split: str, empty: list[Path] | None = None, *, expected: str = f"a data folder holds {FORM}"
+) -> tuple[Records, list[str]]:
     """Index the pictures of a split, sorted by path, with the names of their classes by label.
 
     A picture's id is its path below the split's folder, without the extension unless two differ in nothing else. Test
@@ -50,6 +92,7 @@ def load_folder(root: Path, split: str, empty: list[Path] | None = None) -> tupl
         root: the data set's folder.
         split: train, val or test.
         empty: takes the class folders of train without a picture; None = they are an error.
+        expected: what a data folder holds, for the errors.
 
     Raises:
         UserError: there is no such split, no picture in it or in a class of train, a picture of train or val outside
@@ -57,22 +100,22 @@ def load_folder(root: Path, split: str, empty: list[Path] | None = None) -> tupl
     """
     folder = split_folder(root, split)
     if folder is None:
-        raise UserError(f"{root} has no folder {split}: {LAYOUTS}.")
+        raise UserError(f"{root} has no folder {split}: {expected}.")
     try:
-        found = sorted(_pictures(str(folder)))
-        hollow = _class_folders(folder) - {path.partition("/")[0] for path, _ in found}
+        pictures = sorted(_pictures(str(folder)))
+        hollow = _class_folders(folder) - {path.partition("/")[0] for path, _ in pictures}
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend it or take it away.") from error
-    loose = [path for path, _ in found if "/" not in path]
+    loose = [path for path, _ in pictures if "/" not in path]
     if loose and split != "test":
-        raise UserError(f"{folder / loose[0]} is in no class's folder: move it into one ({LAYOUTS}).")
-    if not found:
-        raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}): {LAYOUTS}.")
+        raise UserError(f"{folder / loose[0]} is in no class's folder: move it into one ({expected}).")
+    if not pictures:
+        raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}): {expected}.")
     if hollow and split == "train":
         if empty is None:
             raise UserError(without_pictures(folder / min(hollow)))
         empty += [folder / name for name in sorted(hollow)]
-    return _records(folder, found)
+    return _records(folder, pictures)
 
 
 def without_pictures(folder: Path) -> str:
@@ -80,43 +123,24 @@ def without_pictures(folder: Path) -> str:
     return f"{folder} holds no pictures ({', '.join(SUFFIXES)}): fill it or take it away."
 
 
-def picture_files(paths: Sequence[Path]) -> Records:
-    """Picture files that are named one by one, without classes; a path is the id.
-
-    Raises:
-        UserError: one cannot be read, is not a picture's file, or is given twice.
-    """
-    if not paths:
-        raise UserError("--images names no picture: give one or more files.")
-    for path, times in Counter(paths).items():
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: give picture files, or a data set's folder as --data.root.")
-        if not is_picture(path):
-            raise UserError(f"{path} holds records and is no picture: give its data set's folder as --data.root.")
-        if times > 1:
-            raise UserError(f"{path} is given twice: give each picture once.")
-    stamps = [stamp_of(path) for path in paths]
-    return _one_each(paths, stamps, np.array([str(path) for path in paths]), np.full(len(paths), NO_LABEL))
-
-
-def _pictures(folder: str, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[Found]:
+def _pictures(folder: str, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[Picture]:
     """All picture files below `folder`; a link to a folder that it lies in leads nowhere new."""
-    here = os.stat(folder)
-    if (here.st_dev, here.st_ino) in above:
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in above:
         return []
-    above = (*above, (here.st_dev, here.st_ino))
-    found: list[Found] = []
+    above = (*above, (status.st_dev, status.st_ino))
+    pictures: list[Picture] = []
     with os.scandir(folder) as entries:
         for entry in entries:
             if _ignored(entry.name):
                 continue
             if entry.is_dir():
-                found += _pictures(entry.path, f"{below}{entry.name}/", above)
+                pictures += _pictures(entry.path, f"{below}{entry.name}/", above)
             elif entry.name.lower().endswith(SUFFIXES):
                 status = entry.stat()
                 if stat.S_ISREG(status.st_mode):
-                    found.append((below + entry.name, Stamp.of(status)))
-    return found
+                    pictures.append((below + entry.name, Stamp.of(status)))
+    return pictures
 
 
 def _class_folders(folder: Path) -> set[str]:
@@ -128,27 +152,12 @@ def _ignored(name: str) -> bool:
     return name.startswith(".") or name in _NO_CLASSES
 
 
-def _records(folder: Path, found: list[Found]) -> tuple[Records, list[str]]:
-    paths, stamps = zip(*found, strict=True)
+def _records(folder: Path, pictures: list[Picture]) -> tuple[Records, list[str]]:
+    paths, stamps = zip(*pictures, strict=True)
     stems = np.array([path[: path.rindex(".")] for path in paths])
     _, same, counts = np.unique(stems, return_inverse=True, return_counts=True)
     classes = [path.partition("/")[0] if "/" in path else "" for path in paths]
     names = sorted(set(classes) - {""})
     index = {name: label for label, name in enumerate(names)} | {"": NO_LABEL}
     ids, labels = np.where(counts[same] > 1, paths, stems), np.array([index[name] for name in classes], np.int64)
-    return _one_each([folder / path for path in paths], stamps, ids, labels), names
-
-
-def _one_each(files: Sequence[Path], stamps: Sequence[Stamp], ids: np.ndarray, labels: np.ndarray) -> Records:
-    """Records that are files of their own."""
-    return Records(
-        files=tuple(files),
-        stamps=tuple(stamps),
-        counts=(1,) * len(files),
-        file=np.arange(len(files)),
-        number=np.zeros(len(files), np.int64),
-        offset=np.zeros(len(files), np.int64),
-        length=np.array([stamp.size for stamp in stamps], np.int64),
-        ids=ids,
-        labels=labels,
-    )
+    return records_of_files([folder / path for path in paths], stamps, ids, labels), names

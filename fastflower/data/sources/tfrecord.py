@@ -19,6 +19,7 @@ from fastflower.errors import UserError
 from fastflower.files import atomic_write
 from fastflower.framing import frame, masked_crc
 
+SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
 HEADER_BYTES, FOOTER_BYTES = 12, 4
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 

@@ -153,8 +153,8 @@ def test_content_decides_the_kind(tmp_path: Path) -> None:
     for i in range(7):
         assert has_header(read_image(records, i))
         assert decodable(read_image(records, i)), records.describe(i)
-        found = pixel_statistics(records.select(np.array([i])), Engine())
-        np.testing.assert_allclose(found.normalization.mean, expected, atol=0.01)
+        measured = pixel_statistics(records.select(np.array([i])), Engine())
+        np.testing.assert_allclose(measured.normalization.mean, expected, atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -264,8 +264,8 @@ def test_several_folders_share_a_class_list(tmp_path: Path) -> None:
         data = opened(*order)
         assert data.val is not None
         assert data.classes == ["daisy", "lily", "tulip"]
-        found = classes_of(data.train, data.classes) | classes_of(data.val, data.classes)
-        assert {name: name.partition("/")[0] for name in found} == found
+        kinds = classes_of(data.train, data.classes) | classes_of(data.val, data.classes)
+        assert {name: name.partition("/")[0] for name in kinds} == kinds
         assert (len(data.train), len(data.val)) == (6, 3)
         for records in (data.train, data.val):
             for i in range(len(records)):
@@ -371,7 +371,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, small: Path, text: st
 def test_statistics_know_a_folder_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folders(tmp_path / "a", {"rose": 2, "tulip": 2})
     (tmp_path / "b").symlink_to("a")
-    found = pixel_statistics(load_folder(tmp_path / "a", "train")[0], Engine())
+    first = pixel_statistics(load_folder(tmp_path / "a", "train")[0], Engine())
     monkeypatch.setattr("fastflower.data.stats._measure", lambda *_: pytest.fail("measured again"))
     again = pixel_statistics(load_folder(tmp_path / "b", "train")[0], Engine())
-    assert again.normalization == found.normalization
+    assert again.normalization == first.normalization

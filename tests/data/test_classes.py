@@ -1,0 +1,51 @@
+"""The list of classes of a data folder: from a file, or by the numbers of its records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fastflower.data.classes import class_names
+from fastflower.data.sources.kaggle import load_split
+from fastflower.data.sources.tfrecord import write_tfrecord
+from fastflower.errors import UserError
+from tests.conftest import example
+
+
+def test_class_names_from_json(small: Path) -> None:
+    names = ["rose", "wild geranium", "Löwenzahn 蒲公英"]
+    (small / "class_names.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+    assert class_names(small) == names
+    assert class_names(small / "tfrecords-jpeg-40x40") == names
+
+
+def test_class_names_from_numbers(tmp_path: Path) -> None:
+    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(0, 0), example(1, 11), example(2, 3)])
+    assert class_names(tmp_path, load_split(tmp_path, "train")) == [str(i) for i in range(12)]
+
+
+@pytest.mark.parametrize("label", [-1, 100_000, 2**40])
+def test_class_numbers_that_are_no_classes_are_refused(tmp_path: Path, label: int) -> None:
+    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(0, 0), example(1, label)])
+    with pytest.raises(UserError, match=rf"a\.tfrec, record 1 \(id 000001\) has class {label}, outside"):
+        class_names(tmp_path, load_split(tmp_path, "train"))
+
+
+def test_class_names_without_a_source(small: Path) -> None:
+    with pytest.raises(UserError, match=r"has no class_names\.json") as caught:
+        class_names(small)
+    assert str(small) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"[", b"rose\ndaisy\n", b"\xff\xfe", b"[]", b'{"0": "rose"}', b'["rose", 1]', b'"rose"']
+)
+def test_broken_class_names_are_refused(small: Path, text: bytes) -> None:
+    path = small / "class_names.json"
+    path.write_bytes(text)
+    with pytest.raises(UserError) as caught:  # never falls back to numbers
+        class_names(small, load_split(small, "train"))
+    assert str(path) in str(caught.value)
+    assert "list of class names" in str(caught.value)
