@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.common import append, circumstances, start
+from bench.harness.common import append, circumstances, start
 from fastflower.errors import UserError
 from fastflower.flops import NUM_CLASSES, count, title, variants
 

@@ -34,10 +34,10 @@ from rich.progress import track
 from torch import Tensor
 from tyro.conf import arg
 
-from bench import kernel_report
-from bench.common import MissingError, append, circumstances, require_positive, start
-from bench.kernel_layers import DTYPES, Data, Forward, Problem, find_layers
-from bench.kernel_peers import Contender, all_contenders
+from bench.batch_norm import report
+from bench.batch_norm.layers import DTYPES, Data, Forward, Problem, find_layers
+from bench.batch_norm.peers import Contender, all_contenders
+from bench.harness.common import MissingError, append, circumstances, require_positive, start
 from fastflower.environment import package_versions
 from fastflower.errors import UserError
 from fastflower.runtime.device import choose_device
@@ -237,17 +237,17 @@ def run(command: Command, console: Console) -> int:
     """
     require_positive(command, "batch", "size", "layers", "repeats")
     if command.plot:
-        kernel_report.require_plotting(command.plot)
+        report.require_plotting(command.plot)
     if command.from_:
         if command.out:
             raise UserError("--from measures nothing: leave --out out.")
-        rows = kernel_report.last_run(command.from_)
+        rows = report.last_run(command.from_)
         wrong: list[str] = []
     else:
         rows, wrong = measure_all(command, choose_device("auto"))
-    kernel_report.show(rows, console)
+    report.show(rows, console)
     if command.plot:
-        kernel_report.draw(rows, command.plot)
+        report.draw(rows, command.plot)
     if wrong:
         more = f" And {len(wrong) - 1} more." if len(wrong) > 1 else ""
         Console(stderr=True).print(f"error: {wrong[0]}{more}", markup=False, soft_wrap=True)

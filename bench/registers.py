@@ -45,9 +45,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.common import CORES, start
-from bench.kernel_forms import ACTIVATIONS, Form, list_forms
-from bench.kernel_layers import DTYPES
+from bench.batch_norm.forms import ACTIVATIONS, Form, list_forms
+from bench.batch_norm.layers import DTYPES
+from bench.harness.common import CORES, start
 from fastflower.errors import UserError
 from fastflower.kernels import triton_bn
 

@@ -12,9 +12,9 @@ With nothing else it is the overview: the loader, resnet18's training step and b
 flowers (64 pixels), in one table with MACs, FLOPs, the share of what the machine can do at most, and accuracy; at most
 three minutes on two CPU cores.
 
-Compiling, the first steps and work begun ahead do not count; all contenders of a network take turns (see timing.py).
-Files come from the page cache once the first epoch has read them. A forward pass counts as 2 FLOPs a multiply-add, a
-backward pass as twice the forward pass. Under torchrun images/s are those of all processes together.
+Compiling, the first steps and work begun ahead do not count; all contenders of a network take turns (see
+harness/timing.py). Files come from the page cache once the first epoch has read them. A forward pass counts as 2 FLOPs
+a multiply-add, a backward pass as twice the forward pass. Under torchrun images/s are those of all processes together.
 """
 
 from __future__ import annotations
@@ -33,13 +33,15 @@ import torch
 from rich.console import Console
 from tyro.conf import arg, subcommand
 
-from bench import bottleneck, loaders, loops, networks
-from bench.accuracy import accuracy_here, accuracy_of_a_run, best_accuracy
-from bench.common import append, circumstances, start
-from bench.compare import compare
-from bench.compute import matmul_flops_per_s
-from bench.loops import Place
-from bench.throughput_options import (
+from bench.contenders import loaders, loops, networks
+from bench.contenders.loops import Place
+from bench.harness.common import append, circumstances, start
+from bench.harness.compute import matmul_flops_per_s
+from bench.harness.timing import Contender, Make, measure
+from bench.rates import bottleneck
+from bench.rates.accuracy import accuracy_here, accuracy_of_a_run, best_accuracy
+from bench.rates.compare import compare
+from bench.rates.options import (
     Command,
     EvalCommand,
     LoaderCommand,
@@ -50,8 +52,7 @@ from bench.throughput_options import (
     configure,
     settled,
 )
-from bench.throughput_report import show, show_overview, write_csv
-from bench.timing import Contender, Make, measure
+from bench.rates.report import show, show_overview, write_csv
 from fastflower.config import Config
 from fastflower.data.batches import choose_engine
 from fastflower.data.cache import open_cache

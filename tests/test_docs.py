@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch.distributed.run import get_args_parser
 
-from bench.common import start
+from bench.harness.common import start
 from fastflower import cli
 from fastflower.config import Config, find_config, to_plain
 from fastflower.data.dataset import builtin_root

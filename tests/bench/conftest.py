@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from bench import compute, loaders
+from bench.contenders import loaders
+from bench.harness import compute
 
 
 @pytest.fixture

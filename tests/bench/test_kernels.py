@@ -18,8 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bench import kernel_peers, kernel_report, kernels
-from bench.kernel_layers import Layer, Problem, find_layers
+from bench import kernels
+from bench.batch_norm import peers, report
+from bench.batch_norm.layers import Layer, Problem, find_layers
 from bench.kernels import main
 from fastflower.kernels import launch  # before the interpreter's variable is taken away below
 from fastflower.models import create_model
@@ -98,7 +99,7 @@ def test_bytes_are_those_that_the_kernels_are_handed(
     for name in ("finish_statistics", "finish_gradient"):
         monkeypatch.setattr(launch.triton_bn, name, Counting())
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # takes the launchers
-    outputs = kernel_peers.ours(problem, data)(data)
+    outputs = peers.ours(problem, data)(data)
     moved.append(0)
     problem.backward(data, outputs)
     assert tuple(moved) == problem.layer.bytes_moved(dtype)
@@ -119,7 +120,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         patch.setattr(kernels, "cache_bytes", lambda device: 2**16)
         out, text = folder / "kernels.jsonl", folder / "table.txt"
         with text.open("w") as file:
-            patch.setattr("bench.common.Console", lambda **_: kernel_report.Console(file=file, width=90))
+            patch.setattr("bench.harness.common.Console", lambda **_: report.Console(file=file, width=90))
             options = ["--models", "resnet18", "plain18", "--dtypes", "fp32", "bf16", "--repeats", "2"]
             assert main([*options, "--out", str(out), "--plot", str(folder / "kernels.png")]) == 0
     return out, text.read_text()
@@ -163,7 +164,7 @@ def test_rows_of_a_run(results: tuple[Path, str]) -> None:
 def test_tables_of_a_run(results: tuple[Path, str]) -> None:
     out, text = results
     rows = [row for row in rows_of(out) if row["dtype"] == "bf16"]
-    sums = kernel_report.network_sums(rows)
+    sums = report.network_sums(rows)
     assert sums.keys() == {"resnet18", "plain18"}
     assert sums["plain18"].keys() == {"eager", "compile", "ours"}
     by_hand = sum(
@@ -186,7 +187,7 @@ def test_a_contender_that_failed_somewhere_has_no_sum() -> None:
         return {"contender": contender, "layers": {"net": number}, "kind": "bn_relu", **times}
 
     rows = [row("a", 2, 1.0), row("b", 2, 1.0), row("a", 3, 10.0), row("b", 3, None)]
-    assert kernel_report.network_sums(rows) == {"net": {"a": 2 * 3 + 3 * 30}}
+    assert report.network_sums(rows) == {"net": {"a": 2 * 3 + 3 * 30}}
 
 
 def test_picture_is_gray_and_can_be_drawn_again(results: tuple[Path, str], tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_from_takes_the_last_run(results: tuple[Path, str], tmp_path: Path, caps
         row["date"] = "2100-01-01T00:00:00+00:00"
     file = tmp_path / "both.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows + last))
-    assert kernel_report.last_run(file) == last
+    assert report.last_run(file) == last
     assert main(["--from", str(file)]) == 0
     shown = capsys.readouterr().out
     assert "fp32: resnet18, plain18" in shown
@@ -226,7 +227,7 @@ def run_tiny(*options: str) -> int:
 def test_a_wrong_result_ends_with_code_1(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = kernel_peers.bn_relu
+    right = peers.bn_relu
 
     def broken(x: Tensor, *arguments: Any, **options: Any) -> Any:
         if wrong == "dx" and x.requires_grad:
@@ -238,7 +239,7 @@ def test_a_wrong_result_ends_with_code_1(
         factor = 1.001 if wrong == "y" else torch.nan
         return tuple(factor * y for y in output) if isinstance(output, tuple) else factor * output
 
-    monkeypatch.setattr(kernel_peers, "bn_relu", broken)
+    monkeypatch.setattr(peers, "bn_relu", broken)
     out = tmp_path / "out.jsonl"
     assert run_tiny("--out", str(out)) == 1
     sentence = capsys.readouterr().err.strip().splitlines()[-1]
@@ -259,7 +260,7 @@ def test_contenders_that_fail_are_listed_and_ours_are_not_hidden(
     reasons = {row["contender"]: row.get("missing") for row in rows_of(out)}
     assert reasons["compile"] == "failed: ValueError: no such thing"
     assert reasons["ours"] is None
-    monkeypatch.setattr(kernel_peers, "bn_relu", fail)
+    monkeypatch.setattr(peers, "bn_relu", fail)
     with pytest.raises(ValueError, match="no such thing"):
         run_tiny()
 
@@ -317,14 +318,14 @@ def test_contenders_take_turns_and_each_graph_is_used_once() -> None:
     pool = [problem.data() for _ in range(3)]
     calls: list[tuple[str, int]] = []
 
-    def contender(name: str) -> tuple[kernel_peers.Contender, Any]:
-        ours = kernel_peers.ours(problem, pool[0])
+    def contender(name: str) -> tuple[peers.Contender, Any]:
+        ours = peers.ours(problem, pool[0])
 
         def forward(data: Any) -> Any:
             calls.append((name, [data is one for one in pool].index(True)))
             return ours(data)
 
-        return kernel_peers.Contender(name, kernel_peers.ours), forward
+        return peers.Contender(name, peers.ours), forward
 
     times = kernels.time_in_turns(problem, dict([contender("a"), contender("b")]), pool, repeats=4)
     assert calls == [(name, copy) for _ in range(2 + 4) for name in "ab" for copy in range(3)]
@@ -364,7 +365,7 @@ def test_plot_without_matplotlib_and_to_a_bad_place(
 ) -> None:
     assert main(["--from", str(results[0]), "--plot", "/nowhere/picture.png"]) == 2
     assert "--plot /nowhere/picture.png cannot be written" in capsys.readouterr().err
-    monkeypatch.setattr(kernel_report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
     assert main(["--plot", "picture.png"]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bottleneck, loops, throughput
-from bench.loaders import DECODE, LIMIT, OURS
+from bench import throughput
+from bench.contenders import loops
+from bench.contenders.loaders import DECODE, LIMIT, OURS
+from bench.rates import bottleneck
+from bench.rates.options import LOCAL, OverviewCommand
 from bench.throughput import main
-from bench.throughput_options import LOCAL, OverviewCommand
 from fastflower.flops import count
 from fastflower.runtime.device import cpu_has_bf16
 from fastflower.training.state import Setup, State

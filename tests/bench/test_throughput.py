@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from bench import loaders, networks, throughput
-from bench.loaders import CACHED, DECODE, LIMIT
+from bench import throughput
+from bench.contenders import loaders, networks
+from bench.contenders.loaders import CACHED, DECODE, LIMIT
+from bench.harness.timing import Contender
+from bench.rates.options import LOCAL
 from bench.throughput import main
-from bench.throughput_options import LOCAL
-from bench.timing import Contender
 from tests.conftest import ROOT, TinyNet, fastflower, torchrun, train_arguments
 
 pytestmark = pytest.mark.usefixtures("on_a_small_cpu")

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from rich.console import Console
 
-from bench.loaders import Work, reads_ahead
-from bench.timing import Contender
+from bench.contenders.loaders import Work, reads_ahead
+from bench.harness.timing import Contender
 from fastflower.config import Config
 from fastflower.data.batches import EvaluationBatches, TrainingBatches, open_batches
 from fastflower.errors import UserError

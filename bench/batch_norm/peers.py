@@ -16,8 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from bench.common import MissingError
-from bench.kernel_layers import Data, Forward, Problem
+from bench.batch_norm.layers import Data, Forward, Problem
+from bench.harness.common import MissingError
 from fastflower.environment import find_apex
 from fastflower.errors import UserError
 from fastflower.kernels.batch_norm import bn_relu

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compute
-from bench.compute import matmul_flops_per_s
+from bench.harness import compute
+from bench.harness.compute import matmul_flops_per_s
 
 CPU = torch.device("cpu")
 

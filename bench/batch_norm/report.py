@@ -14,8 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.common import describe
-from bench.kernel_layers import DTYPES
+from bench.batch_norm.layers import DTYPES
+from bench.harness.common import describe
 from fastflower.errors import UserError
 
 Row = Mapping[str, Any]

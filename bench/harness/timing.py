@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from bench.common import MissingError
+from bench.harness.common import MissingError
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.stopwatch import Stopwatch

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench.common import MissingError
-from bench.timing import Contender, measure, time_steps
+from bench.harness.common import MissingError
+from bench.harness.timing import Contender, measure, time_steps
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.stopwatch import Stopwatch

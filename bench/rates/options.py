@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from tyro.conf import arg
 
-from bench.common import require_positive
+from bench.harness.common import require_positive
 from fastflower.config import Config, build, find_config, load_yaml, merge, resolve
 from fastflower.errors import UserError
 from fastflower.models import NormChoice
@@ -17,7 +17,7 @@ from fastflower.runtime.run_folder import RunFolder
 
 Output = Literal["float32", "uint8"]
 Dtype = Literal["fp32", "bf16", "fp16"]
-LOCAL = Path(__file__).parent / "results" / "local.jsonl"  # not under version control, unlike the files beside it
+LOCAL = Path(__file__).parents[1] / "results" / "local.jsonl"  # not under version control, unlike the files beside it
 
 
 @dataclass(frozen=True)

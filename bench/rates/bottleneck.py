@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from bench.loaders import DECODE, OURS
+from bench.contenders.loaders import DECODE, OURS
 from fastflower.runtime.device import cpu_has_bf16
 
 MUCH = 0.2  # share of the time that makes waiting for data, or for other processes, the bottleneck

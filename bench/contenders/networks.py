@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.common import MissingError, need
-from bench.timing import Contender, Make
+from bench.harness.common import MissingError, need
+from bench.harness.timing import Contender, Make
 from fastflower.config import Config
 from fastflower.flops import count
 from fastflower.runtime.device import Precision

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from bench import loaders
-from bench.common import MissingError
-from bench.loaders import DECODE, LIMIT, OURS, Work
+from bench.contenders import loaders
+from bench.contenders.loaders import DECODE, LIMIT, OURS, Work
+from bench.harness.common import MissingError
 from fastflower.config import build
 from fastflower.data.splits import load_pictures
 from fastflower.data.view import Engine

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import kernel_layers, kernel_peers
-from bench.common import MissingError
-from bench.kernel_layers import Layer, Problem
-from bench.kernel_peers import all_contenders, parse_tiles
+from bench.batch_norm import layers, peers
+from bench.batch_norm.layers import Layer, Problem
+from bench.batch_norm.peers import all_contenders, parse_tiles
+from bench.harness.common import MissingError
 from fastflower.errors import UserError
 from fastflower.kernels import launch  # before the interpreter's variable is taken away below
 
@@ -53,15 +53,15 @@ def test_contenders_agree_with_float64(kind: str) -> None:
 def test_reference_goes_through_channels_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem(a_layer("dual_fork"), torch.float32, CPU)
     data = problem.data()
-    forward = kernel_peers.eager(problem, data)
+    forward = peers.eager(problem, data)
     whole = problem.errors(data, forward)
-    monkeypatch.setattr(kernel_layers, "REFERENCE_ELEMENTS", 17 * 60)  # of 24 channels with 60 values each
+    monkeypatch.setattr(layers, "REFERENCE_ELEMENTS", 17 * 60)  # of 24 channels with 60 values each
     assert [(part.start, z.shape[1]) for part, z, _ in problem.reference(data)] == [(0, 17), (17, 7)]
     assert problem.errors(data, forward) == pytest.approx(whole, rel=1e-6)
 
 
 def test_gradients_vanish_just_where_rounding_could_decide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel_layers, "CORNER", 0.25)
+    monkeypatch.setattr(layers, "CORNER", 0.25)
     problem = Problem(a_layer("fork", (2, 8, 30, 30)), torch.float32, CPU)
     data = problem.data()
     problem.avoid_corner(data)
@@ -74,7 +74,7 @@ def test_gradients_vanish_just_where_rounding_could_decide(monkeypatch: pytest.M
 def test_errors_see_a_lost_second_gradient_and_a_wrong_output() -> None:
     problem = Problem(a_layer("fork"), torch.float32, CPU)
     data = problem.data()
-    ours = kernel_peers.ours(problem, data)
+    ours = peers.ours(problem, data)
     lost = problem.errors(data, lambda data: ours(data)[:1])
     assert lost["y"] < 1e-6
     for name in ("dx", "dr", "dgamma", "dbeta"):
@@ -123,10 +123,10 @@ def test_peers_that_are_not_installed_or_do_not_apply(monkeypatch: pytest.Monkey
             build(SimpleNamespace(device=torch.device("cuda"), dtype=dtype), None)
         return str(missing.value)
 
-    assert "pip install nvidia-cudnn-frontend" in reason(kernel_peers.cudnn_graphs, torch.bfloat16)
-    assert reason(kernel_peers.cudnn_graphs, torch.float32) == "does not take float32"
-    assert "NVIDIA's apex" in reason(kernel_peers.apex_groupbn, torch.float16)
-    assert reason(kernel_peers.apex_groupbn, torch.bfloat16) == "does not take bfloat16"
+    assert "pip install nvidia-cudnn-frontend" in reason(peers.cudnn_graphs, torch.bfloat16)
+    assert reason(peers.cudnn_graphs, torch.float32) == "does not take float32"
+    assert "NVIDIA's apex" in reason(peers.apex_groupbn, torch.float16)
+    assert reason(peers.apex_groupbn, torch.bfloat16) == "does not take bfloat16"
 
 
 class Node:
@@ -226,11 +226,11 @@ def test_cudnn_graphs_are_wired_right(kind: str, monkeypatch: pytest.MonkeyPatch
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "cudnn", library)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    monkeypatch.setattr(kernel_peers, "_require_half_on_cuda", lambda problem, *dtypes: None)
+    monkeypatch.setattr(peers, "_require_half_on_cuda", lambda problem, *dtypes: None)
     problem = Problem(a_layer(kind), torch.float16, CPU)
     data = problem.data()
     problem.avoid_corner(data)
-    errors = problem.errors(data, kernel_peers.cudnn_graphs(problem, data))
+    errors = problem.errors(data, peers.cudnn_graphs(problem, data))
     assert max(errors.values()) < 2e-3  # two roundings of 4.9e-4 each, and the added gradients
     expected = nn.BatchNorm2d(24)
     expected(data.x.detach().float())

@@ -11,7 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from bench.common import describe
+from bench.harness.common import describe
 from fastflower.errors import UserError
 
 Row = Mapping[str, Any]

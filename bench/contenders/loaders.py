@@ -19,10 +19,10 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode
 from torch.utils.data import DataLoader
 
-from bench.common import CORES, need
-from bench.pictures import Pictures, decode_by_pil, decode_by_torchvision
-from bench.throughput_options import Output
-from bench.timing import Contender, Make
+from bench.contenders.pictures import Pictures, decode_by_pil, decode_by_torchvision
+from bench.harness.common import CORES, need
+from bench.harness.timing import Contender, Make
+from bench.rates.options import Output
 from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded
 from fastflower.data.decoding import decode

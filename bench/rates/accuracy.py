@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import loops
+from bench.contenders import loops
 from fastflower.config import build, load_yaml
 from fastflower.errors import UserError
 from fastflower.runtime.run_folder import RUNS, RunFolder

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bench.accuracy import accuracy_of_a_run, best_accuracy
+from bench.rates.accuracy import accuracy_of_a_run, best_accuracy
 from fastflower.errors import UserError
 
 

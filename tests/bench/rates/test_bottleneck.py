@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bottleneck
-from bench.loaders import DECODE, OURS
+from bench.contenders.loaders import DECODE, OURS
+from bench.rates import bottleneck
 
 CPU = torch.device("cpu")
 
