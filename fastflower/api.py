@@ -17,7 +17,7 @@ from fastflower.config import Config, find_config
 from fastflower.data.batches import Batches, open_batches
 from fastflower.data.dataset import with_folders
 from fastflower.evaluation.evaluate import evaluate_run
-from fastflower.evaluation.session import Testing
+from fastflower.evaluation.session import EvaluationSettings
 from fastflower.evaluation.views import Views
 from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import Ranks
@@ -113,8 +113,8 @@ def evaluate(
     Raises:
         UserError: no such run, or data or views that do not fit it.
     """
-    testing = Testing((Path(root),) if root else None, views=Views(crops, tuple(scales)))
-    return evaluate_run(Path(run), split, testing, _console(quiet=True)).figures
+    settings = EvaluationSettings((Path(root),) if root else None, views=Views(crops, tuple(scales)))
+    return evaluate_run(Path(run), split, settings, _console(quiet=True)).figures
 
 
 def _console(quiet: bool) -> Console:

@@ -24,19 +24,19 @@ from fastflower.options import (
     DoctorCommand,
     EnsembleCommand,
     EvalCommand,
+    EvaluationOptions,
     FlopsCommand,
     Options,
     PredictCommand,
     ReportCommand,
     StatsCommand,
-    TestOptions,
     TrainCommand,
 )
 from fastflower.runtime.launcher import is_main
 from fastflower.runtime.output import Console, without_decoders
 
 if TYPE_CHECKING:
-    from fastflower.evaluation.session import Testing
+    from fastflower.evaluation.session import EvaluationSettings
 
 
 def carry_out(command: Options) -> int:
@@ -75,7 +75,9 @@ def _eval(command: EvalCommand) -> int:
     from fastflower.evaluation.analysis import analyse_run, summary, write_run
     from fastflower.evaluation.evaluate import evaluate_run
 
-    evaluated = evaluate_run(command.run, command.split, _testing(command), Console(stderr=True), command.names)
+    evaluated = evaluate_run(
+        command.run, command.split, _evaluation_settings(command), Console(stderr=True), command.names
+    )
     if not is_main():
         return 0
     analysis = analyse_run(evaluated)
@@ -99,15 +101,15 @@ def _eval(command: EvalCommand) -> int:
 def _predict(command: PredictCommand) -> int:
     from fastflower.evaluation.predict import likeliest, predict_pictures, predict_run
 
-    testing = _testing(command)
+    settings = _evaluation_settings(command)
     if command.images is None:
         files = {"out": command.out, "submission": command.submission, "sample": command.sample}
-        predict_run(command.run, command.split, testing, Console(), **files)
+        predict_run(command.run, command.split, settings, Console(), **files)
         return 0
     if command.submission or command.sample or command.root or command.sizes:
         raise UserError("--submission, --sample, --data.root and --sizes are about a split: drop them, or --images.")
     predictions, shown = predict_pictures(
-        command.run, command.images, testing, Console(stderr=True), names=command.names, out=command.out
+        command.run, command.images, settings, Console(stderr=True), names=command.names, out=command.out
     )
     if is_main():
         for line in likeliest(predictions, shown):
@@ -244,13 +246,13 @@ def _stats(command: StatsCommand) -> int:
     return 0
 
 
-def _testing(options: TestOptions) -> Testing:
-    from fastflower.evaluation.session import Testing
+def _evaluation_settings(options: EvaluationOptions) -> EvaluationSettings:
+    from fastflower.evaluation.session import EvaluationSettings
     from fastflower.evaluation.views import Views
 
     if options.batch_size is not None and options.batch_size < 1:
         raise UserError(f"--batch_size is {options.batch_size}: give at least 1.")
-    return Testing(
+    return EvaluationSettings(
         roots=options.root,
         sizes=options.sizes,
         views=Views(options.crops, options.scales),

@@ -59,7 +59,7 @@ class TrainCommand(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TestOptions(Options):
+class EvaluationOptions(Options):
     """What to test on, and how."""
 
     root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
@@ -81,7 +81,7 @@ class TestOptions(Options):
 
 
 @dataclass(frozen=True)
-class EvalCommand(TestOptions):
+class EvalCommand(EvaluationOptions):
     """Evaluate a trained run: fastflower eval runs/NAME --split val
 
     Prints loss, top-1, top-5, macro F1 and expected calibration error, and writes the confusion matrix, each class's
@@ -101,7 +101,7 @@ class EvalCommand(TestOptions):
 
 
 @dataclass(frozen=True)
-class PredictCommand(TestOptions):
+class PredictCommand(EvaluationOptions):
     """Predict classes: fastflower predict runs/NAME --submission submission.csv
 
     Writes ids and class probabilities of a split as Parquet, each id once. With --images it prints the likeliest

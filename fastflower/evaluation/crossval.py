@@ -27,7 +27,7 @@ from fastflower.errors import UserError
 from fastflower.evaluation.ensemble import figures, of_folds
 from fastflower.evaluation.predict import hand_in, predictions_of, require_predictable
 from fastflower.evaluation.predictions import write_predictions
-from fastflower.evaluation.session import SHOWN, Session, Testing
+from fastflower.evaluation.session import SHOWN, EvaluationSettings, Session
 from fastflower.evaluation.trained_run import Planned, Trained, open_trained
 from fastflower.evaluation.views import Views
 from fastflower.files import atomic_write, remove_temporaries, require_writable, to_json
@@ -115,7 +115,7 @@ def cross_validate(
         UserError: as training and prediction; or `run` holds folds of other settings.
         Stopped: a signal came; all steps until then are saved.
     """
-    config, testing, test = resolve(config), Testing(views=views), test or submission is not None
+    config, settings, test = resolve(config), EvaluationSettings(views=views), test or submission is not None
     device = choose_device(config.device, local_rank())
     with processes(device) as ranks, own_folder(run, name, ranks) as whole:
         display = Display(console, shown=ranks.is_main)
@@ -126,7 +126,7 @@ def cross_validate(
             if submission and ranks.is_main:
                 require_writable(submission)
         silent = Display(console, shown=False)
-        _require_all(folds, data["classes"], test, testing, Session(device, ranks, Signals(), silent))
+        _require_all(folds, data["classes"], test, settings, Session(device, ranks, Signals(), silent))
         with ranks.main_first():
             if ranks.is_main:
                 _begin(whole.path, folds, data, overwrite)
@@ -142,9 +142,9 @@ def cross_validate(
         with Signals() as signals, display:
             session = Session(device, ranks, signals, display)
             trained = [open_trained(fold.folder.path) for fold in folds]
-            validation = _validate(whole.path, trained, testing, session)
+            validation = _validate(whole.path, trained, settings, session)
             if test:
-                _predict_test(whole.path, trained, testing, session, submission)
+                _predict_test(whole.path, trained, settings, session, submission)
         return validation
 
 
@@ -229,14 +229,16 @@ def _results(path: Path) -> tuple[Path, ...]:
     return (path / "cv.json", _data(path), *map(RunFolder(path).predictions, SPLITS))
 
 
-def _require_all(folds: Sequence[Fold], classes: list[str], test: bool, testing: Testing, session: Session) -> None:
+def _require_all(
+    folds: Sequence[Fold], classes: list[str], test: bool, settings: EvaluationSettings, session: Session
+) -> None:
     """Raise UserError, before the first fold, for whatever would be refused in a later one or after them."""
     for fold in folds:
         if not fold.finished:
             _require_trainable(fold.settings, fold.checkpoint, session)
-        require_predictable(Planned(fold.settings, classes), "val", testing, session)
+        require_predictable(Planned(fold.settings, classes), "val", settings, session)
     if test:
-        require_predictable(Planned(folds[0].settings, classes), "test", testing, session)
+        require_predictable(Planned(folds[0].settings, classes), "test", settings, session)
 
 
 def _require_trainable(settings: Config, checkpoint: Path | None, session: Session) -> None:
@@ -278,9 +280,11 @@ def _look_at(config: Config, display: Display) -> dict[str, Any]:
     return {"classes": classes, "records": asdict(identity(records))}
 
 
-def _validate(path: Path, trained: Sequence[Trained], testing: Testing, session: Session) -> CrossValidation:
+def _validate(
+    path: Path, trained: Sequence[Trained], settings: EvaluationSettings, session: Session
+) -> CrossValidation:
     """Each fold's part by its own network; writes cv.json and the predictions of all."""
-    parts = [predictions_of(fold, "val", testing, session) for fold in trained]
+    parts = [predictions_of(fold, "val", settings, session) for fold in trained]
     together = of_folds(parts, "val")
     validation = CrossValidation([figures(part) for part in parts], figures(together))
     if session.ranks.is_main:
@@ -291,10 +295,10 @@ def _validate(path: Path, trained: Sequence[Trained], testing: Testing, session:
 
 
 def _predict_test(
-    path: Path, trained: Sequence[Trained], testing: Testing, session: Session, submission: Path | None
+    path: Path, trained: Sequence[Trained], settings: EvaluationSettings, session: Session, submission: Path | None
 ) -> None:
     """The test split by the mean of all networks."""
-    together = of_folds([predictions_of(fold, "test", testing, session) for fold in trained], "test")
+    together = of_folds([predictions_of(fold, "test", settings, session) for fold in trained], "test")
     if session.ranks.is_main:
         for note in hand_in(together, out=RunFolder(path).predictions("test"), submission=submission):
             session.display.say(note)

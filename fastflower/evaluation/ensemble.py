@@ -30,7 +30,7 @@ from fastflower.evaluation.predictions import (
 )
 from fastflower.evaluation.score import figures as figures_of_scores
 from fastflower.evaluation.score import to_single
-from fastflower.evaluation.session import Testing, session
+from fastflower.evaluation.session import EvaluationSettings, open_session
 from fastflower.evaluation.submission import labels_of
 from fastflower.evaluation.trained_run import open_trained
 from fastflower.files import require_writable
@@ -172,9 +172,9 @@ def find_member(
 
     def predicted(run: Path) -> Predictions:
         trained = open_trained(run)
-        testing = Testing(roots)
-        with session(trained, testing, console) as within:
-            return predictions_of(trained, split, testing, within, any_views=True, ahead=ahead)
+        settings = EvaluationSettings(roots)
+        with open_session(trained, settings, console) as session:
+            return predictions_of(trained, split, settings, session, any_views=True, ahead=ahead)
 
     folds = [] if RunFolder(path).best.is_file() else folds_of(path)
     return Member(str(path), of_folds([predicted(fold) for fold in folds], split) if folds else predicted(path))

@@ -12,7 +12,7 @@ from rich.console import Console
 from fastflower.data.names import display_names
 from fastflower.data.records import Records
 from fastflower.evaluation.score import figures, score
-from fastflower.evaluation.session import Testing, load_split, session, source
+from fastflower.evaluation.session import EvaluationSettings, load_split, open_session, source
 from fastflower.evaluation.trained_run import Trained, open_trained
 from fastflower.training.metrics import Evaluation
 
@@ -30,7 +30,9 @@ class Evaluated:
     source: dict[str, Any]  # which network, pictures and views; see `fastflower.evaluation.session.source`
 
 
-def evaluate_run(run: Path, split: str, testing: Testing, console: Console, names: str | None = None) -> Evaluated:
+def evaluate_run(
+    run: Path, split: str, settings: EvaluationSettings, console: Console, names: str | None = None
+) -> Evaluated:
     """Figures of a run's best checkpoint (or of the checkpoint file `run`) on a labelled split.
 
     Precision and batch are those of the run, so that the validation figures that it logged come out again; so are the
@@ -44,10 +46,10 @@ def evaluate_run(run: Path, split: str, testing: Testing, console: Console, name
     """
     trained = open_trained(run)
     shown = display_names(trained.classes, names)
-    with session(trained, testing, console) as within:
-        data, records = load_split(trained, split, testing, within, once=bool(testing.views.scales))
-        with within.ranks.together():
+    with open_session(trained, settings, console) as session:
+        data, records = load_split(trained, split, settings, session, once=bool(settings.views.scales))
+        with session.ranks.together():
             records.require_classes(len(trained.classes))
-        made_from = source(trained, data, records, testing, within)
-        scores = score(trained, data, records, testing, within)
+        made_from = source(trained, data, records, settings, session)
+        scores = score(trained, data, records, settings, session)
     return Evaluated(trained, split, shown, records, scores, figures(scores, records.labels), made_from)

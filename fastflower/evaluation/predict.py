@@ -16,7 +16,7 @@ from fastflower.data.sources.files import picture_files
 from fastflower.errors import UserError
 from fastflower.evaluation.predictions import Predictions, read_predictions, sort_by_id, write_predictions
 from fastflower.evaluation.score import probabilities, ready, score
-from fastflower.evaluation.session import Session, Testing, load_split, session, source
+from fastflower.evaluation.session import EvaluationSettings, Session, load_split, open_session, source
 from fastflower.evaluation.submission import labels_of, meaning, write_submission
 from fastflower.evaluation.trained_run import Planned, Trained, open_trained
 from fastflower.files import require_writable
@@ -28,7 +28,7 @@ SHOWN = 3  # classes of a single picture
 def predict_run(
     run: Path,
     split: str,
-    testing: Testing,
+    settings: EvaluationSettings,
     console: Console,
     *,
     out: Path | None = None,
@@ -42,7 +42,7 @@ def predict_run(
     Args:
         run: a run folder or a checkpoint file.
         split: train, val or test; it needs no classes.
-        testing: which data, and by which views.
+        settings: which data, and by which views.
         console: where progress is shown.
         out: the predictions file; None = predictions-SPLIT.parquet in the run folder.
         submission: the competition's CSV; None = none is written.
@@ -55,77 +55,83 @@ def predict_run(
     """
     trained = open_trained(run)
     out = out or trained.result(RunFolder(trained.folder).predictions(split))
-    with session(trained, testing, console) as within:
-        with within.ranks.together():
+    with open_session(trained, settings, console) as session:
+        with session.ranks.together():
             for path in (out, submission):
-                if path and within.ranks.is_main:
+                if path and session.ranks.is_main:
                     require_writable(path)
-        data, records = load_pictures(trained, split, testing, within, sample=sample)
-        made_from = source(trained, data, records, testing, within)
-        found = _score(trained, data, records, testing, within)
+        data, records = load_pictures(trained, split, settings, session, sample=sample)
+        made_from = source(trained, data, records, settings, session)
+        found = _score(trained, data, records, settings, session)
         predictions = _predictions(trained, split, records, found, made_from)
-        if within.ranks.is_main:
+        if session.ranks.is_main:
             for note in hand_in(predictions, out=out, submission=submission, sample=sample):
-                within.display.say(note)
+                session.display.say(note)
     return predictions
 
 
 def load_pictures(
-    planned: Planned, split: str, testing: Testing, within: Session, *, sample: Path | None = None
+    planned: Planned, split: str, settings: EvaluationSettings, session: Session, *, sample: Path | None = None
 ) -> tuple[DataConfig, Records]:
     """The records to predict, each id once (see `load_split`).
 
     Raises:
         UserError: bad data, an id that is missing or no text, or a sample that does not fit.
     """
-    data, records = load_split(planned, split, testing, within, once=True)
-    with within.ranks.together():
+    data, records = load_split(planned, split, settings, session, once=True)
+    with session.ranks.together():
         _require_ids(records)
         if sample:
             labels_of(planned.classes, records.ids.tolist(), sample)
     return data, records
 
 
-def require_predictable(planned: Planned, split: str, testing: Testing, within: Session) -> None:
+def require_predictable(planned: Planned, split: str, settings: EvaluationSettings, session: Session) -> None:
     """Find out, before a run is trained, what would be refused when it is to predict.
 
     Raises:
         UserError: as `predict_run`.
     """
-    ready(planned, *load_pictures(planned, split, testing, within), testing, within)
+    ready(planned, *load_pictures(planned, split, settings, session), settings, session)
 
 
 def predictions_of(
-    trained: Trained, split: str, testing: Testing, within: Session, *, any_views: bool = False, ahead: bool = False
+    trained: Trained,
+    split: str,
+    settings: EvaluationSettings,
+    session: Session,
+    *,
+    any_views: bool = False,
+    ahead: bool = False,
 ) -> Predictions:
     """What `predict_run` left in the run folder, if it is of these weights and pictures; else predicted and left there.
 
     Args:
         trained: the run.
         split: train, val or test.
-        testing: which data, and by which views.
-        within: where.
+        settings: which data, and by which views.
+        session: where.
         any_views: take what is there also if it was made by other views.
         ahead: predict nothing, but only refuse what would be refused; probabilities that are not there are NaN.
 
     Raises:
         UserError: as `predict_run`.
     """
-    data, records = load_pictures(trained, split, testing, within)
+    data, records = load_pictures(trained, split, settings, session)
     path = trained.result(RunFolder(trained.folder).predictions(split))
-    with within.ranks.together():
+    with session.ranks.together():
         found = read_predictions(path) if path.is_file() else None
-    wanted = source(trained, data, records, testing, within)
+    wanted = source(trained, data, records, settings, session)
     may_differ = ("precision", "views") if any_views else ("precision",)
-    if all(within.ranks.gather(found is not None and _same_but_for(may_differ, found.source, wanted))):
+    if all(session.ranks.gather(found is not None and _same_but_for(may_differ, found.source, wanted))):
         assert found
         return found
     if ahead:
-        ready(trained, data, records, testing, within)
+        ready(trained, data, records, settings, session)
         unknown = np.full((len(records), len(trained.classes)), np.nan, np.float32)
         return _predictions(trained, split, records, unknown, wanted)
-    predictions = _predictions(trained, split, records, _score(trained, data, records, testing, within), wanted)
-    if within.ranks.is_main:
+    predictions = _predictions(trained, split, records, _score(trained, data, records, settings, session), wanted)
+    if session.ranks.is_main:
         write_predictions(path, predictions)
     return predictions
 
@@ -135,9 +141,11 @@ def _same_but_for(keys: Iterable[str], a: Mapping[str, object], b: Mapping[str, 
     return {**a, **anything} == {**b, **anything}
 
 
-def _score(trained: Trained, data: DataConfig, records: Records, testing: Testing, within: Session) -> np.ndarray:
+def _score(
+    trained: Trained, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
+) -> np.ndarray:
     """Class probabilities [n, num_classes] float32, on every rank."""
-    return probabilities(score(trained, data, records, testing, within))
+    return probabilities(score(trained, data, records, settings, session))
 
 
 def _predictions(
@@ -173,7 +181,7 @@ def hand_in(
 def predict_pictures(
     run: Path,
     paths: tuple[Path, ...],
-    testing: Testing,
+    settings: EvaluationSettings,
     console: Console,
     *,
     names: str | None = None,
@@ -190,16 +198,16 @@ def predict_pictures(
     """
     trained = open_trained(run)
     shown = display_names(trained.classes, names)
-    with session(trained, testing, console) as within:
-        with within.ranks.together():
-            if out and within.ranks.is_main:
+    with open_session(trained, settings, console) as session:
+        with session.ranks.together():
+            if out and session.ranks.is_main:
                 require_writable(out)
             records = picture_files(paths)
         data = trained.data(None, None)
-        made_from = source(trained, data, records, testing, within)
-        found = _score(trained, data, records, testing, within)
+        made_from = source(trained, data, records, settings, session)
+        found = _score(trained, data, records, settings, session)
         predictions = Predictions("", trained.classes, records.ids, found, records.labels, made_from)
-        if out and within.ranks.is_main:
+        if out and session.ranks.is_main:
             write_predictions(out, predictions)
     return predictions, shown
 

@@ -11,7 +11,7 @@ from fastflower.data.decoding import shapes_of
 from fastflower.data.loader import Loading
 from fastflower.data.records import Records
 from fastflower.errors import UserError
-from fastflower.evaluation.session import Session, Testing
+from fastflower.evaluation.session import EvaluationSettings, Session
 from fastflower.evaluation.trained_run import Planned, Trained
 from fastflower.evaluation.views import Scorer, Views
 from fastflower.runtime.checkpoint import first_non_finite, require_fit
@@ -25,7 +25,9 @@ OTHER = "give another checkpoint, or train again with a lower train.lr"
 
 
 @torch.no_grad()
-def score(trained: Trained, data: DataConfig, records: Records, testing: Testing, within: Session) -> np.ndarray:
+def score(
+    trained: Trained, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
+) -> np.ndarray:
     """Scores [n, num_classes] float32 of all records, on every rank; their softmax is class probabilities.
 
     By one crop they are the network's logits, by more views the logarithm of the mean probability.
@@ -34,20 +36,20 @@ def score(trained: Trained, data: DataConfig, records: Records, testing: Testing
         trained: the run.
         data: geometry and resources of the loader.
         records: what to score.
-        testing: how.
-        within: where; the processes share the records.
+        settings: how.
+        session: where; the processes share the records.
 
     Raises:
         UserError: see `ready`; or a record cannot be decoded, or scores are not finite.
         Stopped: a rank got a signal.
     """
-    views, device, ranks = testing.views, within.device, within.ranks
+    views, device, ranks = settings.views, session.device, session.ranks
     config = trained.config
-    network, shapes = ready(trained, data, records, testing, within)
+    network, shapes = ready(trained, data, records, settings, session)
     precision = choose_precision(config.amp, config.amp_dtype, device)
-    scorer = views.scorer(network.eval(), data.crop, compiled=testing.compiled)
+    scorer = views.scorer(network.eval(), data.crop, compiled=settings.compiled)
     loading = Loading(trained.normalization, choose_engine(data, device, ranks), device, ranks)
-    size = testing.batch_size or config.train.batch_size
+    size = settings.batch_size or config.train.batch_size
     tables = []
     for geometry in views.passes(data):
         batches: EvaluationBatches | WholePictures
@@ -56,8 +58,8 @@ def score(trained: Trained, data: DataConfig, records: Records, testing: Testing
         else:
             batches = whole_pictures(geometry, records, shapes, loading, batch_size=size)
         at = f" at {geometry.val_resize} pixels" if views.scales else ""
-        within.display.task(f"score{at}", len(range(ranks.rank, len(records), ranks.world_size)))
-        table = _one_pass(scorer, batches, len(trained.classes), precision, within)
+        session.display.task(f"score{at}", len(range(ranks.rank, len(records), ranks.world_size)))
+        table = _one_pass(scorer, batches, len(trained.classes), precision, session)
         sound = np.isfinite(table).all(axis=1)
         if not sound.all():
             first = records.describe(int(np.argmin(sound)))
@@ -70,7 +72,7 @@ def score(trained: Trained, data: DataConfig, records: Records, testing: Testing
 
 
 def ready(
-    planned: Planned, data: DataConfig, records: Records, testing: Testing, within: Session
+    planned: Planned, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
 ) -> tuple[torch.nn.Module, np.ndarray | None]:
     """What scoring needs and can be refused before the first picture is: the network, and [n, 2] the heights and widths
     of the pictures where the views need them.
@@ -79,21 +81,21 @@ def ready(
         planned: the run; one that is not trained yet has seeded weights.
         data: geometry and resources of the loader.
         records: what to score.
-        testing: how.
-        within: where.
+        settings: how.
+        session: where.
 
     Raises:
         UserError: views that do not fit the network or the pictures, a record that cannot be read, or weights that are
             not finite.
     """
-    views, config = testing.views, planned.config
+    views, config = settings.views, planned.config
     views.check(data, config.model.name)
-    choose_engine(data, within.device, within.ranks)
+    choose_engine(data, session.device, session.ranks)
     shapes = None
-    with within.ranks.together():
+    with session.ranks.together():
         if views.whole:
             shapes = _shapes(data, records, views)
-    classes, device, ranks = len(planned.classes), within.device, within.ranks
+    classes, device, ranks = len(planned.classes), session.device, session.ranks
     network = build_network(config.model, classes, seed=config.seed, device=device, ranks=ranks)
     if isinstance(planned, Trained):
         if name := first_non_finite(planned.weights):
@@ -122,18 +124,18 @@ def _one_pass(
     batches: EvaluationBatches | WholePictures,
     classes: int,
     precision: Precision,
-    within: Session,
+    session: Session,
 ) -> np.ndarray:
     """[n, classes] float32, gathered from all ranks."""
     indices, scores = [], []
-    together = within.ranks.lockstep(batches.once(), within.signals)
-    for batch, found in outputs(scorer, together, device=within.device, precision=precision):
+    together = session.ranks.lockstep(batches.once(), session.signals)
+    for batch, found in outputs(scorer, together, device=session.device, precision=precision):
         indices.append(batch.indices)
         scores.append(found.float())
-        within.display.advance(len(batch.indices))
+        session.display.advance(len(batch.indices))
     mine = (np.concatenate(indices), torch.cat(scores).cpu().numpy()) if scores else None
     table = np.full((len(batches.loader.records), classes), np.nan, np.float32)
-    for part in within.ranks.gather(mine):
+    for part in session.ranks.gather(mine):
         if part:
             table[part[0]] = part[1]
     return table

@@ -18,7 +18,7 @@ from fastflower.data.identity import identity
 from fastflower.data.records import Records, miscounted
 from fastflower.data.selection import largest_of_each
 from fastflower.data.splits import leave_out, load_records
-from fastflower.evaluation.trained_run import Planned, TestSizes, Trained, weights_digest
+from fastflower.evaluation.trained_run import Planned, StoredSizes, Trained, weights_digest
 from fastflower.evaluation.views import Views
 from fastflower.files import to_json
 from fastflower.runtime.device import choose_device, choose_precision
@@ -31,11 +31,11 @@ SHOWN = 5  # ids that are there twice, on screen
 
 
 @dataclass(frozen=True)
-class Testing:
-    """What to test a run on, and how, where not as it was validated."""
+class EvaluationSettings:
+    """The pictures to score and how, where not as in the run's own validation."""
 
     roots: tuple[Path, ...] | None = None  # data folders; None = the run's
-    sizes: TestSizes | None = None  # stored sizes to take; None: see `load_split`
+    sizes: StoredSizes | None = None  # stored sizes to take; None: see `load_split`
     views: Views = field(default_factory=Views)
     device: Literal["run", "auto", "cpu", "cuda"] = "run"
     batch_size: int | None = None  # crops at once, over all ranks; None = as in training
@@ -53,13 +53,13 @@ class Session:
 
 
 @contextlib.contextmanager
-def session(trained: Trained, testing: Testing, console: Console) -> Iterator[Session]:
+def open_session(trained: Trained, settings: EvaluationSettings, console: Console) -> Iterator[Session]:
     """Join the other processes, listen to signals and show progress until the block ends.
 
     Raises:
         UserError: a GPU is asked for and there is none.
     """
-    choice = trained.config.device if testing.device == "run" else testing.device
+    choice = trained.config.device if settings.device == "run" else settings.device
     device = choose_device(choice, local_rank())
     with (
         processes(device) as ranks,
@@ -70,44 +70,46 @@ def session(trained: Trained, testing: Testing, console: Console) -> Iterator[Se
 
 
 def load_split(
-    planned: Planned, split: str, testing: Testing, within: Session, *, once: bool
+    planned: Planned, split: str, settings: EvaluationSettings, session: Session, *, once: bool
 ) -> tuple[DataConfig, Records]:
     """The records to score, and how they are loaded.
 
     Args:
         planned: the run, trained or not.
         split: train, val or test.
-        testing: which data.
-        within: where.
-        once: take each picture once, from its largest record; unless `testing` names sizes, of all that are stored, or,
-            where stored pictures are cropped as they are, of those that the run was validated at.
+        settings: which data.
+        session: where.
+        once: take each picture once, from its largest record; unless `settings` names sizes, of all that are stored,
+            or, where stored pictures are cropped as they are, of those that the run was validated at.
 
     Raises:
         UserError: bad data, or data that does not fit the run.
     """
-    stored_as_is = planned.config.data.val_resize is None and not testing.views.scales
-    sizes: TestSizes | None = testing.sizes or ("all" if once and not stored_as_is else None)
-    data = planned.data(testing.roots, sizes)
-    with within.ranks.main_first():
-        read = within.display.follow("read pictures")
+    stored_as_is = planned.config.data.val_resize is None and not settings.views.scales
+    sizes: StoredSizes | None = settings.sizes or ("all" if once and not stored_as_is else None)
+    data = planned.data(settings.roots, sizes)
+    with session.ranks.main_first():
+        read = session.display.follow("read pictures")
         records = load_records(replace(data, skip=None), split, planned.classes, planned.config.seed, read)
         if data.skip:
             everything, records = records, leave_out(records, data.skip)
             if left := len(everything) - len(records):
-                within.display.say(f"Left out {left} records of {split} that {data.skip} lists.")
+                session.display.say(f"Left out {left} records of {split} that {data.skip} lists.")
         if once:
             records, again = largest_of_each(records)
             for note in again[:SHOWN]:
-                within.display.say(note)
+                session.display.say(note)
             if len(again) > SHOWN:
-                within.display.say(f"… and {len(again) - SHOWN} more ids that are there more than once.")
+                session.display.say(f"… and {len(again) - SHOWN} more ids that are there more than once.")
         for note in miscounted(records):
-            within.display.say(note)
+            session.display.say(note)
         (records,) = require_pictures([records], read)
     return data, records
 
 
-def source(trained: Trained, data: DataConfig, records: Records, testing: Testing, within: Session) -> dict[str, Any]:
+def source(
+    trained: Trained, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
+) -> dict[str, Any]:
     """What a result says of where it comes from, as JSON has it: network, pictures (by their bytes), and views.
 
     Two results of which this is the same, but for the precision, are of the same weights and the same input.
@@ -116,17 +118,17 @@ def source(trained: Trained, data: DataConfig, records: Records, testing: Testin
         UserError: a record cannot be read.
     """
     found, config = None, trained.config
-    with within.ranks.together():
-        if within.ranks.is_main:
-            found = asdict(identity(records, within.display.follow("read the pictures")))
+    with session.ranks.together():
+        if session.ranks.is_main:
+            found = asdict(identity(records, session.display.follow("read the pictures")))
     made_from = {
         "run": trained.folder.name,
         "weights": weights_digest(trained),
         "model": config.model.name,
-        "records": within.ranks.gather(found)[0],
-        "views": asdict(testing.views),
+        "records": session.ranks.gather(found)[0],
+        "views": asdict(settings.views),
         "geometry": {"crop": data.crop, "val_resize": data.val_resize},
         "normalization": asdict(trained.normalization),
-        "precision": str(choose_precision(config.amp, config.amp_dtype, within.device)),
+        "precision": str(choose_precision(config.amp, config.amp_dtype, session.device)),
     }
     return json.loads(to_json(made_from))

@@ -16,7 +16,7 @@ from fastflower.errors import UserError
 from fastflower.runtime.checkpoint import load_checkpoint, weights_of
 from fastflower.runtime.run_folder import RunFolder
 
-TestSizes = Literal["all"] | tuple[int, ...]
+StoredSizes = Literal["all"] | tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Planned:
     config: Config
     classes: list[str]
 
-    def data(self, roots: tuple[Path, ...] | None, sizes: TestSizes | None) -> DataConfig:
+    def data(self, roots: tuple[Path, ...] | None, sizes: StoredSizes | None) -> DataConfig:
         """The run's data, in other folders or at other stored sizes where they are given.
 
         What the run leaves out (data.skip) is listed by file, and so not left out of folders that it does not know.
