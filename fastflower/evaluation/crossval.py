@@ -24,7 +24,8 @@ from fastflower.data.folds import duplicates
 from fastflower.data.identity import identity
 from fastflower.data.splits import class_list, join, load_pool
 from fastflower.errors import UserError
-from fastflower.evaluation.ensemble import figures, of_folds
+from fastflower.evaluation.combine import figures
+from fastflower.evaluation.ensemble import of_folds
 from fastflower.evaluation.predict import hand_in, predictions_of, require_predictable
 from fastflower.evaluation.predictions import write_predictions
 from fastflower.evaluation.session import SHOWN, EvaluationSettings, Session

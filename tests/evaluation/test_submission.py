@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fastflower.data.records import NO_LABEL
 from fastflower.errors import UserError
-from fastflower.evaluation.ensemble import Member, Method, combine
+from fastflower.evaluation.combine import Member, Method, combine
 from fastflower.evaluation.predict import hand_in
 from fastflower.evaluation.predictions import Predictions, read_predictions, sort_by_id, write_predictions
 from fastflower.evaluation.submission import labels_of, meaning, write_submission
