@@ -114,7 +114,7 @@ def evaluate(
         UserError: no such run, or data or views that do not fit it.
     """
     settings = EvaluationSettings((Path(root),) if root else None, views=Views(crops, tuple(scales)))
-    return evaluate_run(Path(run), split, settings, _console(quiet=True)).figures
+    return evaluate_run(Path(run), split, settings, _console(quiet=True)).metrics
 
 
 def _console(quiet: bool) -> Console:

@@ -81,7 +81,7 @@ def _eval(command: EvalCommand) -> int:
     if not is_main():
         return 0
     analysis = analyse_run(evaluated)
-    metrics = {"split": command.split, **asdict(evaluated.figures)}
+    metrics = {"split": command.split, **asdict(evaluated.metrics)}
     if command.json:
         print(to_json(metrics))
     else:
@@ -118,7 +118,7 @@ def _predict(command: PredictCommand) -> int:
 
 
 def _ensemble(command: EnsembleCommand) -> int:
-    from fastflower.evaluation.ensemble import ensemble_runs, table
+    from fastflower.evaluation.ensemble import ensemble_runs, metrics_table
 
     ensembled = ensemble_runs(
         command.members,
@@ -136,7 +136,7 @@ def _ensemble(command: EnsembleCommand) -> int:
         print(to_json([{"name": row.name, "weight": row.weight, **asdict(row.evaluation)} for row in rows]))
         return 0
     if ensembled.rows:
-        Console().print(table(ensembled.rows))
+        Console().print(metrics_table(ensembled.rows))
     for note in ensembled.notes:
         _say(note)
     return 0

@@ -14,11 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from fastflower import machine
+from fastflower.arrays import Bools, Bytes, Floats, Ints, Singles, Strings
 from fastflower.data.decoding import thumbnails
 from fastflower.data.view import Engine
 from fastflower.evaluation.evaluate import Evaluated
 from fastflower.evaluation.plots import contact_sheet, plot_confusion
-from fastflower.evaluation.score import probabilities
+from fastflower.evaluation.score import softmax
 from fastflower.files import atomic_write, to_json
 from fastflower.runtime.run_folder import RunFolder
 
@@ -54,11 +55,11 @@ class Analysis:
     """What `analyse` finds. Figures of a class are 0 where they are not defined."""
 
     names: list[str]  # of the classes, by number
-    confusion: np.ndarray  # [C, C] int64, a row for each true class, a column for each predicted one
-    precision: np.ndarray  # [C] float64
-    recall: np.ndarray  # [C] float64
-    f1: np.ndarray  # [C] float64
-    support: np.ndarray  # [C] int64, pictures of the class
+    confusion: Ints  # [C, C], a row for each true class, a column for each predicted one
+    precision: Floats  # [C]
+    recall: Floats  # [C]
+    f1: Floats  # [C]
+    support: Ints  # [C], pictures of the class
     confused: list[Confused]  # the most frequent first
     mistakes: list[Mistake]  # the most confident first
     ece: float  # expected calibration error
@@ -68,7 +69,7 @@ def analyse_run(evaluated: Evaluated) -> Analysis:
     """Where a run's network errs."""
     records = evaluated.records
     ids = [name or records.describe(index) for index, name in enumerate(records.ids.tolist())]
-    return analyse(records.labels, probabilities(evaluated.scores), ids, evaluated.names)
+    return analyse(records.labels, softmax(evaluated.scores), ids, evaluated.names)
 
 
 def write_run(evaluated: Evaluated, analysis: Analysis, folder: Path | None) -> Path:
@@ -77,15 +78,13 @@ def write_run(evaluated: Evaluated, analysis: Analysis, folder: Path | None) -> 
     folder = folder or trained.result(RunFolder(trained.folder).evaluation(evaluated.split))
     shown = [mistake.index for mistake in analysis.mistakes[:PICTURES]]
     pictures = thumbnails(evaluated.records, shown, SIDE, Engine(threads=machine.cpus()))
-    write_analysis(folder, analysis, {"split": evaluated.split, **asdict(evaluated.figures)}, pictures)
+    write_analysis(folder, analysis, {"split": evaluated.split, **asdict(evaluated.metrics)}, pictures)
     with atomic_write(folder / "source.json") as file:
         file.write(to_json(evaluated.source, indent=2).encode() + b"\n")
     return folder
 
 
-def analyse(
-    labels: np.ndarray, probabilities: np.ndarray, ids: Sequence[str] | np.ndarray, names: list[str]
-) -> Analysis:
+def analyse(labels: Ints, probabilities: Singles, ids: Sequence[str] | Strings, names: list[str]) -> Analysis:
     """Compare true classes with probabilities.
 
     Args:
@@ -96,7 +95,7 @@ def analyse(
     """
     classes = len(names)
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1).astype(np.float64)
-    confusion = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
+    confusion: Ints = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
     hits, support, called = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
@@ -116,7 +115,7 @@ def analyse(
     )
 
 
-def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
+def calibration_error(confidence: Floats, correct: Bools) -> float:
     """Expected calibration error: mean over the pictures of |accuracy - mean confidence| of the bin each is in.
 
     The bins of confidence are equally wide, (0, 1/15] to (14/15, 1]: Guo et al., On Calibration of Modern Neural
@@ -131,7 +130,7 @@ def calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     return float(np.abs(gaps).sum() / len(confidence))
 
 
-def write_analysis(folder: Path, analysis: Analysis, figures: dict[str, Any], pictures: Sequence[np.ndarray]) -> None:
+def write_analysis(folder: Path, analysis: Analysis, metrics: dict[str, Any], pictures: Sequence[Bytes]) -> None:
     """Write all of it into a folder, replacing an earlier one's files.
 
     confusion.csv and confusion.png, classes.csv, confused.csv, figures.json, and mistakes.jpg if there are any.
@@ -139,17 +138,17 @@ def write_analysis(folder: Path, analysis: Analysis, figures: dict[str, Any], pi
     Args:
         folder: made if it is not there.
         analysis: what to write.
-        figures: plain values for figures.json (split, n, loss, ...), to which ece is added.
+        metrics: plain values for figures.json (split, n, loss, ...), to which ece is added.
         pictures: uint8 RGB [h, w, 3] of the first PICTURES of `analysis.mistakes` (of all, where there are fewer), in
             that order, for the contact sheet.
     """
-    names, found = analysis.names, analysis
+    names = analysis.names
     _write_csv(
         folder / "confusion.csv",
         ["true \\ predicted", *names],
-        ([name, *row] for name, row in zip(names, found.confusion.tolist(), strict=True)),
+        ([name, *row] for name, row in zip(names, analysis.confusion.tolist(), strict=True)),
     )
-    columns = (found.precision, found.recall, found.f1, found.support)
+    columns = (analysis.precision, analysis.recall, analysis.f1, analysis.support)
     _write_csv(
         folder / "classes.csv",
         ["name", "precision", "recall", "f1", "support"],
@@ -158,13 +157,13 @@ def write_analysis(folder: Path, analysis: Analysis, figures: dict[str, Any], pi
     _write_csv(
         folder / "confused.csv",
         ["true", "predicted", "count", "share"],
-        ([names[pair.true], names[pair.predicted], pair.count, pair.share] for pair in found.confused),
+        ([names[pair.true], names[pair.predicted], pair.count, pair.share] for pair in analysis.confused),
     )
     with atomic_write(folder / "figures.json") as file:
-        file.write(to_json(figures | {"ece": found.ece}, indent=2).encode() + b"\n")
-    plot_confusion(folder / "confusion.png", found.confusion, names)
+        file.write(to_json(metrics | {"ece": analysis.ece}, indent=2).encode() + b"\n")
+    plot_confusion(folder / "confusion.png", analysis.confusion, names)
     sheet = folder / "mistakes.jpg"
-    captions = [_caption(mistake, names) for mistake in found.mistakes[:PICTURES]]
+    captions = [_caption(mistake, names) for mistake in analysis.mistakes[:PICTURES]]
     if captions:
         contact_sheet(sheet, pictures, captions)
     else:
@@ -179,19 +178,19 @@ def _caption(mistake: Mistake, names: Sequence[str]) -> str:
 
 def summary(analysis: Analysis) -> list[Table]:
     """For a terminal: the most confused pairs, if there are any, and the classes with the lowest F1."""
-    names, found = analysis.names, analysis
-    pairs = _table("Most confused", "true", "predicted", "count", "share")
-    for pair in found.confused[:SHOWN_PAIRS]:
+    names = analysis.names
+    pairs = _new_table("Most confused", "true", "predicted", "count", "share")
+    for pair in analysis.confused[:SHOWN_PAIRS]:
         pairs.add_row(Text(names[pair.true]), Text(names[pair.predicted]), f"{pair.count:,}", f"{pair.share:.1%}")
-    worst = _table("Lowest F1", "class", "F1", "precision", "recall", "support")
-    occurring = np.flatnonzero(found.confusion.sum(axis=0) + found.support)  # those that macro F1 counts
-    for k in occurring[np.argsort(found.f1[occurring], kind="stable")][:SHOWN_CLASSES]:
-        shares = (f"{column[k]:.3f}" for column in (found.f1, found.precision, found.recall))
-        worst.add_row(Text(names[k]), *shares, f"{found.support[k]:,}")
-    return [pairs, worst] if found.confused else [worst]
+    worst = _new_table("Lowest F1", "class", "F1", "precision", "recall", "support")
+    occurring = np.flatnonzero(analysis.confusion.sum(axis=0) + analysis.support)  # those that macro F1 counts
+    for k in occurring[np.argsort(analysis.f1[occurring], kind="stable")][:SHOWN_CLASSES]:
+        shares = (f"{column[k]:.3f}" for column in (analysis.f1, analysis.precision, analysis.recall))
+        worst.add_row(Text(names[k]), *shares, f"{analysis.support[k]:,}")
+    return [pairs, worst] if analysis.confused else [worst]
 
 
-def _confused(confusion: np.ndarray) -> list[Confused]:
+def _confused(confusion: Ints) -> list[Confused]:
     """Pairs with at least one picture: by count, then share, then class numbers."""
     support = confusion.sum(axis=1)
     pairs = [
@@ -202,7 +201,7 @@ def _confused(confusion: np.ndarray) -> list[Confused]:
     return sorted(pairs, key=lambda pair: (-pair.count, -pair.share, pair.true, pair.predicted))
 
 
-def _table(title: str, *columns: str) -> Table:
+def _new_table(title: str, *columns: str) -> Table:
     """An empty table with names on the left and numbers on the right."""
     grid = Table(*columns, title=title)
     for column in grid.columns:

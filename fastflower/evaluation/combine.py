@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fastflower.arrays import Floats, Ints, Strings
 from fastflower.data.records import NO_LABEL
 from fastflower.errors import UserError
 from fastflower.evaluation.predictions import Predictions, in_order_of, refuse_repeated, some, sort_by_id
-from fastflower.evaluation.score import figures as figures_of_scores
-from fastflower.evaluation.score import to_single
+from fastflower.evaluation.score import metrics, to_single
 from fastflower.training.metrics import Evaluation
 
 Method = Literal["vote", "mean", "weighted"]
@@ -34,7 +34,7 @@ class Member:
     predictions: Predictions
 
 
-def combine(members: Sequence[Member], method: Method, weights: np.ndarray | None = None) -> Predictions:
+def combine(members: Sequence[Member], method: Method, weights: Floats | None = None) -> Predictions:
     """The ensemble's predictions, joined by id.
 
     - vote: the class that is the likeliest for most members; of those with equally many votes the one whose mean
@@ -49,13 +49,13 @@ def combine(members: Sequence[Member], method: Method, weights: np.ndarray | Non
             split and classes; names them, and the ids.
     """
     joined = join(members)
-    stacked = np.stack([each.probabilities for each in joined]).astype(np.float64)  # [members, n, C]
+    stacked = np.stack([member.probabilities for member in joined]).astype(np.float64)  # [members, n, C]
     ordered = sorted(range(len(members)), key=lambda k: members[k].name)
     source: dict[str, Any] = {"method": method}
     source["members"] = {members[k].name: members[k].predictions.source for k in ordered}
     if method == "vote":
         mean = _sum(stacked) / len(joined)
-        likeliest = np.stack([each.likeliest for each in joined])
+        likeliest = np.stack([member.likeliest for member in joined])
         votes = (likeliest[:, :, None] == np.arange(stacked.shape[2])).sum(axis=0)
         best = np.where(votes == votes.max(axis=1, keepdims=True), mean, -1).argmax(axis=1)
         probabilities = (votes + mean) / (len(joined) + 1)
@@ -70,7 +70,7 @@ def combine(members: Sequence[Member], method: Method, weights: np.ndarray | Non
         best = probabilities.argmax(axis=1)
         source["weights"] = {members[k].name: float(shares[k]) for k in ordered}
     return Predictions(
-        split=max(each.split for each in joined),  # where some do not say, what the others do
+        split=max(member.split for member in joined),  # where some do not say, what the others do
         classes=joined[0].classes,
         ids=joined[0].ids,
         probabilities=to_single(probabilities, best),
@@ -79,7 +79,7 @@ def combine(members: Sequence[Member], method: Method, weights: np.ndarray | Non
     )
 
 
-def fit_weights(members: Sequence[Member]) -> np.ndarray:
+def fit_weights(members: Sequence[Member]) -> Floats:
     """Weights [members], summing to one, for which the weighted mean makes the true classes the likeliest.
 
     Maximum likelihood of the mixture's weights by expectation maximization from equal ones. The mean log likelihood is
@@ -90,7 +90,7 @@ def fit_weights(members: Sequence[Member]) -> np.ndarray:
         UserError: as `combine`; or a picture's true class is unknown.
     """
     joined, labels = join_labelled(members)
-    true = np.stack([each.probabilities[np.arange(len(labels)), labels] for each in joined]).astype(np.float64)
+    true = np.stack([member.probabilities[np.arange(len(labels)), labels] for member in joined]).astype(np.float64)
     # members by value: whatever order they are given in, the sums below are the same
     order = sorted(range(len(joined)), key=lambda k: true[k].tolist())
     likelihoods = np.maximum(true[order], FLOOR)  # [members, n]
@@ -106,7 +106,7 @@ def fit_weights(members: Sequence[Member]) -> np.ndarray:
     return fitted
 
 
-def figures(predictions: Predictions) -> Evaluation:
+def metrics_of(predictions: Predictions) -> Evaluation:
     """What `fastflower eval` says of the network whose softmax these probabilities are.
 
     Raises:
@@ -115,7 +115,7 @@ def figures(predictions: Predictions) -> Evaluation:
     classes = len(predictions.classes)
     _require_labels(predictions.ids, predictions.labels, classes)
     logs = np.log(np.maximum(predictions.probabilities.astype(np.float64), FLOOR))
-    return figures_of_scores(logs, predictions.labels)
+    return metrics(logs, predictions.labels)
 
 
 def join(members: Sequence[Member]) -> list[Predictions]:
@@ -156,7 +156,7 @@ def join(members: Sequence[Member]) -> list[Predictions]:
     return joined
 
 
-def join_labelled(members: Sequence[Member]) -> tuple[list[Predictions], np.ndarray]:
+def join_labelled(members: Sequence[Member]) -> tuple[list[Predictions], Ints]:
     """The same, and the true classes [n], all of which must be known."""
     joined = join(members)
     labels = true_classes(joined)
@@ -164,9 +164,9 @@ def join_labelled(members: Sequence[Member]) -> tuple[list[Predictions], np.ndar
     return joined, labels
 
 
-def true_classes(joined: Sequence[Predictions]) -> np.ndarray:
+def true_classes(joined: Sequence[Predictions]) -> Ints:
     """True classes [n] as far as one of the members knows them, each of which must have the same ids."""
-    return np.max([each.labels for each in joined], axis=0)  # NO_LABEL is below every class
+    return np.max([member.labels for member in joined], axis=0)  # NO_LABEL is below every class
 
 
 def _same(a: Predictions, b: Predictions) -> bool:
@@ -184,15 +184,15 @@ def _of_one_order(members: Sequence[Member]) -> list[Predictions]:
     """
     lists = [member.predictions.classes for member in members]
     classes = min(lists, key=lambda names: (sum(map(len, names)), names))  # 7 rather than 007
-    found = []
+    ordered = []
     for member in members:
         predictions = in_order_of(classes, member.predictions)
         if predictions is None:
             raise UserError(
                 f"{_difference(members[lists.index(classes)], member)}: combine networks of the same classes."
             )
-        found.append(predictions)
-    return found
+        ordered.append(predictions)
+    return ordered
 
 
 def _difference(one: Member, other: Member) -> str:
@@ -202,7 +202,7 @@ def _difference(one: Member, other: Member) -> str:
     return f"{one.name} has the class {next(name for name in a if name not in b)!r}, which {other.name} lacks"
 
 
-def _require_labels(ids: np.ndarray, labels: np.ndarray, classes: int) -> None:
+def _require_labels(ids: Strings, labels: Ints, classes: int) -> None:
     unknown = (labels < 0) | (labels >= classes)
     if unknown.any():
         raise UserError(
@@ -211,6 +211,6 @@ def _require_labels(ids: np.ndarray, labels: np.ndarray, classes: int) -> None:
         )
 
 
-def _sum(values: np.ndarray) -> np.ndarray:
+def _sum(values: Floats) -> Floats:
     """Sum along the first axis, the same for any order along it."""
     return np.sort(values, axis=0).sum(axis=0)

@@ -24,7 +24,7 @@ from fastflower.data.folds import duplicates
 from fastflower.data.identity import identity
 from fastflower.data.splits import class_list, join, load_pool
 from fastflower.errors import UserError
-from fastflower.evaluation.combine import figures
+from fastflower.evaluation.combine import metrics_of
 from fastflower.evaluation.ensemble import of_folds
 from fastflower.evaluation.predict import hand_in, predictions_of, require_predictable
 from fastflower.evaluation.predictions import write_predictions
@@ -287,7 +287,7 @@ def _validate(
     """Each fold's part by its own network; writes cv.json and the predictions of all."""
     parts = [predictions_of(fold, "val", settings, session) for fold in trained]
     together = of_folds(parts, "val")
-    validation = CrossValidation([figures(part) for part in parts], figures(together))
+    validation = CrossValidation([metrics_of(part) for part in parts], metrics_of(together))
     if session.ranks.is_main:
         with atomic_write(path / "cv.json") as file:
             file.write(to_json(validation.to_plain(), indent=1).encode())

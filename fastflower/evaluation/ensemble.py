@@ -18,10 +18,10 @@ from fastflower.evaluation.combine import (
     Member,
     Method,
     combine,
-    figures,
     fit_weights,
     join,
     join_labelled,
+    metrics_of,
     true_classes,
 )
 from fastflower.evaluation.predict import hand_in, predictions_of
@@ -36,7 +36,7 @@ from fastflower.training.metrics import Evaluation
 
 @dataclass(frozen=True)
 class Row:
-    """A line of `table`."""
+    """A line of `metrics_table`."""
 
     name: str
     evaluation: Evaluation
@@ -98,10 +98,13 @@ def ensemble_runs(
     combined = combine(members, method, weights)
     rows = []
     if combined.labelled:
-        known = [replace(each, labels=combined.labels) for each in joined]
+        labelled = [replace(predictions, labels=combined.labels) for predictions in joined]
         shares = [None] * len(members) if weights is None else weights.tolist()
-        rows = [Row(each.name, figures(own), w) for each, own, w in zip(members, known, shares, strict=True)]
-        rows.append(Row(method, figures(combined)))
+        rows = [
+            Row(member.name, metrics_of(own), share)
+            for member, own, share in zip(members, labelled, shares, strict=True)
+        ]
+        rows.append(Row(method, metrics_of(combined)))
         if method == "vote":
             notes.append("The vote's loss is that of (votes + mean probability) / (members + 1).")
     notes += hand_in(combined, out=out, submission=submission, sample=sample)
@@ -164,8 +167,9 @@ def find_member(
 
 def folds_of(path: Path) -> list[Path]:
     """The runs of a folder of cross-validation, in their order; none where it is no such folder, or not finished."""
-    found = path / "cv.json"
-    return [path / f"fold-{k}" for k in range(len(json.loads(found.read_bytes())["folds"]))] if found.is_file() else []
+    results = path / "cv.json"
+    folds = json.loads(results.read_bytes())["folds"] if results.is_file() else []
+    return [path / f"fold-{k}" for k in range(len(folds))]
 
 
 def of_folds(parts: Sequence[Predictions], split: str) -> Predictions:
@@ -199,7 +203,7 @@ def _refuse_files(paths: Sequence[Path]) -> None:
         )
 
 
-def table(rows: Sequence[Row]) -> Table:
+def metrics_table(rows: Sequence[Row]) -> Table:
     """Figures of members and ensemble, for a terminal; weights where there are some."""
     weighted = any(row.weight is not None for row in rows)
     grid = Table("", *["weight"] * weighted, "top-1", "top-5", "macro F1", "loss")
@@ -207,7 +211,7 @@ def table(rows: Sequence[Row]) -> Table:
         column.justify = "right"
     for row in rows:
         weight = ["" if row.weight is None else f"{row.weight:.3f}"] * weighted
-        found = row.evaluation
-        shares = (f"{share:.2%}" for share in (found.accuracy, found.top5))
-        grid.add_row(Text(row.name), *weight, *shares, f"{found.macro_f1:.4f}", f"{found.loss:.4f}")
+        metrics = row.evaluation
+        shares = (f"{share:.2%}" for share in (metrics.accuracy, metrics.top5))
+        grid.add_row(Text(row.name), *weight, *shares, f"{metrics.macro_f1:.4f}", f"{metrics.loss:.4f}")
     return grid

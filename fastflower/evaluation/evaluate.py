@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
+from fastflower.arrays import Singles
 from fastflower.data.names import display_names
 from fastflower.data.records import Records
-from fastflower.evaluation.score import figures, score
+from fastflower.evaluation.score import metrics, score
 from fastflower.evaluation.session import EvaluationSettings, load_split, open_session, source
 from fastflower.evaluation.trained_run import Trained, open_trained
 from fastflower.training.metrics import Evaluation
@@ -25,8 +25,8 @@ class Evaluated:
     split: str
     names: list[str]  # to show for the classes
     records: Records
-    scores: np.ndarray  # [n, num_classes], see `fastflower.evaluation.score.score`
-    figures: Evaluation
+    scores: Singles  # [n, num_classes], see `fastflower.evaluation.score.score`
+    metrics: Evaluation
     source: dict[str, Any]  # which network, pictures and views; see `fastflower.evaluation.session.source`
 
 
@@ -52,4 +52,4 @@ def evaluate_run(
             records.require_classes(len(trained.classes))
         made_from = source(trained, data, records, settings, session)
         scores = score(trained, data, records, settings, session)
-    return Evaluated(trained, split, shown, records, scores, figures(scores, records.labels), made_from)
+    return Evaluated(trained, split, shown, records, scores, metrics(scores, records.labels), made_from)

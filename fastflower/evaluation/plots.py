@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from fastflower.arrays import Bytes, Ints
 from fastflower.files import atomic_write
 
 DPI = 150
@@ -23,7 +24,7 @@ COUNTED = 20  # up to so many classes the cells hold their counts
 ACROSS = 6  # pictures in a row of a contact sheet
 
 
-def plot_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None:
+def plot_confusion(path: Path, matrix: Ints, names: Sequence[str]) -> None:
     """Draw a confusion matrix ([C, C] counts, a row for each true class) as a PNG file.
 
     The grays are shares of the true class; their scale is that of the square root, so that a confusion of a few percent
@@ -53,7 +54,7 @@ def plot_confusion(path: Path, matrix: np.ndarray, names: Sequence[str]) -> None
     save_figure(path, figure, "png")
 
 
-def contact_sheet(path: Path, pictures: Sequence[np.ndarray], captions: Sequence[str]) -> None:
+def contact_sheet(path: Path, pictures: Sequence[Bytes], captions: Sequence[str]) -> None:
     """Draw pictures (uint8 RGB [h, w, 3] of any sizes), each above its caption of a few lines, as a JPEG file."""
     rows = -(-len(pictures) // ACROSS)
     figure = Figure(figsize=(2.4 * ACROSS, 3 * rows), layout="constrained")

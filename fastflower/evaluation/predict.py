@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from fastflower.arrays import Singles
 from fastflower.config import DataConfig
 from fastflower.data.names import display_names
 from fastflower.data.records import NO_LABEL, Records
 from fastflower.data.sources.files import picture_files
 from fastflower.errors import UserError
 from fastflower.evaluation.predictions import Predictions, read_predictions, sort_by_id, write_predictions
-from fastflower.evaluation.score import probabilities, ready, score
+from fastflower.evaluation.score import ready, score, softmax
 from fastflower.evaluation.session import EvaluationSettings, Session, load_split, open_session, source
 from fastflower.evaluation.submission import labels_of, meaning, write_submission
 from fastflower.evaluation.trained_run import Planned, Trained, open_trained
@@ -62,8 +63,8 @@ def predict_run(
                     require_writable(path)
         data, records = load_pictures(trained, split, settings, session, sample=sample)
         made_from = source(trained, data, records, settings, session)
-        found = _score(trained, data, records, settings, session)
-        predictions = _predictions(trained, split, records, found, made_from)
+        probabilities = _probabilities(trained, data, records, settings, session)
+        predictions = _predictions(trained, split, records, probabilities, made_from)
         if session.ranks.is_main:
             for note in hand_in(predictions, out=out, submission=submission, sample=sample):
                 session.display.say(note)
@@ -120,17 +121,18 @@ def predictions_of(
     data, records = load_pictures(trained, split, settings, session)
     path = trained.result(RunFolder(trained.folder).predictions(split))
     with session.ranks.together():
-        found = read_predictions(path) if path.is_file() else None
+        kept = read_predictions(path) if path.is_file() else None
     wanted = source(trained, data, records, settings, session)
     may_differ = ("precision", "views") if any_views else ("precision",)
-    if all(session.ranks.gather(found is not None and _same_but_for(may_differ, found.source, wanted))):
-        assert found
-        return found
+    if all(session.ranks.gather(kept is not None and _same_but_for(may_differ, kept.source, wanted))):
+        assert kept
+        return kept
     if ahead:
         ready(trained, data, records, settings, session)
         unknown = np.full((len(records), len(trained.classes)), np.nan, np.float32)
         return _predictions(trained, split, records, unknown, wanted)
-    predictions = _predictions(trained, split, records, _score(trained, data, records, settings, session), wanted)
+    probabilities = _probabilities(trained, data, records, settings, session)
+    predictions = _predictions(trained, split, records, probabilities, wanted)
     if session.ranks.is_main:
         write_predictions(path, predictions)
     return predictions
@@ -141,20 +143,20 @@ def _same_but_for(keys: Iterable[str], a: Mapping[str, object], b: Mapping[str, 
     return {**a, **anything} == {**b, **anything}
 
 
-def _score(
+def _probabilities(
     trained: Trained, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
-) -> np.ndarray:
+) -> Singles:
     """Class probabilities [n, num_classes] float32, on every rank."""
-    return probabilities(score(trained, data, records, settings, session))
+    return softmax(score(trained, data, records, settings, session))
 
 
 def _predictions(
-    trained: Trained, split: str, records: Records, found: np.ndarray, made_from: dict[str, Any]
+    trained: Trained, split: str, records: Records, probabilities: Singles, made_from: dict[str, Any]
 ) -> Predictions:
     """Sorted by id, with the true classes that the network has."""
-    known = (records.labels >= 0) & (records.labels < len(trained.classes))
-    labels = np.where(known, records.labels, NO_LABEL)
-    return sort_by_id(Predictions(split, trained.classes, records.ids, found, labels, made_from))
+    of_network = (records.labels >= 0) & (records.labels < len(trained.classes))
+    labels = np.where(of_network, records.labels, NO_LABEL)
+    return sort_by_id(Predictions(split, trained.classes, records.ids, probabilities, labels, made_from))
 
 
 def hand_in(
@@ -169,8 +171,8 @@ def hand_in(
     if submission:
         ids, classes = predictions.ids.tolist(), predictions.classes
         labels = labels_of(classes, ids, sample)
-        found = [labels[place] for place in predictions.likeliest.tolist()]
-        write_submission(submission, dict(zip(ids, found, strict=True)), set(ids), labels)
+        answers = [labels[place] for place in predictions.likeliest.tolist()]
+        write_submission(submission, dict(zip(ids, answers, strict=True)), set(ids), labels)
         notes += filter(None, (f"Submission: {submission}", meaning(classes, labels)))
     if out:
         write_predictions(out, predictions)
@@ -205,8 +207,8 @@ def predict_pictures(
             records = picture_files(paths)
         data = trained.data(None, None)
         made_from = source(trained, data, records, settings, session)
-        found = _score(trained, data, records, settings, session)
-        predictions = Predictions("", trained.classes, records.ids, found, records.labels, made_from)
+        probabilities = _probabilities(trained, data, records, settings, session)
+        predictions = Predictions("", trained.classes, records.ids, probabilities, records.labels, made_from)
         if out and session.ranks.is_main:
             write_predictions(out, predictions)
     return predictions, shown

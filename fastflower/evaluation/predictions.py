@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fastflower.arrays import Ints, Singles, Strings
 from fastflower.data.names import places
 from fastflower.data.records import NO_LABEL
 from fastflower.errors import UserError
@@ -36,9 +37,9 @@ class Predictions:
 
     split: str
     classes: list[str]  # what each column and label stands for
-    ids: np.ndarray  # [n] str, each once, sorted
-    probabilities: np.ndarray  # [n, C] float32
-    labels: np.ndarray  # [n] int64, the true classes; NO_LABEL where unknown
+    ids: Strings  # [n], each once, sorted
+    probabilities: Singles  # [n, C]
+    labels: Ints  # [n], the true classes; NO_LABEL where unknown
     source: dict[str, Any] = field(default_factory=dict)  # plain values: which run and checkpoint, by which views
 
     @property
@@ -47,8 +48,8 @@ class Predictions:
         return bool((self.labels != NO_LABEL).all())
 
     @property
-    def likeliest(self) -> np.ndarray:
-        """[n] int64; of equally likely classes the first."""
+    def likeliest(self) -> Ints:
+        """[n]; of equally likely classes the first."""
         return self.probabilities.argmax(axis=1)
 
 
@@ -67,26 +68,26 @@ def in_order_of(classes: list[str], predictions: Predictions) -> Predictions | N
     place = places(classes, predictions.classes)
     if place is None:
         return None
-    known = predictions.labels != NO_LABEL
-    labels = np.full(len(known), NO_LABEL)
-    labels[known] = np.argsort(place)[predictions.labels[known]]
+    labelled = predictions.labels != NO_LABEL
+    labels = np.full(len(labelled), NO_LABEL)
+    labels[labelled] = np.argsort(place)[predictions.labels[labelled]]
     return replace(predictions, classes=classes, probabilities=predictions.probabilities[:, place], labels=labels)
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
     """Write the Parquet file, atomically."""
-    found = predictions
-    names = pa.array([name.encode(errors="replace").decode() for name in found.classes], pa.string())
-    unknown = found.labels == NO_LABEL
+    names = pa.array([name.encode(errors="replace").decode() for name in predictions.classes], pa.string())
+    unknown = predictions.labels == NO_LABEL
     columns = {
-        "id": pa.array(found.ids.tolist(), pa.string()),
-        "class": (true := pa.array(found.labels, mask=unknown)),
-        "label": (likeliest := pa.array(found.likeliest)),
+        "id": pa.array(predictions.ids.tolist(), pa.string()),
+        "class": (true := pa.array(predictions.labels, mask=unknown)),
+        "label": (likeliest := pa.array(predictions.likeliest)),
         "class_name": names.take(true),
         "label_name": names.take(likeliest),
     }
-    columns |= {f"p{k}": pa.array(found.probabilities[:, k], pa.float32()) for k in range(len(found.classes))}
-    metadata = {"split": found.split, "classes": found.classes, "source": found.source}
+    for k, column in enumerate(predictions.probabilities.T):
+        columns[f"p{k}"] = pa.array(column, pa.float32())
+    metadata = {"split": predictions.split, "classes": predictions.classes, "source": predictions.source}
     table = pa.table(columns).replace_schema_metadata({_METADATA: to_json(metadata)})
     with atomic_write(path) as file:
         pq.write_table(table, file, compression="zstd")
@@ -125,38 +126,39 @@ def read_predictions(path: Path) -> Predictions:
     try:
         ids = table["id"].cast(pa.string())
         columns = [table[f"p{k}"].cast(pa.float32()).to_numpy() for k in range(count)]
-        known = table["class"].cast(pa.int64()) if "class" in table.column_names else pa.nulls(len(ids), pa.int64())
+        true = table["class"].cast(pa.int64()) if "class" in table.column_names else pa.nulls(len(ids), pa.int64())
     except pa.ArrowException as error:
         raise UserError(f"{path} is damaged ({error}): predict again.") from error
-    found = Predictions(
+    predictions = Predictions(
         metadata.get("split", ""),
         classes,
         np.array(ids.fill_null("").to_pylist(), np.str_),
         np.column_stack(columns),
-        known.fill_null(NO_LABEL).to_numpy(),
+        true.fill_null(NO_LABEL).to_numpy(),
         metadata.get("source", {}),
     )
-    _refuse_damage(found, path)
-    return sort_by_id(found)
+    _refuse_damage(predictions, path)
+    return sort_by_id(predictions)
 
 
-def _refuse_damage(found: Predictions, path: Path) -> None:
-    refuse_repeated(found.ids, str(path))
-    sound = np.isfinite(found.probabilities).all(axis=1) & (found.probabilities >= 0).all(axis=1) & (found.ids != "")
-    known = found.labels != NO_LABEL
-    sound &= ~known | ((found.labels >= 0) & (found.labels < len(found.classes)))
-    sound &= np.abs(found.probabilities.sum(axis=1) - 1) < SUM_TOLERANCE
+def _refuse_damage(predictions: Predictions, path: Path) -> None:
+    ids, probabilities, labels = predictions.ids, predictions.probabilities, predictions.labels
+    refuse_repeated(ids, str(path))
+    classes = len(predictions.classes)
+    sound = np.isfinite(probabilities).all(axis=1) & (probabilities >= 0).all(axis=1) & (ids != "")
+    sound &= (labels == NO_LABEL) | ((labels >= 0) & (labels < classes))
+    sound &= np.abs(probabilities.sum(axis=1) - 1) < SUM_TOLERANCE
     if not sound.all():
         raise UserError(
-            f"{path} is damaged (of id {str(found.ids[np.argmin(sound)])!r} the class or the probabilities are none): "
+            f"{path} is damaged (of id {str(ids[np.argmin(sound)])!r} the class or the probabilities are none): "
             "predict again."
         )
-    if not found.probabilities.shape[1] == len(found.classes) == len(set(found.classes)):
-        raise UserError(f"{path} is damaged (it names {len(found.classes)} classes): predict again.")
+    if not probabilities.shape[1] == classes == len(set(predictions.classes)):
+        raise UserError(f"{path} is damaged (it names {classes} classes): predict again.")
 
 
-def refuse_repeated(ids: np.ndarray, where: str) -> None:
-    """Raise UserError naming the ids ([n] str) that are there more than once."""
+def refuse_repeated(ids: Strings, where: str) -> None:
+    """Raise UserError naming the ids ([n]) that are there more than once."""
     if twice := [name for name, times in Counter(ids.tolist()).items() if times > 1]:
         raise UserError(f"{where} has {some(twice)} more than once: keep each id once.")
 

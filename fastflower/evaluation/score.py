@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from fastflower.arrays import Floats, Ints, Singles
 from fastflower.config import DataConfig
 from fastflower.data.batches import EvaluationBatches, WholePictures, choose_engine, evaluation_batches, whole_pictures
 from fastflower.data.decoding import shapes_of
@@ -27,7 +28,7 @@ OTHER = "give another checkpoint, or train again with a lower train.lr"
 @torch.no_grad()
 def score(
     trained: Trained, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
-) -> np.ndarray:
+) -> Singles:
     """Scores [n, num_classes] float32 of all records, on every rank; their softmax is class probabilities.
 
     By one crop they are the network's logits, by more views the logarithm of the mean probability.
@@ -50,7 +51,7 @@ def score(
     scorer = views.scorer(network.eval(), data.crop, compiled=settings.compiled)
     loading = Loading(trained.normalization, choose_engine(data, device, ranks), device, ranks)
     size = settings.batch_size or config.train.batch_size
-    tables = []
+    scores: list[Singles] = []  # of each pass
     for geometry in views.passes(data):
         batches: EvaluationBatches | WholePictures
         if shapes is None:
@@ -59,21 +60,21 @@ def score(
             batches = whole_pictures(geometry, records, shapes, loading, batch_size=size)
         at = f" at {geometry.val_resize} pixels" if views.scales else ""
         session.display.task(f"score{at}", len(range(ranks.rank, len(records), ranks.world_size)))
-        table = _one_pass(scorer, batches, len(trained.classes), precision, session)
-        sound = np.isfinite(table).all(axis=1)
+        of_pass = _one_pass(scorer, batches, len(trained.classes), precision, session)
+        sound = np.isfinite(of_pass).all(axis=1)
         if not sound.all():
             first = records.describe(int(np.argmin(sound)))
             raise UserError(
                 f"{trained.checkpoint} gives outputs that are not finite, in {precision}, and so no class, for "
-                f"{len(table) - sound.sum()} of {len(table)} records, the first being {first}: {OTHER}."
+                f"{len(of_pass) - sound.sum()} of {len(of_pass)} records, the first being {first}: {OTHER}."
             )
-        tables.append(table)
-    return tables[0] if len(tables) == 1 else _log_mean(tables)
+        scores.append(of_pass)
+    return scores[0] if len(scores) == 1 else _log_mean(scores)
 
 
 def ready(
     planned: Planned, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
-) -> tuple[torch.nn.Module, np.ndarray | None]:
+) -> tuple[torch.nn.Module, Ints | None]:
     """What scoring needs and can be refused before the first picture is: the network, and [n, 2] the heights and widths
     of the pictures where the views need them.
 
@@ -105,7 +106,7 @@ def ready(
     return network, shapes
 
 
-def _shapes(data: DataConfig, records: Records, views: Views) -> np.ndarray:
+def _shapes(data: DataConfig, records: Records, views: Views) -> Ints:
     """Heights and widths, [n, 2]; UserError where ten crops of a picture would be the same."""
     shapes = shapes_of(records)
     small = shapes.min(axis=1) <= data.crop
@@ -125,33 +126,33 @@ def _one_pass(
     classes: int,
     precision: Precision,
     session: Session,
-) -> np.ndarray:
+) -> Singles:
     """[n, classes] float32, gathered from all ranks."""
     indices, scores = [], []
     together = session.ranks.lockstep(batches.once(), session.signals)
-    for batch, found in outputs(scorer, together, device=session.device, precision=precision):
+    for batch, logits in outputs(scorer, together, device=session.device, precision=precision):
         indices.append(batch.indices)
-        scores.append(found.float())
+        scores.append(logits.float())
         session.display.advance(len(batch.indices))
     mine = (np.concatenate(indices), torch.cat(scores).cpu().numpy()) if scores else None
-    table = np.full((len(batches.loader.records), classes), np.nan, np.float32)
+    gathered = np.full((len(batches.loader.records), classes), np.nan, np.float32)
     for part in session.ranks.gather(mine):
         if part:
-            table[part[0]] = part[1]
-    return table
+            gathered[part[0]] = part[1]
+    return gathered
 
 
-def _log_mean(tables: list[np.ndarray]) -> np.ndarray:
+def _log_mean(passes: list[Singles]) -> Singles:
     """Logarithm of the mean of the probabilities whose logarithms are given."""
-    return (np.logaddexp.reduce(np.stack(tables).astype(np.float64)) - np.log(len(tables))).astype(np.float32)
+    return (np.logaddexp.reduce(np.stack(passes).astype(np.float64)) - np.log(len(passes))).astype(np.float32)
 
 
-def probabilities(scores: np.ndarray) -> np.ndarray:
-    """Softmax of scores: [n, num_classes] float32, whose first greatest is that of the scores."""
+def softmax(scores: Singles) -> Singles:
+    """Class probabilities [n, num_classes] of scores, whose first greatest is that of the scores."""
     return to_single(torch.from_numpy(scores).double().softmax(1).numpy(), scores.argmax(axis=1))
 
 
-def to_single(values: np.ndarray, best: np.ndarray) -> np.ndarray:
+def to_single(values: Floats, best: Ints) -> Singles:
     """Float64 [n, C] as float32, with `best` [n], each row's greatest, still the first of the greatest ones."""
     single = values.astype(np.float32)
     lost = np.flatnonzero(single.argmax(axis=1) != best)  # rounding has made an earlier one equal
@@ -159,7 +160,7 @@ def to_single(values: np.ndarray, best: np.ndarray) -> np.ndarray:
     return single
 
 
-def figures(scores: np.ndarray, labels: np.ndarray) -> Evaluation:
+def metrics(scores: Singles | Floats, labels: Ints) -> Evaluation:
     """Loss, top-1, top-5 and macro F1 of scores [n, num_classes] against labels [n]."""
     sums = EvaluationSums(scores.shape[1], torch.device("cpu"))
     sums.add(torch.from_numpy(scores), torch.from_numpy(labels))

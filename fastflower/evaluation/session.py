@@ -117,15 +117,15 @@ def source(
     Raises:
         UserError: a record cannot be read.
     """
-    found, config = None, trained.config
+    contents, config = None, trained.config
     with session.ranks.together():
         if session.ranks.is_main:
-            found = asdict(identity(records, session.display.follow("read the pictures")))
+            contents = asdict(identity(records, session.display.follow("read the pictures")))
     made_from = {
         "run": trained.folder.name,
         "weights": weights_digest(trained),
         "model": config.model.name,
-        "records": session.ranks.gather(found)[0],
+        "records": session.ranks.gather(contents)[0],
         "views": asdict(settings.views),
         "geometry": {"crop": data.crop, "val_resize": data.val_resize},
         "normalization": asdict(trained.normalization),

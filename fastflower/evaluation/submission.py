@@ -62,7 +62,7 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:NAMED]) + (f", … {names[-1]}" if len(names) > NAMED else "")
 
 
-def write_submission(path: Path, labels: Mapping[str, str], wanted: Collection[str], known: Sequence[str]) -> None:
+def write_submission(path: Path, labels: Mapping[str, str], wanted: Collection[str], allowed: Sequence[str]) -> None:
     """Write the competition's CSV, `id,label`, sorted by id: ids and labels as they are.
 
     It is read again and checked before it takes the name `path`.
@@ -71,7 +71,7 @@ def write_submission(path: Path, labels: Mapping[str, str], wanted: Collection[s
         path: where to.
         labels: of each id what is written (see `labels_of`).
         wanted: the ids that the records have.
-        known: what may be written.
+        allowed: what may be written.
 
     Raises:
         UserError: it would lack an id, have one too many or a label that is none; an earlier file is as it was.
@@ -79,7 +79,7 @@ def write_submission(path: Path, labels: Mapping[str, str], wanted: Collection[s
     with atomic_write(path) as file:
         rows = [HEADER, *sorted(labels.items())]
         file.write("".join(f"{_field(name)},{_field(label)}\n" for name, label in rows).encode())
-        _check(file, path, wanted, known)
+        _check(file, path, wanted, allowed)
 
 
 def _field(text: str) -> str:
@@ -87,16 +87,16 @@ def _field(text: str) -> str:
     return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
 
 
-def _check(file: IO[bytes], path: Path, wanted: Collection[str], known: Sequence[str]) -> None:
+def _check(file: IO[bytes], path: Path, wanted: Collection[str], allowed: Sequence[str]) -> None:
     file.seek(0)
     header, *rows = csv.reader(io.StringIO(file.read().decode(), newline=""))
     refuse_repeated(np.array([row[0] for row in rows]), str(path))
-    misplaced, labels = {row[0] for row in rows} ^ set(wanted), set(known)
+    misplaced, labels = {row[0] for row in rows} ^ set(wanted), set(allowed)
     misplaced |= {row[0] for row in rows if row[1] not in labels}
     if tuple(header) != HEADER or misplaced:
         raise UserError(
             f"{path} was not written: {some(misplaced)} would be missing, too many or without one of the labels "
-            f"{_listed(known)}; predict the same records again."
+            f"{_listed(allowed)}; predict the same records again."
         )
 
 

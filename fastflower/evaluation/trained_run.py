@@ -36,9 +36,9 @@ class Planned:
             data = replace(data, sizes=sizes)
         if roots is None:
             return data
-        known = set(data.root or ())
+        own = set(data.root or ())
         data = absolute(replace(data, root=roots))
-        return data if known.issuperset(data.root or ()) else replace(data, skip=None)
+        return data if own.issuperset(data.root or ()) else replace(data, skip=None)
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,8 @@ def all_positions(features: Scorer, fc: nn.Linear, window: int, images: torch.Te
     """
     weight = fc.weight[:, :, None, None]
     return log_mean_probabilities(
-        F.conv2d(F.avg_pool2d(features(each), window, stride=1), weight, fc.bias)
-        for each in (images.clone(), images.flip(3))  # a compiler takes both for the same kind of tensor
+        F.conv2d(F.avg_pool2d(features(view), window, stride=1), weight, fc.bias)
+        for view in (images.clone(), images.flip(3))  # a compiler takes both for the same kind of tensor
     )
 
 
@@ -136,6 +136,6 @@ def log_mean_probabilities(logits: Iterable[torch.Tensor]) -> torch.Tensor:
     Args:
         logits: of each view, [N, num_classes] or, with positions, [N, num_classes, h, w].
     """
-    views = torch.cat([each.float().log_softmax(1).reshape(*each.shape[:2], -1) for each in logits], dim=2)
+    views = torch.cat([of_view.float().log_softmax(1).reshape(*of_view.shape[:2], -1) for of_view in logits], dim=2)
     sound = views.isfinite().all(2).all(1, keepdim=True)
     return torch.where(sound, views.logsumexp(2) - math.log(views.shape[2]), torch.nan)

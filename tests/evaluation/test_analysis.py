@@ -112,7 +112,9 @@ def test_the_most_confident_mistakes_come_first_and_equal_ones_in_order() -> Non
     assert [(mistake.true, mistake.predicted) for mistake in found] == [(0, 1), (1, 0), (0, 1), (1, 0), (1, 0)]
     assert [mistake.confidence for mistake in found] == [0.8, 0.8, 0.7, 0.6, 0.5]
     sure = np.tile([0.6, 0.9, 0.7], 200)
-    many = analyse(np.ones(600, np.int64), np.stack([sure, 1 - sure], axis=1), np.arange(600), ["x", "y"]).mistakes
+    many = analyse(
+        np.ones(600, np.int64), np.stack([sure, 1 - sure], axis=1), np.arange(600).astype(str), ["x", "y"]
+    ).mistakes
     assert [mistake.index for mistake in many] == sorted(range(600), key=lambda i: -sure[i])
 
 
@@ -177,7 +179,9 @@ def test_the_sheet_holds_the_first_mistakes_in_their_order(tmp_path: Path, monke
         "fastflower.evaluation.analysis.contact_sheet", lambda path, pictures, captions: sheets.append(captions)
     )
     probabilities = np.linspace(0.6, 0.9, 40)
-    found = analyse(np.ones(40, int), np.stack([probabilities, 1 - probabilities], 1), np.arange(40), ["x", "y"])
+    found = analyse(
+        np.ones(40, int), np.stack([probabilities, 1 - probabilities], 1), np.arange(40).astype(str), ["x", "y"]
+    )
     write_analysis(tmp_path, found, {}, [np.zeros((2, 2, 3), np.uint8)] * PICTURES)
     assert len(sheets[0]) == PICTURES
     assert sheets[0][0] == "true: y\npredicted: x\n90.0%  39"

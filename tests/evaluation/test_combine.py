@@ -18,8 +18,8 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, top_k_accuracy_s
 
 from fastflower.data.records import NO_LABEL
 from fastflower.errors import UserError
-from fastflower.evaluation.combine import Member, Method, combine, figures, fit_weights
-from fastflower.evaluation.ensemble import Row, table
+from fastflower.evaluation.combine import Member, Method, combine, fit_weights, metrics_of
+from fastflower.evaluation.ensemble import Row, metrics_table
 from fastflower.evaluation.predictions import Predictions, read_predictions, write_predictions
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.metrics import EvaluationSums
@@ -231,7 +231,7 @@ def test_fitted_weights_are_as_likely_as_any(seed: int) -> None:
     others = [np.full(5, 0.2), *np.eye(5), *rng.dirichlet(np.ones(5), 300), *rng.dirichlet(1e4 * fitted + 1e-3, 300)]
     assert reached >= max(mean_log_likelihood(members, other) for other in others) - 1e-9
     # and it is the loss that the ensemble is then said to have
-    assert figures(combine(members, "weighted", fitted)).loss == pytest.approx(-reached, rel=1e-6)
+    assert metrics_of(combine(members, "weighted", fitted)).loss == pytest.approx(-reached, rel=1e-6)
 
 
 def test_a_member_that_thinks_the_truth_impossible_loses_its_weight() -> None:
@@ -243,11 +243,11 @@ def test_a_member_that_thinks_the_truth_impossible_loses_its_weight() -> None:
 
 def test_what_has_no_classes_cannot_be_measured() -> None:
     members = [Member("a", altered(labels=[1, NO_LABEL, 0])), Member("b", altered(labels=[NO_LABEL] * 3))]
-    for ask in (lambda: fit_weights(members), lambda: figures(combine(members, "mean"))):
+    for ask in (lambda: fit_weights(members), lambda: metrics_of(combine(members, "mean"))):
         with pytest.raises(UserError, match=r"without a true class of 0\.\.1 for id 0001"):
             ask()
     with pytest.raises(UserError, match="id 0002"):
-        figures(altered(labels=[1, 0, 2]))
+        metrics_of(altered(labels=[1, 0, 2]))
 
 
 @pytest.mark.parametrize("classes", [3, 5, 30])
@@ -255,7 +255,7 @@ def test_figures_are_scikit_learns_and_those_of_an_evaluation(classes: int) -> N
     rng = np.random.default_rng(classes)
     logits = rng.normal(size=(500, classes)).astype(np.float32) * 3
     labels = rng.integers(0, classes - 1, 500)  # the last class never occurs as a true one
-    found = figures(predictions(softmax(logits), labels))
+    found = metrics_of(predictions(softmax(logits), labels))
     probabilities = softmax(logits.astype(np.float64))
     guesses = probabilities.argmax(axis=1)
     assert found.n == 500
@@ -276,23 +276,23 @@ def test_figures_count_the_likeliest_class_also_where_logarithms_tie() -> None:
     best = np.arange(200) % 19
     rows = np.full((200, 19), low)
     rows[np.arange(200), best] = high
-    found = figures(predictions(rows, best))
+    found = metrics_of(predictions(rows, best))
     assert found.accuracy == 1
     assert found.macro_f1 == pytest.approx(1)
 
 
 def test_figures_stay_finite_where_the_truth_was_thought_impossible() -> None:
-    found = figures(predictions([[1, 0], [0, 1]], [1, 1]))
+    found = metrics_of(predictions([[1, 0], [0, 1]], [1, 1]))
     assert found.accuracy == 0.5
     assert 10 < found.loss < 100
 
 
 def test_the_table_shows_weights_only_where_there_are_some() -> None:
-    evaluation = figures(random_members(3, 2, 100, 8)[1].predictions)
+    evaluation = metrics_of(random_members(3, 2, 100, 8)[1].predictions)
 
     def shown(rows: list[Row]) -> str:
         console = Console(file=StringIO(), width=100)
-        console.print(table(rows))
+        console.print(metrics_table(rows))
         assert isinstance(console.file, StringIO)
         return console.file.getvalue()
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
 from fastflower.evaluation.analysis import analyse
-from fastflower.evaluation.score import figures, probabilities
+from fastflower.evaluation.score import metrics, softmax
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.metrics import Evaluation, EvaluationSums, TrainingSums
 from tests.evaluation.test_analysis import binned_gaps
@@ -69,7 +69,7 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(scores.astype(np.float32), labels, draw(st.integers(1, 4)), draw(st.integers(1, 70)))
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
+def exact_softmax(scores: np.ndarray) -> np.ndarray:
     """In float64."""
     powers = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
     return powers / powers.sum(axis=1, keepdims=True)
@@ -97,7 +97,7 @@ def test_figures_are_those_of_all_records_whatever_batches_and_ranks(case: Case)
     expected = of_all(case.scores, case.labels)
     found = case.figures()
     assert asdict(found) == pytest.approx(expected, rel=1e-12, abs=1e-12)
-    at_once = figures(case.scores, case.labels)
+    at_once = metrics(case.scores, case.labels)
     for count in ("n", "accuracy", "top5", "macro_f1"):
         assert getattr(found, count) == getattr(at_once, count), count
     assert found.loss == pytest.approx(at_once.loss, rel=1e-13)
@@ -108,10 +108,10 @@ def test_figures_are_those_of_all_records_whatever_batches_and_ranks(case: Case)
 def test_the_analysis_counts_what_the_figures_count(case: Case) -> None:
     """Probabilities are rounded; the class that is called is the same."""
     n, classes = case.scores.shape
-    given_out = probabilities(case.scores)
-    np.testing.assert_allclose(given_out, softmax(case.scores), rtol=1e-6, atol=1e-37)
+    given_out = softmax(case.scores)
+    np.testing.assert_allclose(given_out, exact_softmax(case.scores), rtol=1e-6, atol=1e-37)
     found = analyse(case.labels, given_out, np.arange(n).astype(str), [str(k) for k in range(classes)])
-    evaluation = figures(case.scores, case.labels)
+    evaluation = metrics(case.scores, case.labels)
     assert found.confusion.sum() == n
     assert found.confusion.trace() / n == evaluation.accuracy
     either = found.confusion.sum(axis=0) + found.support > 0
@@ -153,4 +153,4 @@ def test_training_figures_are_those_of_all_pictures_also_over_a_change_of_ranks(
 def test_outputs_that_are_not_finite_leave_no_figure_that_looks_like_one(value: float, at: int) -> None:
     scores = np.zeros((7, 4), np.float32)
     scores[5, at] = value
-    assert np.isnan(figures(scores, np.zeros(7, np.int64)).loss)
+    assert np.isnan(metrics(scores, np.zeros(7, np.int64)).loss)
