@@ -60,8 +60,8 @@ from fastflower.data.dataset import with_folders
 from fastflower.data.splits import load_pictures
 from fastflower.environment import package_versions
 from fastflower.errors import UserError
-from fastflower.report.curves import plot_throughput, write_picture
-from fastflower.report.page import read_throughput
+from fastflower.report.curves import write_picture
+from fastflower.report.throughput import plot_throughput, read_throughput
 from fastflower.runtime.device import choose_device, choose_precision
 from fastflower.runtime.distributed import processes
 from fastflower.runtime.launcher import local_rank

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from fastflower.errors import UserError
 from fastflower.files import to_json
-from fastflower.report import curves
+from fastflower.report import throughput
 
-UNIMPORTANT = curves.UNIMPORTANT | {"steps", "warmup", "repeats", "run"}  # how long it was measured does not count
+UNIMPORTANT = throughput.UNIMPORTANT | {"steps", "warmup", "repeats", "run"}  # how long it was measured does not count
 
 Key = tuple[str, str, str]  # mode, name, settings that matter
 

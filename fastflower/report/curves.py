@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from fastflower.evaluation.plots import LONGEST_NAME, save_figure, short
@@ -30,9 +29,6 @@ BARS: tuple[dict[str, Any], ...] = (
     {"facecolor": "0.8", "edgecolor": "black", "hatch": "///"},
     {"facecolor": "white", "edgecolor": "black", "hatch": "xxx"},
 )
-CONTENDERS = dict(zip(("fastflower", "others", "decoder alone"), BARS, strict=True))
-# settings of a result that do not change what is measured, or that its name tells
-UNIMPORTANT = frozenset({"out", "csv", "peers", "models", "compile"})
 
 
 def plot_curves(runs: Sequence[History]) -> Figure:
@@ -117,7 +113,7 @@ def plot_epoch_time(runs: Sequence[History]) -> Figure:
     """
     figure = Figure(figsize=(9, 0.8 * len(runs) + 1.4), layout="constrained")
     axes = figure.add_subplot()
-    _label_rows(axes, [run.name for run in runs])
+    label_rows(axes, [run.name for run in runs])
     rows = np.arange(len(runs))
     parts = [(run.training_s, run.epoch_s - run.training_s, run.epoch_s, run.waited_s) for run in runs]
     medians = np.array([[median(part) for part in of_run] for of_run in parts], np.float64)  # NaN draws nothing
@@ -130,63 +126,10 @@ def plot_epoch_time(runs: Sequence[History]) -> Figure:
     if not np.isnan(waited).all():
         axes.barh(rows + 0.37, waited, 0.2, label="of it waiting for data", **BARS[2])
     totals = np.where(known, training + validation, whole)
-    _write_at_ends(axes, totals, [f"{total:.3g} s" for total in totals])
+    write_at_ends(axes, totals, [f"{total:.3g} s" for total in totals])
     axes.set_xlabel("seconds an epoch (median)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return figure
-
-
-def plot_throughput(results: Sequence[Mapping[str, Any]]) -> Figure:
-    """Pictures a second of each contender of `bench/throughput.py`, with the range of its repeats.
-
-    Each mode, and of a mode each machine, kind of pass and settings, has a panel. Of results for the same the last one
-    is shown.
-    """
-    differing = _differing(results)
-    panels: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for result in results:
-        name, what = result["name"], ""
-        if result["mode"] == "model":
-            name, _, what = name.rpartition(", ")
-        machine = f"{result['machine']['gpu'] or result['machine']['cpu']}, {result['machine']['cores']} cores"
-        settings = _settings(result["settings"], differing[result["mode"]])
-        title = ", ".join(filter(None, (f"{result['mode']}: {machine}", what, *settings)))
-        panels.setdefault(title, {})[name] = result
-    columns = min(2, len(panels))
-    pairs = [list(panels.items())[start : start + columns] for start in range(0, len(panels), columns)]
-    heights = [0.27 * max(len(panel) for _, panel in pair) + 0.8 for pair in pairs]  # inches
-    figure = Figure(figsize=(7.5 * columns, sum(heights) + 0.4), layout="constrained")
-    grid = figure.subplots(len(pairs), columns, squeeze=False, height_ratios=heights)
-    for all_axes, pair in zip(grid, pairs, strict=True):
-        for axes, (title, panel) in zip(all_axes, pair, strict=False):
-            _plot_rates(axes, panel)
-            axes.set_title(title, fontsize=9, parse_math=False)
-        for axes in all_axes[len(pair) :]:
-            axes.set_axis_off()
-    kinds = {_kind(result) for result in results}
-    looks = [Patch(label=kind, **look) for kind, look in CONTENDERS.items() if kind in kinds]
-    figure.legend(handles=looks, loc="outside lower center", ncols=3, frameon=False)
-    return figure
-
-
-def _plot_rates(axes: Axes, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    rates = np.array([row["images_per_s"] for row in rows.values()])
-    spread = np.abs(np.array([row["spread"] for row in rows.values()]).T - rates)  # below and above
-    for place, (rate, row) in enumerate(zip(rates, rows.values(), strict=True)):
-        axes.barh(place, rate, 0.7, **CONTENDERS[_kind(row)])
-    axes.errorbar(rates, range(len(rows)), xerr=spread, fmt="none", ecolor="black", capsize=3)
-    _write_at_ends(axes, rates + spread[1], [f"{rate:,.0f}" for rate in rates])
-    _label_rows(axes, list(rows))
-    axes.set_xlabel("images/s")
-
-
-def _kind(row: Mapping[str, Any]) -> str:
-    """Whose result it is: one of CONTENDERS."""
-    name = row["name"]
-    if "decode only" in name:
-        return "decoder alone"
-    ours = name.startswith("fastflower") if row["mode"] == "loader" else " of " not in name
-    return "fastflower" if ours else "others"
 
 
 def write_picture(path: Path, figure: Figure) -> None:
@@ -230,7 +173,7 @@ def _finish(figure: Figure, handles: Sequence[Line2D]) -> None:
         text.set_parse_math(False)
 
 
-def _label_rows(axes: Axes, names: Sequence[str]) -> None:
+def label_rows(axes: Axes, names: Sequence[str]) -> None:
     """Names of horizontal bars, from the top; room for a figure at their ends."""
     axes.set_yticks(range(len(names)), [short(name, LONGEST_NAME) for name in names], parse_math=False)
     axes.invert_yaxis()
@@ -238,27 +181,7 @@ def _label_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _write_at_ends(axes: Axes, ends: np.ndarray, texts: Sequence[str]) -> None:
+def write_at_ends(axes: Axes, ends: np.ndarray, texts: Sequence[str]) -> None:
     """A text beyond the end of each horizontal bar; none at NaN."""
     for row in np.flatnonzero(~np.isnan(ends)).tolist():
         axes.annotate(texts[row], (ends[row], row), (4, 0), textcoords="offset points", va="center", fontsize=9)
-
-
-def _differing(results: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
-    """Of each mode the settings that are not the same in all of its results."""
-    first: dict[tuple[str, str], Any] = {}
-    found: dict[str, set[str]] = {result["mode"]: set() for result in results}
-    for result in results:
-        for key, value in result["settings"].items():
-            if key not in UNIMPORTANT and first.setdefault((result["mode"], key), value) != value:
-                found[result["mode"]].add(key)
-    return found
-
-
-def _settings(settings: Mapping[str, Any], chosen: Collection[str]) -> list[str]:
-    """The chosen ones in words: "sizes 192"."""
-    return [
-        f"{key} {' '.join(map(str, value)) if isinstance(value, list) else value}"
-        for key, value in settings.items()
-        if key in chosen
-    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import importlib.resources
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,10 +27,10 @@ from fastflower.report.curves import (
     plot_bubbles,
     plot_curves,
     plot_epoch_time,
-    plot_throughput,
     write_picture,
 )
 from fastflower.report.history import History, last, median, read_histories
+from fastflower.report.throughput import plot_throughput, read_throughput
 
 LEVELS = (0.5, 0.6, 0.7)  # validation accuracies that runs are compared at
 FORMATS = {  # of a column's figures; the others are whole numbers
@@ -158,35 +157,6 @@ def table(rows: Mapping[str, Figures]) -> Table:
 
 def _shown(heading: str, value: float | None) -> str:
     return "–" if value is None else format(value, FORMATS.get(heading, "d"))
-
-
-def read_throughput(path: Path) -> list[dict[str, Any]]:
-    """Results of bench/throughput.py, in the file's order, without what was missing.
-
-    Raises:
-        UserError: the file cannot be read, or a line is no such result.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): give a file that bench/throughput.py --out wrote."
-        ) from error
-    results = []
-    for number, line in enumerate(lines, 1):
-        try:
-            result = json.loads(line)
-            if "missing" in result:
-                continue
-            complete = result.keys() >= {"mode", "name", "images_per_s", "spread", "settings", "machine"}
-        except (ValueError, AttributeError):
-            complete = False
-        if not complete:
-            raise UserError(f"{path}: line {number} is no result of bench/throughput.py: give the file of its --out.")
-        results.append(result)
-    if not results:
-        raise UserError(f"{path} holds no results: give a file that bench/throughput.py --out wrote.")
-    return results
 
 
 def _draw(runs: Sequence[History], costs: Sequence[Cost | None], results: Sequence[Mapping[str, Any]]) -> list[Picture]:
