@@ -176,10 +176,10 @@ def _flops(command: FlopsCommand) -> int:
 
 
 def _report(command: ReportCommand) -> int:
-    from fastflower.report.page import table, write_report
+    from fastflower.report.page import runs_table, write_report
 
     report = write_report(command.runs, command.out, command.throughput)
-    Console().print(table(report.rows))
+    Console().print(runs_table(report.rows))
     for sentence in (*report.sentences, f"Report: {report.page}"):
         _say(sentence)
     return 0

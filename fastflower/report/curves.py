@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
+from fastflower.arrays import Floats
 from fastflower.evaluation.plots import LONGEST_NAME, save_figure, short
 from fastflower.report.history import History, median
 
@@ -90,7 +91,7 @@ def plot_bubbles(
     """
     figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.add_subplot()
-    shown, most = [], max((each for each in params if each), default=0)
+    shown, most = [], max((number for number in params if number), default=0)
     for number, (run, cost, size) in enumerate(zip(runs, costs, params, strict=True)):
         if not (run.best and cost and size):
             continue
@@ -118,14 +119,15 @@ def plot_epoch_time(runs: Sequence[History]) -> Figure:
     parts = [(run.training_s, run.epoch_s - run.training_s, run.epoch_s, run.waited_s) for run in runs]
     medians = np.array([[median(part) for part in of_run] for of_run in parts], np.float64)  # NaN draws nothing
     training, validation, whole, waited = medians.T
-    known = ~np.isnan(training)
+    divided = ~np.isnan(training)
     axes.barh(rows, training, 0.5, label="training", **BARS[0])
     axes.barh(rows, validation, 0.5, training, label="validation", **BARS[1])
-    if not known.all():
-        axes.barh(rows[~known], whole[~known], 0.5, label="training and validation", color="0.65", edgecolor="black")
+    if not divided.all():
+        style = {"label": "training and validation", "color": "0.65", "edgecolor": "black"}
+        axes.barh(rows[~divided], whole[~divided], 0.5, **style)
     if not np.isnan(waited).all():
         axes.barh(rows + 0.37, waited, 0.2, label="of it waiting for data", **BARS[2])
-    totals = np.where(known, training + validation, whole)
+    totals = np.where(divided, training + validation, whole)
     write_at_ends(axes, totals, [f"{total:.3g} s" for total in totals])
     axes.set_xlabel("seconds an epoch (median)")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
@@ -138,7 +140,7 @@ def write_picture(path: Path, figure: Figure) -> None:
         save_figure(path.with_name(f"{path.name}.{format}"), figure, format)
 
 
-def _curve(axes: Axes, run: History, values: np.ndarray, number: int, runs: int, **style: Any) -> None:
+def _curve(axes: Axes, run: History, values: Floats, number: int, runs: int, **style: Any) -> None:
     """One run's values ([E]; gaps where NaN); marked at about MARKED epochs, which are not the same for all runs."""
     every = -(-len(run.epochs) // MARKED)
     axes.plot(run.epochs, values, **_look(number, runs), markevery=(number * every // runs, every), **style)
@@ -181,7 +183,7 @@ def label_rows(axes: Axes, names: Sequence[str]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def write_at_ends(axes: Axes, ends: np.ndarray, texts: Sequence[str]) -> None:
+def write_at_ends(axes: Axes, ends: Floats, texts: Sequence[str]) -> None:
     """A text beyond the end of each horizontal bar; none at NaN."""
     for row in np.flatnonzero(~np.isnan(ends)).tolist():
         axes.annotate(texts[row], (ends[row], row), (4, 0), textcoords="offset points", va="center", fontsize=9)

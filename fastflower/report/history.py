@@ -11,19 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from fastflower.arrays import Floats, Ints
 from fastflower.config import build, load_yaml
 from fastflower.errors import UserError
-from fastflower.runtime.run_folder import RunFolder, read_rows
+from fastflower.runtime.run_folder import TAGS, RunFolder, read_rows
 
-TAGS = {
-    "loss/train": "train_loss",
-    "loss/val": "val_loss",
-    "accuracy/train": "train_accuracy",
-    "accuracy/val": "val_accuracy",
-    "lr": "lr",
-    "images_per_s": "images_per_s",
-}
-REQUIRED = list(TAGS)[:4]  # at least one of them makes a folder of events a run
+REQUIRED = [tag for tag in TAGS if tag.startswith(("loss/", "accuracy/"))]  # one of them makes events those of a run
 DROP = 2  # the learning rate drops where it is divided by at least this
 ROUNDING = 1e-6  # TensorBoard keeps float32, in which 0.7 is a little less
 TOGETHER_S = 0.1  # events this close say nothing about the time of what they report
@@ -33,20 +26,20 @@ Row = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class History:
-    """The figures of a run's epochs; each array is [E] float64, with NaN where a figure was not measured."""
+    """The figures of a run's epochs; each array is [E], with NaN where a figure was not measured."""
 
     path: Path
     name: str  # to show; no other run of the report has it
-    epochs: np.ndarray  # [E] int64, rising, the first is 1
-    lr: np.ndarray
-    train_loss: np.ndarray
-    train_accuracy: np.ndarray
-    val_loss: np.ndarray
-    val_accuracy: np.ndarray
-    images_per_s: np.ndarray  # in training
-    epoch_s: np.ndarray  # seconds, training and validation
-    training_s: np.ndarray  # seconds
-    waited_s: np.ndarray  # seconds of training and validation in which the next batch was waited for
+    epochs: Ints  # [E], rising, the first is 1
+    lr: Floats
+    train_loss: Floats
+    train_accuracy: Floats
+    val_loss: Floats
+    val_accuracy: Floats
+    images_per_s: Floats  # in training
+    epoch_s: Floats  # seconds, training and validation
+    training_s: Floats  # seconds
+    waited_s: Floats  # seconds of training and validation in which the next batch was waited for
 
     @property
     def best(self) -> tuple[float, int] | None:
@@ -71,13 +64,13 @@ class History:
         return self.epochs[1:][fell & (same[:-2] | same[2:])].tolist()
 
 
-def median(values: np.ndarray) -> float | None:
+def median(values: Floats) -> float | None:
     """Of the measured ones of [E] values; None if there are none."""
     measured = values[~np.isnan(values)]
     return float(np.median(measured)) if len(measured) else None
 
 
-def last(values: np.ndarray) -> float | None:
+def last(values: Floats) -> float | None:
     """The last measured one of [E] values; None if there are none."""
     measured = values[~np.isnan(values)]
     return float(measured[-1]) if len(measured) else None
@@ -116,12 +109,12 @@ def read_history(path: Path, name: str) -> History:
             f"{path} holds no metrics.jsonl with a finished epoch and no TensorBoard events with a tag of "
             f"{', '.join(REQUIRED)}: give the folder of a run."
         )
-    figures = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_s", "epoch_s")
-    arrays = {key: _column(rows.values(), key) for key in (*figures, "training_s", "waited_s")}
+    logged = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_s", "epoch_s")
+    arrays = {key: _column(rows.values(), key) for key in (*logged, "training_s", "waited_s")}
     return History(path, name, np.array(list(rows)), **arrays)
 
 
-def _column(rows: Iterable[Row], key: str) -> np.ndarray:
+def _column(rows: Iterable[Row], key: str) -> Floats:
     return np.array([row.get(key) for row in rows], np.float64)  # None becomes NaN
 
 
@@ -154,13 +147,13 @@ def _event_rows(path: Path) -> dict[int, Row]:
     An epoch's time is that between its last event and the last one of the epoch before; its training ends with
     training's event, where validation's did not come at the same moment.
     """
-    events = {TAGS[tag]: found for tag, found in _read_events(path).items()}
+    events = {TAGS[tag]: of_tag for tag, of_tag in _read_events(path).items()}
     if not any(TAGS[tag] in events for tag in REQUIRED):
         return {}
     rows: dict[int, dict[str, float | None]] = defaultdict(dict)
     times: dict[int, dict[str, float]] = defaultdict(dict)
-    for key, found in events.items():
-        for step, time, value in found:
+    for key, of_key in events.items():
+        for step, time, value in of_key:
             rows[step][key], times[step][key] = value, time
     for step in rows.keys() & {step + 1 for step in rows}:
         began, ended = max(times[step - 1].values()), max(times[step].values())

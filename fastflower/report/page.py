@@ -43,7 +43,7 @@ FORMATS = {  # of a column's figures; the others are whole numbers
     "MACs (G)": ".2f",
 }
 
-Figures = Mapping[str, float | None]  # a run's row of the table: what is shown under each heading, None = not known
+Summary = Mapping[str, float | None]  # a run's row of the table: what is shown under each heading, None = not known
 
 
 class Picture(NamedTuple):
@@ -58,7 +58,7 @@ class Picture(NamedTuple):
 class Report:
     """What was found, and the page that holds it."""
 
-    rows: dict[str, Figures]  # by the run's name
+    rows: dict[str, Summary]  # by the run's name
     sentences: list[str]
     page: Path
 
@@ -77,7 +77,7 @@ def write_report(folders: Sequence[Path], out: Path, throughput: Path | None = N
     runs = read_histories(folders)
     costs = [_cost(run) for run in runs]
     results = read_throughput(throughput) if throughput else []
-    rows = {run.name: figures(run, cost) for run, cost in zip(runs, costs, strict=True)}
+    rows = {run.name: summarize(run, cost) for run, cost in zip(runs, costs, strict=True)}
     sentences = convergence(runs)
     pictures = _draw(runs, costs, results)
     for picture in pictures:
@@ -92,7 +92,7 @@ def write_report(folders: Sequence[Path], out: Path, throughput: Path | None = N
     return Report(rows, sentences, page)
 
 
-def figures(run: History, cost: Cost | None) -> Figures:
+def summarize(run: History, cost: Cost | None) -> Summary:
     """A run's row of the table; accuracies are shares."""
     accuracy, epoch = run.best or (None, None)
     return {
@@ -145,7 +145,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def table(rows: Mapping[str, Figures]) -> Table:
+def runs_table(rows: Mapping[str, Summary]) -> Table:
     """For a terminal, which is narrow: a column for each run, without what is known of none."""
     grid = Table(Column("", no_wrap=True), *(Column(Text(name, overflow="fold"), justify="right") for name in rows))
     for heading in next(iter(rows.values())):
@@ -185,7 +185,7 @@ def _draw(runs: Sequence[History], costs: Sequence[Cost | None], results: Sequen
     ]
 
 
-def _page(rows: Mapping[str, Figures], sentences: Sequence[str], pictures: Sequence[Picture], out: Path) -> str:
+def _page(rows: Mapping[str, Summary], sentences: Sequence[str], pictures: Sequence[Picture], out: Path) -> str:
     """The HTML page; the pictures, as they lie in `out`, are in it."""
     template = importlib.resources.files("fastflower.report").joinpath("report.html").read_text(encoding="utf-8")
     headings = ("run", *next(iter(rows.values())))
@@ -199,7 +199,7 @@ def _page(rows: Mapping[str, Figures], sentences: Sequence[str], pictures: Seque
     )
 
 
-def _html_row(name: str, row: Figures) -> str:
+def _html_row(name: str, row: Summary) -> str:
     cells = "".join(
         f'<td data-value="{"" if value is None else value}">{_shown(heading, value)}</td>'
         for heading, value in row.items()

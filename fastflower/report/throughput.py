@@ -105,12 +105,12 @@ def _kind(row: Mapping[str, Any]) -> str:
 def _differing(results: Sequence[Mapping[str, Any]]) -> dict[str, set[str]]:
     """Of each mode the settings that are not the same in all of its results."""
     first: dict[tuple[str, str], Any] = {}
-    found: dict[str, set[str]] = {result["mode"]: set() for result in results}
+    differing: dict[str, set[str]] = {result["mode"]: set() for result in results}
     for result in results:
         for key, value in result["settings"].items():
             if key not in UNIMPORTANT and first.setdefault((result["mode"], key), value) != value:
-                found[result["mode"]].add(key)
-    return found
+                differing[result["mode"]].add(key)
+    return differing
 
 
 def _settings(settings: Mapping[str, Any], chosen: Collection[str]) -> list[str]:

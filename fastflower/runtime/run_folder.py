@@ -230,13 +230,13 @@ class RunLog:
         self._show(row)
 
     def _show(self, row: Mapping[str, float | None]) -> None:
-        for tag, key in _TAGS.items():
+        for tag, key in TAGS.items():
             if (value := row.get(key)) is not None:
                 self._writer.add_scalar(tag, value, int(row["epoch"] or 0))
         self._writer.flush()
 
 
-_TAGS = {
+TAGS = {
     "loss/train": "train_loss",
     "loss/val": "val_loss",
     "accuracy/train": "train_accuracy",
@@ -247,7 +247,7 @@ _TAGS = {
     "images_per_s": "images_per_s",
     "data_wait": "data_wait",
 }
-FIGURES = (*_TAGS.values(), "epoch_s")  # of a row, beside its epoch and step
+FIGURES = (*TAGS.values(), "epoch_s")  # of a row, beside its epoch and step
 
 
 def changes(before: Mapping[str, Any], after: Config) -> list[str]:
