@@ -139,12 +139,11 @@ def ceiling_flops_per_s(place: Place) -> float:
 
 def measure_passes(command: ModelCommand, config: Config, place: Place, ceiling: float) -> list[Row]:
     """Rows of a network's passes and, with --peers, of others' networks."""
-    name = config.model.name
     work = networks.Work(config, place.device, place.precision)
     makers = networks.contenders(work, LABELS[command.compile], peers=command.peers)
     rows = measure(makers, command, place.device, place.ranks, ceiling)
     for row in rows:
-        if row["name"].startswith(f"{name}, ") and row["name"].endswith(", step"):
+        if row.get("role") == "ours" and row.get("part") == "step":
             row["bottleneck"] = bottleneck.of_network(row, place.device, str(place.precision))
     return rows
 

@@ -110,7 +110,7 @@ def ours(work: Work, batch: int) -> Contender:
             # float16 where DALI normalizes
             yield made.images.float() if work.output == "float32" else made.images
 
-    return Contender(start, ahead=reads_ahead(loader))
+    return Contender(start, "decoded" if work.decoded else "ours", ahead=reads_ahead(loader))
 
 
 def reads_ahead(loader: Loader) -> int:
@@ -153,7 +153,7 @@ def by_dali(
             (pictures,) = built.run()
             yield hand_over(pictures)
 
-    return Contender(start, ahead=engine.prefetch)
+    return Contender(start, "peer", ahead=engine.prefetch)
 
 
 def decode_only(work: Work, batch: int) -> Contender:
@@ -165,7 +165,7 @@ def decode_only(work: Work, batch: int) -> Contender:
             return decode(encoded, work.engine)
         return decode_region(encoded, shorter, crop_yx, view, work.engine)[0]
 
-    return by_dali(work, batch, definition, hand_over=lambda pictures: pictures)
+    return replace(by_dali(work, batch, definition, hand_over=lambda pictures: pictures), role="decoder")
 
 
 def separate_operators(work: Work, batch: int) -> Contender:
@@ -200,16 +200,15 @@ def limit(work: Work, batch: int) -> Contender:
             for request in work.requests(batch, steps):
                 yield list(pool.map(lambda i: decode_by_torchvision(read_image(work.records, i)), request.indices))
 
-    return Contender(start)
+    return Contender(start, "limit")
 
 
 def pil(work: Work, batch: int) -> Contender:
     """PIL and torchvision's transforms."""
     tv = need("torchvision.transforms")
     floats = [tv.ToTensor(), tv.Normalize(IMAGENET.mean, IMAGENET.std)]
-    return dataloader(
-        work, batch, pictures(work, decode_by_pil, tv, floats if work.output == "float32" else [tv.PILToTensor()])
-    )
+    finish = floats if work.output == "float32" else [tv.PILToTensor()]
+    return replace(dataloader(work, batch, pictures(work, decode_by_pil, tv, finish)), role="baseline")
 
 
 def tensors(work: Work, batch: int) -> Contender:
@@ -264,7 +263,7 @@ def dataloader(
             yield images.to(work.device, non_blocking=True)
 
     # one batch more is ahead of what a PrefetchLoader hands over
-    return Contender(start, ahead=work.workers * (loader.prefetch_factor or 0) + (around is not iter))
+    return Contender(start, "peer", ahead=work.workers * (loader.prefetch_factor or 0) + (around is not iter))
 
 
 def transfer_s(work: Work) -> float:

@@ -65,7 +65,8 @@ def training_of(setup: Setup, state: State, batch: int) -> Contender:
             training_step(setup, state, network, images_and_labels)
             yield images_and_labels.images
 
-    return Contender(start, reads_ahead(setup.train.loader), watch, macs(setup, state), passes=3)
+    ahead = reads_ahead(setup.train.loader)
+    return Contender(start, ahead=ahead, watch=watch, macs=macs(setup, state), passes=3, compiled=setup.compiles)
 
 
 def macs(setup: Setup, state: State) -> int:
@@ -94,7 +95,7 @@ def training_alone(config: Config, place: Place, batch: int) -> Contender:
             training_step(setup, state, network, held)
             yield held.images
 
-    return Contender(start, macs=macs(setup, state), passes=3)
+    return Contender(start, macs=macs(setup, state), passes=3, compiled=setup.compiles)
 
 
 def evaluation(config: Config, place: Place, batch: int) -> Contender:
@@ -110,13 +111,14 @@ def evaluation(config: Config, place: Place, batch: int) -> Contender:
         batches = itertools.chain.from_iterable(val.once() for _ in itertools.count())
         together = place.ranks.lockstep(watch.waiting_for(batches), Signals())
         pad_to = batch if setup.compiles else None
-        found = outputs(network, together, device=setup.device, precision=setup.precision, pad_to=pad_to)
+        passes = outputs(network, together, device=setup.device, precision=setup.precision, pad_to=pad_to)
         while True:
             with torch.no_grad():
-                images_and_labels, _ = next(found)
+                images_and_labels, _ = next(passes)
             yield images_and_labels.images
 
-    return Contender(start, reads_ahead(val.loader), watch, macs(setup, state))
+    ahead = reads_ahead(val.loader)
+    return Contender(start, ahead=ahead, watch=watch, macs=macs(setup, state), compiled=setup.compiles)
 
 
 def _require(batches: TrainingBatches | EvaluationBatches, batch: int, split: str) -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.harness.common import MissingError, need
-from bench.harness.timing import Contender, Make
+from bench.harness.timing import Contender, Make, Role
 from fastflower.config import Config
 from fastflower.flops import count
 from fastflower.runtime.device import Precision
@@ -41,18 +41,20 @@ def contenders(work: Work, compiles: Mapping[str, bool], *, peers: bool) -> dict
     name = work.config.model.name
     seed, device = work.config.seed, work.device
     ours = partial(build_network, work.config.model, CLASSES, seed=seed, device=device, ranks=Ranks())
-    builders: dict[str, Callable[[], nn.Module]] = {name: ours}
+    builders: dict[str, tuple[Role, Callable[[], nn.Module]]] = {name: ("ours", ours)}
     if peers:
-        builders |= {f"{name} of {package}": partial(build, name) for package, build in OTHERS.items()}
+        builders |= {f"{name} of {package}": ("peer", partial(build, name)) for package, build in OTHERS.items()}
     return {
-        f"{who}, {label}, {what}": partial(one_pass, work, builder, what, compiled)
-        for who, builder in builders.items()
+        f"{who}, {label}, {what}": partial(one_pass, work, role, builder, what, compiled)
+        for who, (role, builder) in builders.items()
         for label, compiled in compiles.items()
         for what in get_args(Pass)
     }
 
 
-def one_pass(work: Work, build: Callable[[], nn.Module], what: Pass, compiled: bool, batch: int) -> Contender:
+def one_pass(
+    work: Work, role: Role, build: Callable[[], nn.Module], what: Pass, compiled: bool, batch: int
+) -> Contender:
     """Passes of a network over one batch [N, 3, S, S], channels-last."""
     size = work.config.data.crop
     torch.manual_seed(0)
@@ -83,7 +85,8 @@ def one_pass(work: Work, build: Callable[[], nn.Module], what: Pass, compiled: b
                 train()
             yield images
 
-    return Contender(start, macs=count(network, size).macs, passes=1 if what == "forward" else 3)
+    cost, passes = count(network, size), 1 if what == "forward" else 3
+    return Contender(start, role, macs=cost.macs, passes=passes, compiled=compiled, part=what)
 
 
 def torchvisions(name: str) -> nn.Module:

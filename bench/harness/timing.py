@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from rich.console import Console
@@ -29,15 +29,23 @@ from fastflower.training.stopwatch import Stopwatch
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's and DALI's allocators say
 
 
+# What a contender is beside ours: ours from decoded pictures, what most people do (baseline), what else is used (peer),
+# or a decoder alone, of which one is the limit.
+Role = Literal["ours", "decoded", "baseline", "peer", "decoder", "limit"]
+
+
 @dataclass(frozen=True)
 class Contender:
     """Something to measure."""
 
     start: Callable[[int], Iterator[Sized]]  # begin so many steps; gives each one's pictures when it is done
+    role: Role = "ours"
     ahead: int = 0  # most steps that it begins beyond the one that it hands over
     watch: Stopwatch | None = None  # notes the time spent waiting for batches, where there is some to note
     macs: int | None = None  # of a forward pass of one picture
     passes: int = 1  # work of a step in forward passes: 1, or 3 with the backward pass, which takes two
+    compiled: bool | None = None  # a network by torch.compile; None where there is none
+    part: str | None = None  # of a training step, where it is measured alone
 
 
 Make = Callable[[int], Contender]  # for a batch of so many pictures; raises MissingError
@@ -168,7 +176,8 @@ class Lane:
         """
         assert self.contender
         rates = [timing.pictures / timing.seconds for timing in self.timings]
-        found: dict[str, Any] = {
+        row: dict[str, Any] = {
+            "role": self.contender.role,
             "images_per_s": median(rates),
             "spread": (min(rates), max(rates)),
             "ms_per_step": 1000 * median(timing.seconds for timing in self.timings) / steps,
@@ -181,12 +190,13 @@ class Lane:
         }
         if self.contender.macs is not None and ceiling is not None:
             flops = 2 * self.contender.passes * self.contender.macs
-            rate = found["images_per_s"] * flops
-            found |= {"macs": self.contender.macs, "flops": flops, "flops_per_s": rate, "mfu": rate / ceiling}
-            found |= {"ceiling_flops_per_s": ceiling}
+            rate = row["images_per_s"] * flops
+            row |= {"macs": self.contender.macs, "flops": flops, "flops_per_s": rate, "mfu": rate / ceiling}
+            row |= {"ceiling_flops_per_s": ceiling}
         if self.contender.watch:
-            found["data_wait"] = median(timing.waited_s / timing.seconds for timing in self.timings)
-        return found | ({"note": self.note} if self.note else {})
+            row["data_wait"] = median(timing.waited_s / timing.seconds for timing in self.timings)
+        told = {"compiled": self.contender.compiled, "part": self.contender.part, "note": self.note}
+        return row | {key: value for key, value in told.items() if value is not None}
 
 
 def measure(

@@ -60,7 +60,7 @@ def of_network(row: Mapping[str, Any], device: torch.device, dtype: str, alone_m
                 f"processes): {CHANGE['communication']}."
             )
     changes = ["a larger --batch", "a smaller network or smaller pictures"]
-    if "compiled" not in row["name"]:
+    if not row["compiled"]:
         changes.insert(0, "--compile on")
     if dtype == "fp32" and (device.type == "cuda" or cpu_has_bf16()):
         changes.insert(0, "--dtype bf16")

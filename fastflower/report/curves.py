@@ -123,8 +123,8 @@ def plot_epoch_time(runs: Sequence[History]) -> Figure:
     axes.barh(rows, training, 0.5, label="training", **BARS[0])
     axes.barh(rows, validation, 0.5, training, label="validation", **BARS[1])
     if not divided.all():
-        style = {"label": "training and validation", "color": "0.65", "edgecolor": "black"}
-        axes.barh(rows[~divided], whole[~divided], 0.5, **style)
+        label = "training and validation"
+        axes.barh(rows[~divided], whole[~divided], 0.5, label=label, color="0.65", edgecolor="black")
     if not np.isnan(waited).all():
         axes.barh(rows + 0.37, waited, 0.2, label="of it waiting for data", **BARS[2])
     totals = np.where(divided, training + validation, whole)

@@ -67,6 +67,7 @@ def test_loader_counts_pictures_and_appends_lines(small: Path, tmp_path: Path) -
     assert first["settings"]["root"] == ["small"]  # no paths of one machine
     assert first["share_of_limit"] == pytest.approx(found[0]["images_per_s"] / found[2]["images_per_s"])
     assert limit["share_of_limit"] == 1
+    assert [row["role"] for row in found] == ["ours", "decoder", "limit"] * 2
     assert first["bottleneck"].startswith("Bottleneck: ")
 
 
@@ -74,6 +75,7 @@ def test_decoded_pictures_are_measured_beside_the_others(small: Path, tmp_path: 
     found = measure(tmp_path / "out", "loader", "--data.root", small, *GEOMETRY, "--batch", 8, *SHORT, "--cache", "ram")
     assert [row["name"] for row in found] == ["fastflower", DECODE, CACHED, LIMIT]
     assert found[2]["pictures"] == found[0]["pictures"] == 16
+    assert [row["role"] for row in found] == ["ours", "decoder", "decoded", "limit"]
 
 
 def test_default_data_are_the_builtin_flowers(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +93,7 @@ def test_peers_stand_beside_the_loader(
     monkeypatch.setitem(sys.modules, "timm", None)
     found = measure(tmp_path / "out.jsonl", "loader", "--data.root", small, *GEOMETRY, "--batch", 8, *SHORT, "--peers")
     assert len(found) == 7
+    assert [found[place]["role"] for place in (0, 1, 2, 3, 5)] == ["ours", "decoder", "limit", "baseline", "peer"]
     assert found[-1]["missing"] == "not installed (pip install timm)"
     shown = capsys.readouterr().out
     assert f"{found[3]['images_per_s'] / found[0]['images_per_s']:.2f}" in shown
@@ -116,6 +119,10 @@ def test_model_measures_three_passes_of_each_network(tmp_path: Path, monkeypatch
     assert [row["name"] for row in found] == names
     assert {row["pictures"] for row in found} == {2 * 4}
     assert len(compiled) == 6
+    assert {row["role"] for row in found} == {"ours"}
+    assert [f"{row['compiled']}, {row['part']}" for row in found[:6]] == [
+        f"{how}, {what}" for how in (False, True) for what in passes
+    ]
     forward, both, step = found[:3]
     assert (forward["flops"], both["flops"], step["flops"]) == tuple(k * 2 * forward["macs"] for k in (1, 3, 3))
     assert [row["name"] for row in found if "bottleneck" in row] == [name for name in names if name.endswith("step")]
@@ -150,7 +157,7 @@ def test_only_steps_change_the_weights() -> None:
     for what, trained in (("forward", False), ("forward + backward", False), ("step", True)):
         linear = nn.Linear(12, networks.CLASSES)
         network, before = nn.Sequential(nn.Flatten(), linear), linear.weight.detach().clone()
-        contender = networks.one_pass(work, lambda network=network: network, what, False, 4)  # type: ignore[arg-type,misc]
+        contender = networks.one_pass(work, "ours", lambda network=network: network, what, False, 4)  # type: ignore[arg-type,misc]
         assert [len(images) for images in contender.start(3)] == [4, 4, 4]
         assert torch.equal(before, linear.weight) is not trained
         assert (linear.weight.grad is None) is (what == "forward")

@@ -88,7 +88,7 @@ def test_mistakes_end_with_a_sentence(
 
 
 def test_results_are_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    around = {"machine": {"cpu": "a CPU", "gpu": None, "cores": 2}, "spread": [9.0, 11.0]}
+    around = {"role": "ours", "machine": {"cpu": "a CPU", "gpu": None, "cores": 2}, "spread": [9.0, 11.0]}
     results = write(tmp_path / "results.jsonl", result("fastflower", 10.0) | around)
     picture = tmp_path / "pictures" / "rates"
     assert main(["--plot", results, str(picture)]) == 0
