@@ -58,7 +58,7 @@ def forward(
     with _device(x):
         triton_bn.normalize_relu[(grid.programs,)](
             x, residual, y, mask, *_pointers(norm), *_pointers(residual_norm), m, grid.block_rows,
-            **_constants(c, tiles), REVERSE=tiles.reverse,
+            **_constants(c, tiles),
         )  # fmt: skip
     return y, mask
 
@@ -103,7 +103,7 @@ def input_gradient(
         triton_bn.input_gradient[(grid.programs,)](
             dy, dy2, x, _optional_channels_last(residual), dx, dr, sums,
             *_pointers(norm), norm.batch_count, *_pointers(residual_norm), residual_norm and residual_norm.batch_count,
-            m, grid.block_rows, **_constants(c, tiles), REVERSE=tiles.reverse, MASKED=masked,
+            m, grid.block_rows, **_constants(c, tiles), MASKED=masked,
         )  # fmt: skip
     return dx, dr
 

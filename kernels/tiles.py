@@ -21,7 +21,6 @@ class Tiles(NamedTuple):
     rows: int  # a power of 2
     channels: int  # a power of 2, at least 8: the mask is written by bytes
     warps: int
-    reverse: bool  # second passes go from the last tile to the first, whose data the cache holds no longer
 
 
 class Grid(NamedTuple):
@@ -39,7 +38,7 @@ def choose_tiles(m: int, c: int, dtype: torch.dtype) -> Tiles:
     """
     channels = min(64, max(8, _next_power_of_2(c)))
     elements = SCALAR_TILE if c % 4 else TILE_BYTES // dtype.itemsize
-    return Tiles(rows=elements // channels, channels=channels, warps=4, reverse=False)
+    return Tiles(rows=elements // channels, channels=channels, warps=4)
 
 
 def make_grid(m: int, c: int, tiles: Tiles) -> Grid:

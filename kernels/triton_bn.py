@@ -175,7 +175,7 @@ def finish_statistics(
 def normalize_relu(
     x_ptr, r_ptr, y_ptr, mask_ptr,
     mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, mean_r_ptr, var_r_ptr, weight_r_ptr, bias_r_ptr, eps_r,
-    m, block_rows, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, REVERSE: tl.constexpr,
+    m, block_rows, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """relu(normalized x + r) to y, with r normalized too where mean_r is given; where ReLU passes to mask, as bits."""
     BYTES: tl.constexpr = (C + 7) // 8
@@ -186,9 +186,8 @@ def normalize_relu(
     mean, _, scale, shift = _affine(mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, channels, exists)
     if mean_r_ptr is not None:
         mean_r, _, scale_r, shift_r = _affine(mean_r_ptr, var_r_ptr, weight_r_ptr, bias_r_ptr, eps_r, channels, exists)
-    tiles = tl.cdiv(n, ROWS)
-    for tile in range(tiles):
-        start = (tiles - 1 - tile if REVERSE else tile) * ROWS
+    for tile in range(tl.cdiv(n, ROWS)):
+        start = tile * ROWS
         offsets = (first + start) * C + (rows[:, None] * C + channels[None, :])
         inside = (rows[:, None] < n - start) & exists[None, :]
         z = _normalize(_load(x_ptr, offsets, inside), mean, scale, shift)
@@ -330,7 +329,7 @@ def input_gradient(
     dy_ptr, dy2_ptr, x_ptr, r_ptr, dx_ptr, dr_ptr, sums_ptr,
     mean_ptr, var_ptr, weight_ptr, bias_ptr, eps, count_ptr,
     mean_r_ptr, var_r_ptr, weight_r_ptr, bias_r_ptr, eps_r, count_r_ptr,
-    m, block_rows, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, REVERSE: tl.constexpr,
+    m, block_rows, C: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of x and of a normalized residual r from the finished sums; MASKED: dy has been through ReLU."""
@@ -345,9 +344,8 @@ def input_gradient(
             mean_r_ptr, var_r_ptr, weight_r_ptr, bias_r_ptr, eps_r, channels, exists
         )
         c1_r, c2_r = _corrections(sums_ptr, sums_ptr + 2 * C, count_r_ptr, rstd_r, channels, exists)
-    tiles = tl.cdiv(n, ROWS)
-    for tile in range(tiles):
-        start = (tiles - 1 - tile if REVERSE else tile) * ROWS
+    for tile in range(tl.cdiv(n, ROWS)):
+        start = tile * ROWS
         offsets = (first + start) * C + (rows[:, None] * C + channels[None, :])
         inside = (rows[:, None] < n - start) & exists[None, :]
         g = _load(dy_ptr, offsets, inside)

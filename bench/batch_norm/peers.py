@@ -36,7 +36,7 @@ class Contender:
 
 
 def all_contenders(tiles: Sequence[str]) -> list[Contender]:
-    """Those of a run; UserError for tiles that are not like 32x64x4 or 32x64x4r, or cannot be."""
+    """Those of a run; UserError for tiles that are not like 32x64x4, or cannot be."""
     return [
         Contender("eager", eager, required=True),
         Contender("compile", compiled),
@@ -48,15 +48,15 @@ def all_contenders(tiles: Sequence[str]) -> list[Contender]:
 
 
 def parse_tiles(name: str) -> Tiles:
-    """32x64x4r = 32 rows, 64 channels, 4 warps, in reverse order."""
-    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)(r?)", name)
-    rows, channels, warps = map(int, found.groups()[:3]) if found else (0, 0, 0)
-    if found is None or channels < 8 or any(number.bit_count() != 1 for number in (rows, channels, warps)):
+    """32x64x4 = 32 rows, 64 channels, 4 warps."""
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", name)
+    rows, channels, warps = map(int, match.groups()) if match else (0, 0, 0)
+    if channels < 8 or any(number.bit_count() != 1 for number in (rows, channels, warps)):
         raise UserError(
-            f"--tiles {name} is not ROWSxCHANNELSxWARPS or ROWSxCHANNELSxWARPSr in powers of 2, "
-            "with 8 channels or more: give for example 32x64x4."
+            f"--tiles {name} is not ROWSxCHANNELSxWARPS in powers of 2, with 8 channels or more: give for example "
+            "32x64x4."
         )
-    return Tiles(rows, channels, warps, bool(found[4]))
+    return Tiles(rows, channels, warps)
 
 
 @contextmanager

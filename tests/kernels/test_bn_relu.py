@@ -294,11 +294,11 @@ def test_two_runs_give_the_same_bits(form: Form, device: torch.device) -> None:
 
 @pytest.mark.parametrize("device", ["triton"], indirect=True)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("tiles", [Tiles(16, 8, 1, reverse=True), Tiles(32, 16, 8, reverse=False)], ids=str)
+@pytest.mark.parametrize("tiles", [Tiles(16, 8, 1), Tiles(32, 16, 8)], ids=str)
 def test_however_the_work_is_cut_up(
     tiles: Tiles, form: Form, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In many blocks, merged a few at a time, in the other order: the results stay exact."""
+    """In many blocks, merged a few at a time: the results stay exact."""
     monkeypatch.setattr(launch, "choose_tiles", lambda m, c, dtype: tiles)
     monkeypatch.setattr(launch, "MERGED_BLOCKS", 2)
     problem = make_problem((1, 9, 16, 17), form=form, device=device)
