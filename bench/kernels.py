@@ -1,7 +1,7 @@
 """BatchNorm + ReLU (+ residual) alone: our kernels against torch's, torch.compile's and NVIDIA's.
 
     python bench/kernels.py --models resnet50 --batch 256 --out bench/results/kernels.jsonl --plot kernels.png
-    python bench/kernels.py --tiles 32x64x4 64x64x8 32x64x4r
+    python bench/kernels.py --tiles 32x64x4 64x64x8
     python bench/kernels.py --from bench/results/kernels.jsonl --plot kernels.svg
 
 Layers are those of the real networks, channels-last with float32 parameters; equal ones are measured once. Every
@@ -18,9 +18,9 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -38,12 +38,13 @@ from bench.batch_norm import report
 from bench.batch_norm.layers import DTYPES, Data, Forward, Problem, find_layers
 from bench.batch_norm.peers import Contender, all_contenders
 from bench.harness.common import MissingError, append, circumstances, require_positive, start
+from bench.harness.timing import elapsed_ms, take_turns
 from fastflower.environment import package_versions
 from fastflower.errors import UserError
 from fastflower.runtime.device import choose_device
 
 MAX_COPIES = 32  # of the data; a layer that needs more is so small that calls, not bytes, take its time
-SLEEP_CYCLES = 1_000_000  # of the GPU for each call, about 0.5 ms: longer than the host needs to launch it
+UNTIMED = 2  # repeats of each contender before those that count
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Command:
     layers: int | None = None
     """Measure only so many layers, those that move most bytes; None = all."""
     tiles: tuple[str, ...] = ()
-    """Measure ours also with these tiles, rows x channels x warps, r = in reverse order: 32x64x4 64x64x8r."""
+    """Measure ours also with these tiles, rows x channels x warps: 32x64x4 64x64x8."""
     out: Path | None = None
     """File to append one JSON line to for each contender at each layer."""
     plot: Path | None = None
@@ -134,16 +135,16 @@ def measure(problem: Problem, contenders: Sequence[Contender], repeats: int, cac
 def time_in_turns(
     problem: Problem, ready: dict[Contender, Forward], pool: Sequence[Data], repeats: int
 ) -> dict[Contender, list[tuple[float, float]]]:
-    """Milliseconds of a forward and of a backward pass, on average over the pool, for each repeat.
-
-    Two repeats before them do not count.
-    """
+    """Milliseconds of a forward and of a backward pass, on average over the pool, for each repeat that counts."""
     times: dict[Contender, list[tuple[float, float]]] = {contender: [] for contender in ready}
-    for _ in range(2 + repeats):
-        for contender, forward in ready.items():
-            with contender.during():
-                times[contender].append(time_repeat(problem, forward, pool))
-    return {contender: found[2:] for contender, found in times.items()}
+
+    def turn(contender: Contender, forward: Forward) -> int:
+        with contender.during():
+            times[contender].append(time_repeat(problem, forward, pool))
+        return len(times[contender]) - UNTIMED
+
+    take_turns({contender: partial(turn, contender, forward) for contender, forward in ready.items()}, repeats)
+    return {contender: of_contender[UNTIMED:] for contender, of_contender in times.items()}
 
 
 def time_repeat(problem: Problem, forward: Forward, pool: Sequence[Data]) -> tuple[float, float]:
@@ -154,22 +155,6 @@ def time_repeat(problem: Problem, forward: Forward, pool: Sequence[Data]) -> tup
     forward_ms = elapsed_ms(lambda: outputs.extend(map(forward, pool)), problem.device, len(pool))
     backward_ms = elapsed_ms(lambda: gradients.extend(map(problem.backward, pool, outputs)), problem.device, len(pool))
     return forward_ms / len(pool), backward_ms / len(pool)
-
-
-def elapsed_ms(work: Callable[[], object], device: torch.device, calls: int) -> float:
-    """What `work`, so many calls, takes: on a GPU the device's time, without waits for the host."""
-    if device.type != "cuda":
-        began = time.perf_counter()
-        work()
-        return 1000 * (time.perf_counter() - began)
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    torch.cuda._sleep(SLEEP_CYCLES * calls)
-    before.record()
-    work()
-    after.record()
-    after.synchronize()
-    return before.elapsed_time(after)
 
 
 def cache_bytes(device: torch.device) -> int:

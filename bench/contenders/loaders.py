@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from bench.contenders.pictures import Pictures, decode_by_pil, decode_by_torchvision
 from bench.harness.common import CORES, need
-from bench.harness.timing import Contender, Make
+from bench.harness.timing import Contender, Make, elapsed_ms
 from bench.rates.options import Output
 from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded
@@ -272,9 +272,5 @@ def transfer_s(work: Work) -> float:
         return 0.0
     n = 64
     images = torch.zeros(n, 3, work.data.crop, work.data.crop, dtype=torch.uint8)
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    for event in (begin, end):  # the first copy warms up
-        images.to(work.device)
-        event.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1000 / n
+    _, copied_ms = (elapsed_ms(lambda: images.to(work.device), work.device) for _ in range(2))  # the first warms up
+    return copied_ms / 1000 / n

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -10,6 +9,7 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
+from bench.harness.timing import elapsed_ms
 from fastflower.runtime.device import cpu_has_bf16
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices: large enough for the highest rate
@@ -44,17 +44,7 @@ def _rate(flops: int, product: Callable[..., torch.Tensor], a: torch.Tensor, b: 
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     try:
-        seconds = [_seconds(product, a, b) for _ in range(1 + PRODUCTS)][1:]
+        times = [elapsed_ms(partial(product, a, b), a.device) for _ in range(1 + PRODUCTS)][1:]
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    return flops / median(seconds)
-
-
-def _seconds(product: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> float:
-    if a.is_cuda:
-        torch.cuda.synchronize(a.device)
-    began = time.perf_counter()
-    product(a, b)
-    if a.is_cuda:
-        torch.cuda.synchronize(a.device)
-    return time.perf_counter() - began
+    return 1000 * flops / median(times)

@@ -1,4 +1,6 @@
-"""Contenders in turns: only the steady state is timed, and a batch that memory does not hold is halved.
+"""The clock of all benchmarks, and contenders in turns.
+
+Of steps only the steady state is timed, and a batch that memory does not hold is halved.
 
 All contenders of a group take turns, repeat by repeat, so that a machine that slows down slows all of them. The first
 steps do not count (compiling, starting), and as much work lies begun ahead of the last timed step as lay ahead of the
@@ -10,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -26,6 +29,7 @@ from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.stopwatch import Stopwatch
 
+SLEEP_CYCLES = 1_000_000  # of the GPU for each call, about 0.5 ms: longer than the host needs to launch it
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's and DALI's allocators say
 
 
@@ -48,6 +52,7 @@ class Contender:
     part: str | None = None  # of a training step, where it is measured alone
 
 
+Name = TypeVar("Name", bound=Hashable)
 Make = Callable[[int], Contender]  # for a batch of so many pictures; raises MissingError
 
 
@@ -69,6 +74,35 @@ class Plan(Protocol):
     @property
     def repeats(self) -> int:
         """How often each contender is timed."""
+
+
+def elapsed_ms(work: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """What `work`, so many calls, takes: on a GPU the device's time, without waits for the host."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        work()
+        return 1000 * (time.perf_counter() - began)
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(SLEEP_CYCLES * calls)
+    before.record()
+    work()
+    after.record()
+    after.synchronize()
+    return before.elapsed_time(after)
+
+
+def take_turns(turns: Mapping[Name, Callable[[], int]], repeats: int) -> None:
+    """Let all take turns until each has been timed `repeats` times.
+
+    Args:
+        turns: of each contender what times it once more, and gives how many of its times count so far.
+        repeats: how many are to count.
+    """
+    counted = dict.fromkeys(turns, 0)
+    while waiting := [name for name in turns if counted[name] < repeats]:
+        for name in waiting:
+            counted[name] = turns[name]()
 
 
 class Timing(NamedTuple):
@@ -101,13 +135,8 @@ def time_steps(contender: Contender, warmup: int, steps: int, device: torch.devi
     _synchronize(device, ranks)
     seconds = time.perf_counter() - began
     _count(done, contender.ahead)
-    every = ranks.gather((pictures, seconds, waited_s))
-    return Timing(
-        pictures=sum(each[0] for each in every),
-        seconds=max(each[1] for each in every),
-        first_s=first_s,
-        waited_s=sum(each[2] for each in every) / len(every),
-    )
+    totals, clocks, waits = zip(*ranks.gather((pictures, seconds, waited_s)), strict=True)  # of each process
+    return Timing(sum(totals), max(clocks), first_s, sum(waits) / len(waits))
 
 
 def _count(done: Iterator[Sized], steps: int) -> int:
@@ -211,14 +240,18 @@ def measure(
     missing: dict[str, str] = {}
     with Progress(console=Console(stderr=True), transient=True, disable=not ranks.is_main) as progress:
         task = progress.add_task("measuring", total=plan.repeats * len(lanes))
-        while waiting := [name for name in lanes if name not in missing and len(lanes[name].timings) < plan.repeats]:
-            for name in waiting:
-                progress.update(task, description=name)
-                try:
-                    lanes[name].turn(plan)
-                except MissingError as reason:
-                    missing[name] = str(reason)
+
+        def turn(name: str) -> int:
+            progress.update(task, description=name)
+            try:
+                lanes[name].turn(plan)
+            except MissingError as reason:
+                missing[name] = str(reason)
+                return plan.repeats
             progress.update(task, completed=sum(len(lane.timings) for lane in lanes.values()))
+            return len(lanes[name].timings)
+
+        take_turns({name: partial(turn, name) for name in lanes}, plan.repeats)
     return [
         {"name": name} | ({"missing": missing[name]} if name in missing else lane.row(plan.steps, ceiling))
         for name, lane in lanes.items()

@@ -288,31 +288,6 @@ def test_fewer_copies_where_memory_is_short(
         assert rows_of(out)[0]["copies"] == copies
 
 
-def test_a_gpu_is_kept_busy_until_all_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what is called in which order; the times are the events'."""
-    said: list[Any] = []
-
-    class Event:
-        def __init__(self, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self) -> None:
-            said.append("record")
-
-        def synchronize(self) -> None:
-            said.append("wait")
-
-        def elapsed_time(self, end: Event) -> float:
-            assert end is not self
-            return 2.5
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("idle"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(cycles))
-    assert kernels.elapsed_ms(lambda: said.append("work"), torch.device("cuda", 0), calls=3) == 2.5
-    assert said == ["idle", 3 * kernels.SLEEP_CYCLES, "record", "work", "record", "wait"]
-
-
 def test_contenders_take_turns_and_each_graph_is_used_once() -> None:
     problem = Problem(a_layer("bn_relu"), torch.float32, CPU)
     pool = [problem.data() for _ in range(3)]

@@ -35,6 +35,6 @@ def test_the_faster_library_counts_and_flops_are_those_of_its_product(
 
 
 def test_a_rate_is_the_median_without_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    seconds = iter([9.0, 1.0, 4.0, 2.0, 3.0, 5.0])
-    monkeypatch.setattr(compute, "_seconds", lambda *_: next(seconds))
+    times_ms = iter([9e3, 1e3, 4e3, 2e3, 3e3, 5e3])
+    monkeypatch.setattr(compute, "elapsed_ms", lambda *_: next(times_ms))
     assert compute._rate(30, torch.matmul, torch.ones(1), torch.ones(1)) == 10.0

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
+from bench.harness import timing
 from bench.harness.common import MissingError
-from bench.harness.timing import Contender, measure, time_steps
+from bench.harness.timing import Contender, measure, take_turns, time_steps
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.stopwatch import Stopwatch
@@ -169,3 +171,41 @@ def test_missing_ones_say_why() -> None:
     missing, there = measure({"missing": make, "there": even}, Plan(), CPU, Ranks())
     assert missing == {"name": "missing", "missing": "not installed (pip install it)"}
     assert there["pictures"] == 3 * 3 * 8
+
+
+def test_all_take_turns_until_each_has_enough() -> None:
+    """One whose times are dropped on the way takes more turns than the others, and begins to count anew."""
+    said: list[str] = []
+    counts = {"a": iter([1, 2, 3]), "b": iter([1, 0, 1, 2, 3]), "c": iter([3])}
+
+    def turn(name: str) -> int:
+        said.append(name)
+        return next(counts[name])
+
+    take_turns({name: partial(turn, name) for name in counts}, repeats=3)
+    assert "".join(said) == "abc" + "ab" + "ab" + "b" + "b"
+
+
+def test_a_gpu_is_kept_busy_until_all_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is called in which order; the times are the events'."""
+    said: list[Any] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            said.append("record")
+
+        def synchronize(self) -> None:
+            said.append("wait")
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end is not self
+            return 2.5
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("idle"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(cycles))
+    assert timing.elapsed_ms(lambda: said.append("work"), torch.device("cuda", 0), calls=3) == 2.5
+    assert said == ["idle", 3 * timing.SLEEP_CYCLES, "record", "work", "record", "wait"]
