@@ -93,6 +93,14 @@ def lend_cache() -> None:
                 os.environ[variable] = str(ours / Path(usual).name.removeprefix("."))
 
 
+def digest(*parts: bytes | memoryview, size: int = 8) -> bytes:
+    """A digest of so many bytes: the same for the same bytes, which the parts are one after another."""
+    hashed = hashlib.blake2b(digest_size=size)
+    for part in parts:
+        hashed.update(part)
+    return hashed.digest()
+
+
 @functools.cache
 def code_digest(*sources: str) -> str:
     """Changes when one of these source files does.
@@ -100,10 +108,7 @@ def code_digest(*sources: str) -> str:
     It goes into the name of whatever their code leaves in the cache, so that what an earlier version made is never
     taken for this one's.
     """
-    digest = hashlib.blake2b(digest_size=6)
-    for source in sources:
-        digest.update(Path(source).read_bytes())
-    return digest.hexdigest()
+    return digest(*(Path(source).read_bytes() for source in sources), size=6).hex()
 
 
 def require_writable(path: Path) -> None:

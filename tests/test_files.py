@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import hashlib
 import json
 import math
 import os
@@ -23,7 +24,7 @@ from hypothesis import strategies as st
 
 from fastflower import files
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, cache_dir, code_digest, lend_cache, remove_temporaries, to_json
+from fastflower.files import atomic_write, cache_dir, code_digest, digest, lend_cache, remove_temporaries, to_json
 from tests.conftest import ROOT, train_arguments
 
 
@@ -352,6 +353,12 @@ def without_undefined(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [without_undefined(item) for item in value]
     return None if isinstance(value, float) and (math.isnan(value) or math.isinf(value)) else value
+
+
+@given(st.lists(st.binary(max_size=300)), st.integers(1, 64))
+def test_a_digest_is_that_of_the_parts_together(parts: list[bytes], size: int) -> None:
+    expected = hashlib.blake2b(b"".join(parts), digest_size=size).digest()
+    assert digest(*parts, size=size) == digest(*(memoryview(part) for part in parts), size=size) == expected
 
 
 @given(plain_values)

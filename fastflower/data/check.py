@@ -14,7 +14,7 @@ from rich.table import Table
 from fastflower.arrays import Hashes, Ints, Strings
 from fastflower.config import SPLITS
 from fastflower.data.classes import MAX_CLASSES, class_names, listed_classes
-from fastflower.data.contents import digest
+from fastflower.data.contents import picture_digest
 from fastflower.data.decoding import BATCH, ShapeDecoder, has_header
 from fastflower.data.records import NO_LABEL, Progress, Records, concatenate, read_image
 from fastflower.data.sources import layout_of
@@ -151,7 +151,7 @@ def _examine(records: Records, threads: int, progress: Progress) -> tuple[Hashes
                     raise
                 unread[index] = f"cannot be read ({error.__cause__.strerror})"
             else:
-                digests[index] = digest(data)
+                digests[index] = picture_digest(data)
                 if has_header(data):
                     encoded[index] = data
         if encoded:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from fastflower.data import decoding
 from fastflower.data.decoding import is_sound, undecodable
 from fastflower.data.records import Contents, Progress, Records, read_image
 from fastflower.data.stamp import file_keys, require_unchanged
-from fastflower.files import atomic_write, cache_dir, code_digest
+from fastflower.files import atomic_write, cache_dir, code_digest, digest
 
 CHUNK = 256  # records that a thread reads in one go
 _ROW = np.dtype([("key", np.uint64), ("digest", np.uint64), ("sound", np.bool_)])
@@ -96,15 +95,15 @@ def require_pictures(splits: Sequence[Records], progress: Progress | None = None
     return splits
 
 
-def digest(encoded: Bytes) -> int:
+def picture_digest(encoded: Bytes) -> int:
     """Of the bytes of an encoded picture, below 2**64: equal for the same bytes, and for others in no data set."""
-    return int.from_bytes(hashlib.blake2b(encoded.data, digest_size=8).digest())
+    return int.from_bytes(digest(encoded.data))
 
 
 def _read(records: Records, indices: Ints, progress: Progress | None) -> tuple[Hashes, Bools]:
     def read(start: int) -> list[tuple[int, bool]]:
         pictures = (read_image(records, index) for index in indices[start : start + CHUNK].tolist())
-        return [(digest(encoded), is_sound(encoded)) for encoded in pictures]
+        return [(picture_digest(encoded), is_sound(encoded)) for encoded in pictures]
 
     digests, sound = np.zeros(len(indices), np.uint64), np.zeros(len(indices), bool)
     done = 0
@@ -133,9 +132,7 @@ def _shards(records: Records) -> dict[Path, Ints]:
     @functools.cache
     def shard(folder: str) -> Path:
         above = os.path.dirname(os.path.realpath(folder))
-        return (
-            cache_dir() / "contents" / f"{hashlib.blake2b(os.fsencode(code + above), digest_size=16).hexdigest()}.npy"
-        )
+        return cache_dir() / "contents" / f"{digest(os.fsencode(code + above), size=16).hex()}.npy"
 
     of_file = [shard(os.path.dirname(path)) for path in records.files]
     number = {path: i for i, path in enumerate(dict.fromkeys(of_file))}

@@ -7,7 +7,6 @@ markings, leaves), never color alone; all else in a picture is chance.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import math
 import shutil
@@ -25,7 +24,7 @@ from fastflower.arrays import Floats
 from fastflower.config import SPLITS
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, to_json
+from fastflower.files import atomic_write, digest, to_json
 
 PICTURES_PER_FILE = 240
 JPEG_QUALITY = 90
@@ -219,7 +218,7 @@ def _example(seed: int, split: str, index: int, size: int) -> dict[str, bytes | 
     label = int(np.random.default_rng((*stream, block, 1)).permutation(len(KINDS))[place])
     buffer = BytesIO()
     draw_flower(np.random.default_rng((*stream, index)), label, size).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    name = hashlib.blake2b(f"{seed} {split} {index}".encode(), digest_size=8).hexdigest()
+    name = digest(f"{seed} {split} {index}".encode()).hex()
     example: dict[str, bytes | int] = {"id": name.encode(), "image": buffer.getvalue()}
     return example if split == "test" else example | {"class": label}
 

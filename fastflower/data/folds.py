@@ -6,7 +6,6 @@ so along a chain of such records.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter, defaultdict
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fastflower.arrays import Bools, Ints
 from fastflower.data.contents import content_digests
 from fastflower.data.records import Progress, Records
 from fastflower.errors import UserError
+from fastflower.files import digest
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def hold_out(records: Records, folder: Ints, share: float, seed: int, progress: 
 
 def seeded_rank(seed: int, name: str) -> bytes:
     """Where a name comes in an order that the seed shuffles, whatever else is there."""
-    return hashlib.blake2b(os.fsencode(f"{seed}\0{name}"), digest_size=16).digest()
+    return digest(os.fsencode(f"{seed}\0{name}"), size=16)
 
 
 def duplicates(records: Records) -> list[Duplicate]:

@@ -5,12 +5,12 @@ Whatever is kept for some records (a checkpoint, predictions, folds) goes by thi
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 
 from fastflower.data.contents import content_digests
 from fastflower.data.records import Progress, Records
+from fastflower.files import digest
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ def identity(records: Records, progress: Progress | None = None) -> Identity:
     Raises:
         UserError: a record cannot be read.
     """
-    content = hashlib.blake2b(content_digests(records, progress).tobytes(), digest_size=8)
-    return Identity(len(records), names_digest(records), content.hexdigest())
+    content = digest(content_digests(records, progress).tobytes())
+    return Identity(len(records), names_digest(records), content.hex())
 
 
 def names_digest(records: Records) -> str:
     """The digest of their ids and classes, in their order, for which none is read."""
     ids = os.fsencode("\0".join(records.ids.tolist()))
-    return hashlib.blake2b(ids + records.labels.tobytes(), digest_size=8).hexdigest()
+    return digest(ids, records.labels.tobytes()).hex()

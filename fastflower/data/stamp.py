@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 from fastflower.errors import UserError
+from fastflower.files import digest
 
 
 class Stamp(NamedTuple):
@@ -39,12 +39,8 @@ class Stamp(NamedTuple):
 
 def cache_key(code: str, files: Iterable[Path], stamps: Iterable[Stamp], *columns: NDArray[Any]) -> str:
     """The name in the cache of what code of the digest `code` finds out about files, and what `columns` say of them."""
-    digest = hashlib.blake2b(code.encode(), digest_size=16)
-    for key in file_keys(files, stamps):
-        digest.update(key)
-    for column in columns:
-        digest.update(column.tobytes())
-    return digest.hexdigest()
+    parts = (code.encode(), *file_keys(files, stamps), *(column.tobytes() for column in columns))
+    return digest(*parts, size=16).hex()
 
 
 def file_keys(files: Iterable[Path], stamps: Iterable[Stamp]) -> Iterator[bytes]:
@@ -53,7 +49,7 @@ def file_keys(files: Iterable[Path], stamps: Iterable[Stamp]) -> Iterator[bytes]
     for path, stamp in zip(files, stamps, strict=True):
         folder, name = os.path.split(path)
         text = f"{settled(folder)}\0{name}\0{tuple(stamp)}"
-        yield hashlib.blake2b(os.fsencode(text), digest_size=16).digest()
+        yield digest(os.fsencode(text), size=16)
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,6 +12,7 @@ from fastflower.config import Config, DataConfig, build
 from fastflower.data.dataset import absolute
 from fastflower.data.view import Normalization
 from fastflower.errors import UserError
+from fastflower.files import digest
 from fastflower.runtime.checkpoint import load_checkpoint, weights_of
 from fastflower.runtime.run_folder import RunFolder
 
@@ -80,7 +80,7 @@ def open_trained(run: Path) -> Trained:
 
 def weights_digest(trained: Trained) -> str:
     """Tells the weights apart from those of any other checkpoint."""
-    digest = hashlib.blake2b(digest_size=8)
+    parts: list[bytes | memoryview] = []
     for name, tensor in trained.weights.items():
-        digest.update(name.encode() + tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        parts += [name.encode(), tensor.contiguous().view(-1).view(torch.uint8).numpy().data]
+    return digest(*parts).hex()

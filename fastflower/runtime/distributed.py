@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ import torch.distributed.nn
 
 from fastflower import machine
 from fastflower.errors import UserError
+from fastflower.files import digest
 from fastflower.runtime import launcher
 from fastflower.runtime.signals import Signals, Stopped, handling
 
@@ -194,7 +194,7 @@ def _is_said(sentence: str, store: dist.Store, ranks: Ranks) -> bool:
 
     Not by a collective, which a process that is gone or busy would not join.
     """
-    key = f"said/{hashlib.blake2b(sentence.encode(errors='surrogateescape'), digest_size=8).hexdigest()}"
+    key = f"said/{digest(sentence.encode(errors='surrogateescape')).hex()}"
     try:
         if ranks.is_main:
             store.set(key, "")
