@@ -68,7 +68,7 @@ def run(command: Command, console: Console) -> int:
     if command.out:
         around = circumstances(command, torch.device("cpu"), {"torchvision": torchvision.__version__})
         append(command.out, ({**row, **around} for row in rows))
-    console.print(table(rows))
+    console.print(costs_table(rows))
     return 0
 
 
@@ -91,7 +91,7 @@ def compare(name: str, size: int, peers: Any) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def costs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line for each network; the ratio is of our MACs to the published ones."""
     grid = Table(
         "model",

@@ -178,12 +178,12 @@ def copy_gb_per_s(device: torch.device, cache: int) -> float:
     return 2 * source.nbytes * calls / np.median(times[1:]).item() / 1e6
 
 
-def report_row(problem: Problem, found: Measured | str, copy: float) -> dict[str, Any]:
+def report_row(problem: Problem, result: Measured | str, copy: float) -> dict[str, Any]:
     """What is written about one contender at one layer."""
-    if isinstance(found, str):
-        return {"missing": found}
-    row: dict[str, Any] = {"errors": found.errors, "copies": found.copies}
-    directions = zip(*found.times, strict=True)
+    if isinstance(result, str):
+        return {"missing": result}
+    row: dict[str, Any] = {"errors": result.errors, "copies": result.copies}
+    directions = zip(*result.times, strict=True)
     moved = problem.layer.bytes_moved(problem.dtype)
     for name, times, bytes_ in zip(("forward", "backward"), directions, moved, strict=True):
         p20, median, p80 = np.quantile(times, (0.2, 0.5, 0.8)).tolist()
@@ -192,12 +192,12 @@ def report_row(problem: Problem, found: Measured | str, copy: float) -> dict[str
     return row
 
 
-def judge(problem: Problem, contenders: Sequence[Contender], found: Mapping[str, Measured | str]) -> Iterator[str]:
+def judge(problem: Problem, contenders: Sequence[Contender], results: Mapping[str, Measured | str]) -> Iterator[str]:
     """A sentence for each error of ours that is neither small nor near eager's."""
-    by_eager = found["eager"]
+    by_eager = results["eager"]
     assert isinstance(by_eager, Measured)
     for contender in contenders:
-        result = found[contender.name]
+        result = results[contender.name]
         if not contender.judged or isinstance(result, str):
             continue
         for name, error in result.errors.items():
@@ -262,7 +262,7 @@ def measure_all(command: Command, device: torch.device) -> tuple[list[dict[str, 
     for dtype, layer in track(todo, "measuring", console=Console(stderr=True), transient=True):
         problem = Problem(layer, DTYPES[dtype], device)
         try:
-            found = measure(problem, contenders, command.repeats, cache)
+            results = measure(problem, contenders, command.repeats, cache)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"{layer.kind} {list(layer.shape)} does not fit the GPU's memory: lower --batch."
@@ -271,9 +271,9 @@ def measure_all(command: Command, device: torch.device) -> tuple[list[dict[str, 
         where = {"kind": layer.kind, "shape": list(layer.shape), "layers": counts, "dtype": dtype}
         new = [
             {**where, "contender": name, **report_row(problem, result, around["copy_gb_per_s"]), **around}
-            for name, result in found.items()
+            for name, result in results.items()
         ]
-        wrong += judge(problem, contenders, found)
+        wrong += judge(problem, contenders, results)
         rows += new
         if command.out:
             append(command.out, new)

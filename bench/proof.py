@@ -35,17 +35,17 @@ def train(code: Path, run: Path, options: Sequence[str]) -> None:
 
 def differences(one: Path, other: Path) -> list[str]:
     """What differs between two run folders, a sentence each."""
-    found = []
+    sentences = []
     for number, (a, b) in enumerate(zip(_rows(one), _rows(other), strict=True), start=1):
-        found += [f"epoch {number}: {key} is {a.get(key)} and {b.get(key)}" for key in a if a[key] != b.get(key)]
+        sentences += [f"epoch {number}: {key} is {a.get(key)} and {b.get(key)}" for key in a if a[key] != b.get(key)]
     ours, theirs = (load_file(RunFolder(run).best_weights) for run in (one, other))
     for name in sorted(ours.keys() | theirs.keys()):
         if name not in ours or name not in theirs:
-            found.append(f"{name} is in one of them only")
+            sentences.append(f"{name} is in one of them only")
         elif not torch.equal(ours[name], theirs[name]):
             largest = (ours[name].double() - theirs[name].double()).abs().max()
-            found.append(f"{name} differs by at most {largest:.3g}")
-    return found
+            sentences.append(f"{name} differs by at most {largest:.3g}")
+    return sentences
 
 
 def _rows(run: Path) -> list[dict[str, Any]]:
@@ -68,11 +68,11 @@ def main(arguments: Sequence[str]) -> int:
                 train(code, Path(folder, name), options)
         finally:
             subprocess.run([*git, "remove", "--force", str(before)], check=True)
-        found = differences(Path(folder, "before"), Path(folder, "now"))
-    for sentence in found:
+        differing = differences(Path(folder, "before"), Path(folder, "now"))
+    for sentence in differing:
         print(sentence)
-    print(f"{len(found)} differences from {revision}." if found else f"The same as {revision}, bit for bit.")
-    return 1 if found else 0
+    print(f"{len(differing)} differences from {revision}." if differing else f"The same as {revision}, bit for bit.")
+    return 1 if differing else 0
 
 
 if __name__ == "__main__":

@@ -199,10 +199,10 @@ def list_accesses(ptx: str) -> list[tuple[int, int]]:
         reached = [address[1]] if address else []
         for register in reached:  # grows: back to where the address comes from
             reached += sources[register] - pointers - set(reached)
-        found = set().union(*(sources[register] & pointers for register in reached))
-        if width is None or len(found) != 1:
-            raise RuntimeError(f"{operation} {operands} cannot be read; it comes from parameters {sorted(found)}")
-        accesses.append((int(found.pop()), int(width[1] or 1) * int(width[2])))
+        parameters = set().union(*(sources[register] & pointers for register in reached))
+        if width is None or len(parameters) != 1:
+            raise RuntimeError(f"{operation} {operands} cannot be read; it comes from parameters {sorted(parameters)}")
+        accesses.append((int(parameters.pop()), int(width[1] or 1) * int(width[2])))
     return accesses
 
 

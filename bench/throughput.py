@@ -108,10 +108,10 @@ def measure_loader(command: LoaderCommand, config: Config, place: Place) -> list
     (decoded,) = open_cache(config.data.cache, [records], engine, place.ranks, display.say, display.follow)
     work = loaders.Work(records, config.data, engine, place.device, place.ranks, command.output, decoded)
     rows = measure(loaders.contenders(work, peers=command.peers), command, place.device, place.ranks)
-    found = {row["name"]: row for row in rows if "missing" not in row}
-    rows[0]["bottleneck"] = bottleneck.of_loader(found, loaders.transfer_s(work))
-    if limit := found.get(loaders.LIMIT):
-        for row in found.values():
+    measured = {row["name"]: row for row in rows if "missing" not in row}
+    rows[0]["bottleneck"] = bottleneck.of_loader(measured, loaders.transfer_s(work))
+    if limit := measured.get(loaders.LIMIT):
+        for row in measured.values():
             row["share_of_limit"] = row["images_per_s"] / limit["images_per_s"]
     return rows
 
@@ -177,7 +177,7 @@ def explain(row: Row, command: TrainCommand, config: Config, place: Place) -> st
         parts: dict[str, Make] = {loaders.OURS: partial(loaders.ours, work)}
         if work.decoded is None:
             parts[loaders.DECODE] = partial(loaders.decode_only, work)
-        alone = {found["name"]: found for found in measure(parts, plan, place.device, place.ranks)}
+        alone = {part["name"]: part for part in measure(parts, plan, place.device, place.ranks)}
         return bottleneck.of_loader(alone, loaders.transfer_s(work))
     alone_ms = None
     if place.ranks.world_size > 1 and not isinstance(command, EvalCommand):
@@ -194,9 +194,11 @@ def measure_overview(command: OverviewCommand, configs: Sequence[Config], place:
     """
     work = loops.loader_work(configs[0], place)
     makers = {loaders.OURS: partial(loaders.ours, work)} if work.decoded else loaders.contenders(work, peers=False)
-    named = {name: each for config in configs for name, each in by_name(command, config, place).items()}
+    named = {name: settings for config in configs for name, settings in by_name(command, config, place).items()}
     display = Display(Console(stderr=True), shown=place.ranks.is_main)
-    logged = {name: accuracy_of_a_run(command.run, each.model.name, display.say) for name, each in named.items()}
+    logged = {
+        name: accuracy_of_a_run(command.run, settings.model.name, display.say) for name, settings in named.items()
+    }
     logged = place.ranks.gather(logged)[0]  # so that all processes validate, or none
     trained: dict[str, tuple[Setup, State]] = {}
 
@@ -208,18 +210,18 @@ def measure_overview(command: OverviewCommand, configs: Sequence[Config], place:
         makers |= {f"{name}, step": partial(loops.training_alone, config, place)}
         makers |= {f"{name}, end to end": partial(end_to_end, name)}
     rows = measure(makers, command, place.device, place.ranks, ceiling_flops_per_s(place))
-    found = {row["name"]: row for row in rows if "missing" not in row}
-    loader, *decoders = (found[name] for name in (loaders.OURS, loaders.DECODE, loaders.LIMIT) if name in found)
+    measured = {row["name"]: row for row in rows if "missing" not in row}
+    loader, *decoders = (measured[name] for name in (loaders.OURS, loaders.DECODE, loaders.LIMIT) if name in measured)
     if decoders:  # of small pictures DALI, which decodes only what is kept, may be the faster one
         limit = max(decoders, key=lambda row: row["images_per_s"])
         loader |= {"limit": limit["name"], "limit_images_per_s": limit["images_per_s"]}
         loader["share_of_limit"] = loader["images_per_s"] / limit["images_per_s"]
     for name in named:
-        step, whole = found[f"{name}, step"], found[f"{name}, end to end"]
+        step, whole = measured[f"{name}, step"], measured[f"{name}, end to end"]
         for row in (step, whole):
             row["share_of_limit"] = row["mfu"]
         if bottleneck.is_loader(whole):
-            whole["bottleneck"] = bottleneck.of_loader(found, loaders.transfer_s(work))
+            whole["bottleneck"] = bottleneck.of_loader(measured, loaders.transfer_s(work))
         else:
             alone_ms = step["ms_per_step"] if place.ranks.world_size > 1 else None
             whole["bottleneck"] = bottleneck.of_network(whole, place.device, str(place.precision), alone_ms)
@@ -251,7 +253,7 @@ def run_mode(command: Command, console: Console) -> int:
         if isinstance(command, LoaderCommand):
             rows = measure_loader(command, config, place)
         else:
-            configs = [replace(each, data=config.data) for each in configs]
+            configs = [replace(settings, data=config.data) for settings in configs]
             if isinstance(command, OverviewCommand):
                 rows = measure_overview(command, configs, place)
             else:

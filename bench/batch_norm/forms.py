@@ -73,10 +73,10 @@ def list_forms(dtype: torch.dtype, c: int) -> list[Form]:
         for given, call in _launches(torch.empty(m, c, 1, 1, dtype=dtype, device="meta")):
             for form in _launched(given, call):
                 forms.setdefault(repr((form.kernel, form.signature, form.constants, form.options)), form)
-    found = {(form.kernel, name) for form in forms.values() for name in form.signature if name not in form.constants}
+    launched = {(form.kernel, name) for form in forms.values() for name in form.signature if name not in form.constants}
     kernels = {name: value for name, value in vars(triton_bn).items() if hasattr(value, "arg_names") and name[0] != "_"}
     pointers = {(name, arg) for name, kernel in kernels.items() for arg in kernel.arg_names if arg.endswith("_ptr")}
-    if missing := sorted(pointers - found):
+    if missing := sorted(pointers - launched):
         raise RuntimeError(f"no launch in {__file__} gives {missing}")
     return list(forms.values())
 

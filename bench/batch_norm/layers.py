@@ -131,10 +131,10 @@ class Problem:
 
     def inputs(self, data: Data) -> dict[str, Tensor]:
         """What gradients are taken of, by the gradient's name."""
-        found = {"dx": data.x, "dr": data.residual, "dgamma": self.norm.weight, "dbeta": self.norm.bias}
+        tensors = {"dx": data.x, "dr": data.residual, "dgamma": self.norm.weight, "dbeta": self.norm.bias}
         if self.residual_norm is not None:
-            found |= {"dgamma_r": self.residual_norm.weight, "dbeta_r": self.residual_norm.bias}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+            tensors |= {"dgamma_r": self.residual_norm.weight, "dbeta_r": self.residual_norm.bias}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def backward(self, data: Data, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """The gradients by name; frees the graph."""
@@ -168,14 +168,14 @@ class Problem:
     def errors(self, data: Data, forward: Forward) -> dict[str, float]:
         """Relative L2 errors of the output and of all gradients against float64."""
         outputs = forward(data)
-        found = {"y": outputs[0].detach(), **self.backward(data, outputs)}
-        squares = {name: torch.zeros(2, dtype=torch.float64, device=self.device) for name in found}
+        results = {"y": outputs[0].detach(), **self.backward(data, outputs)}
+        squares = {name: torch.zeros(2, dtype=torch.float64, device=self.device) for name in results}
         for part, z, leaves in self.reference(data):
             dy = torch.stack([dy[:, part].double() for dy in data.dys]).sum(0)
             y = F.relu(z)
             gradients = torch.autograd.grad(y, list(leaves.values()), dy)
             for name, exact in {"y": y.detach(), **dict(zip(leaves, gradients, strict=True))}.items():
-                computed = found[name][:, part] if exact.ndim == 4 else found[name][part]
+                computed = results[name][:, part] if exact.ndim == 4 else results[name][part]
                 squares[name] += torch.stack(((computed.double() - exact).square().sum(), exact.square().sum()))
         return {name: float((wrong / exact).sqrt()) for name, (wrong, exact) in squares.items()}
 

@@ -28,14 +28,14 @@ def last_run(path: Path) -> list[dict[str, Any]]:
     """The rows of the last run in a results file; UserError where it is none."""
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found = [row for row in rows if row["date"] == rows[-1]["date"] and row["contender"]]
+        last = [row for row in rows if row["date"] == rows[-1]["date"] and row["contender"]]
     except OSError as error:
         raise UserError(f"--from {path} cannot be read ({error.strerror}): name a results file.") from error
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"--from {path} holds no rows of this benchmark: name a results file of its.") from error
-    if not found:
+    if not last:
         raise UserError(f"--from {path} is empty: name a results file.")
-    return found
+    return last
 
 
 def show(rows: Sequence[Row], console: Console) -> None:
@@ -58,7 +58,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
 def layers_table(dtype: str, rows: Sequence[Row]) -> Table:
     """A line for each contender at each layer; the error is the largest, in units of the type's precision."""
     models = list(dict.fromkeys(model for row in rows for model in row["layers"]))
-    table = _table(f"{dtype}: {', '.join(models)}", "layers", "contender")
+    table = _new_table(f"{dtype}: {', '.join(models)}", "layers", "contender")
     for heading in ("forward", "backward"):
         table.add_column(f"{heading}\nms", justify="right", no_wrap=True)
     for heading in ("share of\na copy", "error\n/ eps"):
@@ -88,7 +88,7 @@ def layers_table(dtype: str, rows: Sequence[Row]) -> Table:
 def sums_table(dtype: str, rows: Sequence[Row]) -> Table:
     """Forward and backward of all measured layers of a network together, and the ratio to torch.compile's time."""
     sums = network_sums(rows)
-    table = _table(f"{dtype}: whole networks", "contender")
+    table = _new_table(f"{dtype}: whole networks", "contender")
     for model in sums:
         norms = sum(
             row["layers"].get(model, 0) * (2 if row["kind"].startswith("dual") else 1)
@@ -107,7 +107,7 @@ def sums_table(dtype: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _table(title: str, *headings: str) -> Table:
+def _new_table(title: str, *headings: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE, show_edge=False, pad_edge=False)
     for heading in headings:
         table.add_column(heading, no_wrap=True)

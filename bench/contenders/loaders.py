@@ -23,6 +23,7 @@ from bench.contenders.pictures import Pictures, decode_by_pil, decode_by_torchvi
 from bench.harness.common import CORES, need
 from bench.harness.timing import Contender, Make, elapsed_ms
 from bench.rates.options import Output
+from fastflower.arrays import Bytes
 from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded
 from fastflower.data.decoding import decode
@@ -84,19 +85,19 @@ class Work:
 
 def contenders(work: Work, *, peers: bool) -> dict[str, Make]:
     """Ours, also from decoded pictures where it has them, the decoders alone, and the peers."""
-    found: dict[str, Make] = {OURS: partial(ours, replace(work, decoded=None)), DECODE: partial(decode_only, work)}
+    makers: dict[str, Make] = {OURS: partial(ours, replace(work, decoded=None)), DECODE: partial(decode_only, work)}
     if work.decoded:
-        found[CACHED] = partial(ours, work)
+        makers[CACHED] = partial(ours, work)
     if work.engine.device == "cpu":
-        found[LIMIT] = partial(limit, work)
+        makers[LIMIT] = partial(limit, work)
     if peers:
-        found |= {
+        makers |= {
             "DataLoader, PIL and torchvision": partial(pil, work),
             "DataLoader, torchvision v2 on tensors": partial(tensors, work),
             "DALI, separate operators": partial(separate_operators, work),
             "DataLoader, timm's": partial(timms, work),
         }
-    return found
+    return makers
 
 
 def ours(work: Work, batch: int) -> Contender:
@@ -230,7 +231,7 @@ def timms(work: Work, batch: int) -> Contender:
     return dataloader(work, batch, dataset, timm.fast_collate, normalize)
 
 
-def pictures(work: Work, decode: Callable[[np.ndarray], Any], transforms: Any, finish: list[Any]) -> Pictures:
+def pictures(work: Work, decode: Callable[[Bytes], Any], transforms: Any, finish: list[Any]) -> Pictures:
     """The data set: decoded, then resized, cropped and flipped by a torchvision module, then what `finish` does."""
     steps = [transforms.RandomCrop(work.data.crop), transforms.RandomHorizontalFlip(), *finish]
     resize = transforms.functional.resize

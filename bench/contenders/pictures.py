@@ -8,11 +8,11 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
-import numpy as np
 import PIL.Image
 import torch
 from torch.utils.data import Dataset
 
+from fastflower.arrays import Bytes
 from fastflower.data.records import Records, read_image
 
 Resize = Callable[[Any, list[int]], Any]  # a picture to this shorter side
@@ -25,7 +25,7 @@ class Pictures(Dataset[tuple[Any, int]]):
         self,
         records: Records,
         scale: tuple[int, int],
-        decode: Callable[[np.ndarray], Any],
+        decode: Callable[[Bytes], Any],
         resize: Resize,
         transform: Callable[[Any], Any],
     ) -> None:
@@ -38,13 +38,13 @@ class Pictures(Dataset[tuple[Any, int]]):
         return self.transform(self.resize(picture, [shorter])), int(self.records.labels[index])
 
 
-def decode_by_pil(encoded: np.ndarray) -> PIL.Image.Image:
-    """An RGB picture of encoded bytes [length] uint8."""
+def decode_by_pil(encoded: Bytes) -> PIL.Image.Image:
+    """An RGB picture of encoded bytes [length]."""
     return PIL.Image.open(BytesIO(encoded.tobytes())).convert("RGB")
 
 
-def decode_by_torchvision(encoded: np.ndarray) -> torch.Tensor:
-    """RGB uint8 [3, H, W] of encoded bytes [length] uint8: libjpeg-turbo's work for a JPEG."""
+def decode_by_torchvision(encoded: Bytes) -> torch.Tensor:
+    """RGB uint8 [3, H, W] of encoded bytes [length]: libjpeg-turbo's work for a JPEG."""
     from torchvision import io
 
     return io.decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), io.ImageReadMode.RGB)

@@ -42,14 +42,14 @@ def circumstances(command: object, device: torch.device, versions: Mapping[str, 
 
     `versions` are added to those of `fastflower.environment.environment`.
     """
-    found = environment(device)
-    machine = {name: found.pop(name) for name in ("cpu", "gpu", "cores")}
+    surroundings = environment(device)
+    machine = {name: surroundings.pop(name) for name in ("cpu", "gpu", "cores")}
     git = shlex.join(["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"])
     failed, commit = subprocess.getstatusoutput(git)
     return {
         "settings": {key: _without_paths(value) for key, value in vars(command).items()},
-        "machine": machine | {"threads": found.pop("torch_threads"), "load": os.getloadavg()[0]},
-        "versions": {**found, **versions},
+        "machine": machine | {"threads": surroundings.pop("torch_threads"), "load": os.getloadavg()[0]},
+        "versions": {**surroundings, **versions},
         "commit": None if failed else commit,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -35,8 +35,8 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
 
 
 def _random(*shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    made = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    return [each.to(memory_format=torch.channels_last) if each.ndim == 4 else each for each in made]
+    tensors = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    return [tensor.to(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor for tensor in tensors]
 
 
 def _rate(flops: int, product: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> float:

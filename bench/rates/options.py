@@ -173,7 +173,7 @@ def configure(command: Command, world_size: int) -> list[Config]:
     settings = merge(below, given)
     names = dict.fromkeys(options.get("models", ()))
     named = [merge(settings, {"model": {"name": name}}) for name in names] or [settings]
-    return [resolve(build(each, "command line")) for each in named]
+    return [resolve(build(of_network, "command line")) for of_network in named]
 
 
 def _below(command: ModelCommand | TrainCommand | EvalCommand, root: object) -> Mapping[str, Any]:
@@ -193,7 +193,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 def settled(command: C, config: Config, dtype: str) -> C:
     """The command with what its options left to the run or to defaults, so that results tell what was measured."""
     data = config.data
-    found = {key: getattr(data, key) for key in ("root", "sizes", "crop", "scale", "cache", "val_resize")}
-    found |= {"size": data.crop, "models": (config.model.name,), "norm": config.model.norm, "dtype": dtype}
-    open_ = {key: value for key, value in vars(command).items() if key in found and value in (None, ())}
-    return replace(command, **{key: found[key] for key in open_})
+    taken = {key: getattr(data, key) for key in ("root", "sizes", "crop", "scale", "cache", "val_resize")}
+    taken |= {"size": data.crop, "models": (config.model.name,), "norm": config.model.norm, "dtype": dtype}
+    open_ = {key: value for key, value in vars(command).items() if key in taken and value in (None, ())}
+    return replace(command, **{key: taken[key] for key in open_})
