@@ -13,7 +13,6 @@ from functools import partial
 from itertools import count, islice
 from typing import Any
 
-import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode
