@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from io import BytesIO, StringIO
 from pathlib import Path
 from typing import Any
@@ -32,6 +30,7 @@ from fastflower import cli
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.models import Norm
 from fastflower.models.layers import BNReLU
+from tests.processes import Result
 
 torch.set_num_threads(1)  # the tests' networks are too small for more
 settings.register_profile("the same each time", derandomize=True)
@@ -155,15 +154,6 @@ def small(tmp_path: Path) -> Path:
     return write_dataset(tmp_path / "small", {"train": 48, "val": 20})
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
 def fastflower(*arguments: object) -> Result:
     """Run the command line in this process."""
     out, err = StringIO(), StringIO()
@@ -176,22 +166,6 @@ def fastflower(*arguments: object) -> Result:
         patch.setattr(sys, "argv", ["fastflower", *map(str, arguments)])
         cli.main()
     return Result(stop.value.code if isinstance(stop.value.code, int) else 0, out.getvalue(), err.getvalue())
-
-
-def torchrun(
-    script: Path, *arguments: object, limit_s: int, environment: dict[str, str]
-) -> subprocess.CompletedProcess[str]:
-    """Run a script in two processes of one thread each on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run(
-        [*command, "--", str(script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=limit_s,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
-        check=False,
-    )
 
 
 def train_arguments(root: Path, run: Path | None) -> list[object]:

@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -36,15 +35,13 @@ def command(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess
     )
 
 
-def test_help_answers_in_under_a_second() -> None:
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        result = command("--help")
-        times.append(time.perf_counter() - began)
-        assert result.returncode == 0
-        assert "train" in result.stdout
-    assert min(times) < 1, times  # the least disturbed of five, since tests share the machine
+def test_help_takes_less_than_a_second_of_processor_time() -> None:
+    before = os.times()
+    result = command("--help")
+    after = os.times()
+    assert result.returncode == 0
+    assert "train" in result.stdout
+    assert after.children_user - before.children_user + after.children_system - before.children_system < 1
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +30,11 @@ def run(cwd: Path, path: Path | None = None) -> tuple[int, dict[str, dict[str, A
     return result.returncode, {finding["item"]: finding for finding in json.loads(result.stdout)}
 
 
-def test_it_says_what_is_here_in_little_time(tmp_path: Path) -> None:
-    times = []
-    for _ in range(2):
-        began = time.perf_counter()
-        code, findings = run(tmp_path)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 10
+def test_it_says_what_is_here_in_little_processor_time(tmp_path: Path) -> None:
+    before = os.times()
+    code, findings = run(tmp_path)
+    after = os.times()
+    assert after.children_user - before.children_user + after.children_system - before.children_system < 10
     assert code == 0
     assert findings["torch"]["value"] == torch.__version__
     assert findings["DALI"]["value"] == dali.__version__

@@ -318,13 +318,21 @@ def test_commands_work_where_no_home_can_be_written(named: bool, no_home: Path, 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(no_home)}
     if named:
         environment["FASTFLOWER_CACHE"] = "/dev/null/cache"
-    worker = [sys.executable, str(ROOT / "tests/training/tiny_worker.py")]
     run = tmp_path / "run"
-    for words in ([*train_arguments(small, run), "--train.epochs", 1], ["eval", run], ["data", "check", small]):
-        command = [*worker, *map(str, words)]
-        options = {"capture_output": True, "text": True, "env": environment, "cwd": tmp_path / "here"}
-        done = subprocess.run(command, **options, timeout=120, check=False)  # type: ignore[call-overload]
-        assert (done.returncode, done.stderr) == (0, "")
+    commands = ([*train_arguments(small, run), "--train.epochs", 1], ["eval", run], ["data", "check", small])
+    program = f"""
+import sys
+from tests.training.tiny_worker import main
+for words in {[list(map(str, words)) for words in commands]}:
+    sys.argv[1:] = words
+    try:
+        main()
+    except SystemExit as end:
+        assert not end.code, end.code
+"""
+    command, here = [sys.executable, "-c", program], tmp_path / "here"
+    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
     assert not list((tmp_path / "here").iterdir()), "such as a folder named ~"
     assert (no_home / f"fastflower-{os.getuid()}/index").is_dir() != named
 

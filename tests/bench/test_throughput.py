@@ -19,7 +19,8 @@ from bench.contenders.loaders import CACHED, DECODE, LIMIT
 from bench.harness.timing import Contender
 from bench.rates.options import LOCAL
 from bench.throughput import main
-from tests.conftest import ROOT, TinyNet, fastflower, torchrun, train_arguments
+from tests.conftest import ROOT, TinyNet, fastflower, train_arguments
+from tests.processes import torchrun
 
 pytestmark = pytest.mark.usefixtures("on_a_small_cpu")
 KEYS = {"mode", "name", "images_per_s", "spread", "ms_per_step", "pictures", "machine", "versions", "commit", "date"}

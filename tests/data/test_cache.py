@@ -23,7 +23,9 @@ from fastflower.data.view import IMAGENET, Engine
 from fastflower.errors import UserError
 from fastflower.machine import Memory
 from fastflower.runtime.distributed import Ranks
-from tests.conftest import READABLE, ROOT, fastflower, torchrun, train_arguments, write_folders
+from tests.conftest import READABLE, fastflower, train_arguments, write_folders
+from tests.processes import in_ranks
+from tests.training import tiny_worker
 from tests.training.test_run import without_times
 
 CPU, ALONE = torch.device("cpu"), Ranks()
@@ -132,9 +134,9 @@ def test_two_processes_share_memory_and_leave_none(folders: Path, tmp_path: Path
     rows = []
     for choice in ("off", "ram"):
         arguments = [*train_arguments(folders, tmp_path / choice), "--train.epochs", 1, "--data.cache", choice]
-        done = torchrun(ROOT / "tests/training/tiny_worker.py", *arguments, limit_s=120, environment={})
-        assert done.returncode == 0, done.stderr
+        done = in_ranks(tiny_worker.main, *arguments)
+        assert done.code == 0, done.err
         rows.append(without_times(tmp_path / choice))
     assert rows[0] == rows[1]
-    assert "Keeping the decoded pictures in host memory" in done.stdout
+    assert "Keeping the decoded pictures in host memory" in done.out
     assert {name for name in set(os.listdir("/dev/shm")) - before if name.startswith("fastflower-")} == set()

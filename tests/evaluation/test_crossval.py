@@ -20,7 +20,9 @@ from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.lock import own_folder
 from fastflower.training.metrics import TrainingSums
-from tests.conftest import ROOT, example, fastflower, jpeg, torchrun, train_arguments, write_dataset
+from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset
+from tests.processes import in_ranks
+from tests.training import tiny_worker
 from tests.training.test_left_out import GIVEN, checked, spoil
 from tests.training.test_resume import signal_at
 from tests.training.test_run import rows, without_times
@@ -203,9 +205,8 @@ def test_views_and_several_sizes(tmp_path: Path, tiny_net: None) -> None:
 
 def test_two_processes_cross_validate_too(data: Path, tmp_path: Path, tiny_net: None) -> None:
     run = tmp_path / "two"
-    worker = ROOT / "tests/training/tiny_worker.py"
-    done = torchrun(worker, *arguments(data, run, "--test"), limit_s=240, environment={})
-    assert done.returncode == 0, done.stderr
+    done = in_ranks(tiny_worker.main, *arguments(data, run, "--test"))
+    assert done.code == 0, done.err
     assert json.loads((run / "cv.json").read_text())["together"]["n"] == 42
     assert len(read_predictions(run / "predictions-test.parquet").ids) == 5
     shutil.rmtree(run)

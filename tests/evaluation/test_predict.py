@@ -16,9 +16,9 @@ from fastflower.data.selection import largest_of_each
 from fastflower.data.sources.kaggle import load_files, load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.evaluation.predictions import read_predictions
-from tests.conftest import ROOT, example, fastflower, jpeg, torchrun, train_arguments, write_dataset, write_folders
-
-WORKER = ROOT / "tests/training/tiny_worker.py"
+from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset, write_folders
+from tests.processes import in_ranks
+from tests.training import tiny_worker
 
 
 def trained(root: Path, run: Path, *options: object) -> Path:
@@ -134,8 +134,8 @@ def test_files_do_not_depend_on_batches_processes_or_the_order_of_files(run: Pat
         assert found[0] == rows
         np.testing.assert_allclose(found[1], probabilities, atol=1e-6)
     arguments = ("predict", run, "--out", tmp_path / "two.parquet", "--submission", tmp_path / "two.csv")
-    done = torchrun(WORKER, *arguments, limit_s=120, environment={})
-    assert done.returncode == 0, done.stderr
+    done = in_ranks(tiny_worker.main, *arguments)
+    assert done.code == 0, done.err
     assert submission(tmp_path / "two.csv") == rows
     folder = sized / "tfrecords-jpeg-48x48/test"
     records = [example(33 + i, None, jpeg(48, 48, 33 + i)) for i in range(7)]

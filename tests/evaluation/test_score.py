@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fastflower.runtime.checkpoint import load_checkpoint, save_checkpoint
-from tests.conftest import ROOT, TinyNet, fastflower, torchrun, train_arguments, write_dataset
+from tests.conftest import ROOT, TinyNet, fastflower, train_arguments, write_dataset
+from tests.processes import in_ranks
+from tests.training import tiny_worker
 
 FIRST = "000034"  # of the brightest class, the first in val
 COMMANDS = [
@@ -72,11 +74,11 @@ def test_the_run_and_the_first_record_are_named_and_nothing_is_written(
 def test_outputs_overflow_alike_on_two_processes(run: Path, tmp_path: Path) -> None:
     path = with_weights(run, lambda model: model["fc.weight"].fill_(3e38))
     command = ("predict", path, "--out", tmp_path / "out.parquet", "--submission", tmp_path / "out.csv")
-    done = torchrun(ROOT / "tests/training/tiny_worker.py", *command, limit_s=120, environment={})
-    assert done.returncode != 0
-    assert done.stderr.count("gives outputs that are not finite") == 1
-    assert "the first being " in done.stderr
-    assert "(id 000044)" in done.stderr
+    done = in_ranks(tiny_worker.main, *command)
+    assert done.code == 2
+    assert done.err.count("gives outputs that are not finite") == 1
+    assert "the first being " in done.err
+    assert "(id 000044)" in done.err
     assert not list(tmp_path.glob("out*"))
 
 

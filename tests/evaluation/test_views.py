@@ -26,7 +26,9 @@ from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
 from fastflower.evaluation.views import Views, log_mean_probabilities, window_of
 from fastflower.models import create_model
-from tests.conftest import READABLE, ROOT, TinyNet, fastflower, jpeg, torchrun, train_arguments, write_folders
+from tests.conftest import READABLE, TinyNet, fastflower, jpeg, train_arguments, write_folders
+from tests.processes import in_ranks
+from tests.training import tiny_worker
 
 CPU = torch.device("cpu")
 
@@ -226,6 +228,6 @@ def test_bad_options_are_sentences(run: Path) -> None:
 
 @pytest.mark.parametrize("views", [(), ("--crops", 10), ("--scales", "32,48")])
 def test_two_processes_give_one_processes_figures(run: Path, views: tuple[object, ...]) -> None:
-    done = torchrun(ROOT / "tests/training/tiny_worker.py", "eval", run, *views, "--json", limit_s=120, environment={})
-    assert done.returncode == 0, done.stderr
-    assert numbers(done.stdout) == pytest.approx(evaluated(run, *views), rel=1e-6)
+    done = in_ranks(tiny_worker.main, "eval", run, *views, "--json")
+    assert done.code == 0, done.err
+    assert numbers(done.out) == pytest.approx(evaluated(run, *views), rel=1e-6)

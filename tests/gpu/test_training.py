@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -108,7 +107,6 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     """The built-in flowers, three epochs with everything on; then one more, and the same figures from eval."""
     root, run = tmp_path / "flowers", tmp_path / "run"
     assert fastflower("data", "demo", root).code == 0
-    began = time.monotonic()
     arguments = ("train", "--config", "demo", "--data.root", root, "--run", run, "--amp", "--train.epochs")
     result = fastflower(*arguments, 3)
     assert result.code == 0, result.err
@@ -120,4 +118,3 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     assert figures["loss"] == pytest.approx(best["val_loss"], rel=1e-3)
     assert fastflower("train", "--resume", run, "--train.epochs", 4).code == 0
     assert len(rows(run)) == 4
-    assert time.monotonic() - began < 240

@@ -1,4 +1,4 @@
-"""Statistics over ranks, checked in processes that torchrun starts against one float64 computation of all batches."""
+"""Statistics over ranks, checked in processes of their own against one float64 computation of all batches."""
 
 from __future__ import annotations
 
@@ -109,9 +109,10 @@ def check_no_thread_is_left() -> None:
     assert not [name for name in threads if "gloo" in name], threads
 
 
-if __name__ == "__main__":
+def main() -> None:
     torch.set_num_threads(1)
     with processes(torch.device("cpu")):
+        torch.optim.SGD(nn.Linear(1, 1).parameters())  # imports parts of torch that could hold on to the group
         check_evaluation_is_local()
         for form in ("plain", "residual", "dual"):
             check_operation(form, sizes=[3, 1], height=3)
@@ -120,3 +121,7 @@ if __name__ == "__main__":
             check_network(compiled=False)
             check_network(compiled=True)
     check_no_thread_is_left()
+
+
+if __name__ == "__main__":
+    main()

@@ -64,7 +64,7 @@ def read(path: Path) -> list[dict[str, str]]:
 @pytest.mark.parametrize(
     ("sms", "channels", "dtypes"),
     [
-        (SMS, ("64",), ("bf16",)),
+        (("75", "90"), ("64",), ("bf16",)),
         (("75", "90"), ("65",), ("fp32",)),  # rows that begin anywhere
         pytest.param(SMS, ("64", "65", "100"), ("bf16", "fp16", "fp32"), marks=pytest.mark.slow),
         pytest.param(

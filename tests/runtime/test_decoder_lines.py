@@ -16,6 +16,8 @@ from PIL import Image
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.runtime.decoder_lines import pass_on
 from tests.conftest import ROOT, example, train_arguments, write_dataset
+from tests.processes import in_process
+from tests.training import tiny_worker
 
 OURS = [
     b"error: /data/val/3.jpg cannot be decoded as a picture\n",
@@ -117,18 +119,16 @@ def test_commands_name_the_record_instead(tmp_path: Path) -> None:
     records[1]["image"] = buffer.getvalue()[:2000]
     file = root / "tfrecords-jpeg-40x40/train/02-40x40-4.tfrec"
     write_tfrecord(file, records)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for words, code in (
         (["data", "check", root], 1),
         ([*train_arguments(root, tmp_path / "run"), "--train.epochs", 1], 2),
         (["data", "stats", root], 2),
         (["data", "check", root, "--debug"], 1),
     ):
-        command = [sys.executable, str(ROOT / "tests/training/tiny_worker.py"), *map(str, words)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == code, done.stderr
-        assert f"{file}, record 1 (id 000101)" in done.stdout + done.stderr
+        done = in_process(tiny_worker.main, *words)
+        assert done.code == code, done.err
+        assert f"{file}, record 1 (id 000101)" in done.out + done.err
         if "--debug" in words:
-            assert "[nvbmp_decoder]" in done.stderr
+            assert "[nvbmp_decoder]" in done.err
         else:
-            assert len(done.stderr.splitlines()) == (code == 2)
+            assert len(done.err.splitlines()) == (code == 2)

@@ -23,7 +23,8 @@ from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.lock import own_folder
 from fastflower.training.metrics import TrainingSums
 from tests.conftest import ROOT, fastflower, train_arguments
-from tests.training.test_distributed import train_in_ranks
+from tests.processes import in_ranks
+from tests.training import tiny_worker
 from tests.training.test_resume import signal_at
 from tests.training.test_run import rows
 
@@ -135,10 +136,10 @@ def test_a_second_training_is_refused_until_the_first_is_gone(finished: Path, sm
 
 def test_every_rank_learns_of_a_refusal(small: Path, tmp_path: Path) -> None:
     with claimed(tmp_path / "run") as folder:
-        result = train_in_ranks(*train_arguments(small, folder.path))
-        assert result.returncode
-        assert result.stderr.count(f"is training in {folder.path}:") == 1, "only the main rank speaks"
-        assert "Traceback" not in result.stderr.split("torch/distributed")[0]
+        result = in_ranks(tiny_worker.main, *train_arguments(small, folder.path))
+        assert result.code == 2
+        assert result.err.count(f"is training in {folder.path}:") == 1, "only the main rank speaks"
+        assert "Traceback" not in result.err
         assert os.listdir(folder.path) == [lock.LOCK]
 
 

@@ -16,12 +16,13 @@ import yaml
 
 from fastflower.data.view import IMAGENET
 from fastflower.runtime.checkpoint import load_checkpoint, save_checkpoint, save_weights
-from tests.conftest import fastflower, torchrun, train_arguments
+from tests.conftest import fastflower, train_arguments
 from tests.models.test_pretrained import assert_same, assert_starts_from, opened, refusal, tiny_weights
+from tests.processes import in_ranks
+from tests.training import tiny_worker
 from tests.training.test_run import assert_same_run, rows
 
 pytestmark = pytest.mark.usefixtures("tiny_net")
-WORKER = Path(__file__).with_name("tiny_worker.py")
 IMAGENETS = {"mean": list(IMAGENET.mean), "std": list(IMAGENET.std)}
 
 
@@ -121,9 +122,9 @@ def test_two_processes_download_once(small: Path, tmp_path: Path, weights_file: 
         address = f"http://127.0.0.1:{server.server_port}/{name}"
         environment = {"TINY_WEIGHTS": address, "TORCH_HOME": str(tmp_path / "home"), "no_proxy": "127.0.0.1"}
         training = arguments(small, tmp_path / "run", "IMAGENET1K_V1")
-        result = torchrun(WORKER, *training, limit_s=120, environment=environment)
+        result = in_ranks(tiny_worker.main, *training, **environment)
         server.shutdown()
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.err
     assert asked == [f"/{name}"]
-    assert result.stdout.count(f"Downloading {address}") == 1
+    assert result.out.count(f"Downloading {address}") == 1
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["normalization"] == IMAGENETS

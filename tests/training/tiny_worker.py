@@ -1,4 +1,4 @@
-"""The command line with a TinyNet, for processes that torchrun starts; says afterwards what each rank ended with.
+"""The command line with a TinyNet, for processes of their own; says afterwards what each rank ended with.
 
 TINY_SIGNAL="rank:step:number" sends that rank the signal in that step, SIGTERM without a number; TINY_CRASH="rank:step"
 raises there.
@@ -22,12 +22,16 @@ from fastflower.training import run as commands
 from fastflower.training.metrics import TrainingSums
 from tests.conftest import TinyNet
 
-RANK = int(os.environ.get("RANK", "0"))
+original_add, original_train = TrainingSums.add, commands.train
+
+
+def own_rank() -> int:
+    return int(os.environ.get("RANK", "0"))
 
 
 def at_step(variable: str) -> int:
     rank, step, *_ = os.environ.get(variable, "-1:-1").split(":")
-    return int(step) if int(rank) == RANK else -1
+    return int(step) if int(rank) == own_rank() else -1
 
 
 def add(self: TrainingSums, loss: Any, logits: Any, labels: Any, step: int, lr: float) -> None:
@@ -45,11 +49,10 @@ def train(setup: Any, state: Any, folder: Any, display: Any) -> None:
         tensor.numpy().tobytes() for net in (state.network, state.validated) for tensor in net.state_dict().values()
     )
     end = {"lr": state.schedule.lr, "weights": hashlib.sha256(weights).hexdigest(), "step": state.step}
-    (Path(folder.path) / f"rank{RANK}.json").write_text(json.dumps(end))
+    (Path(folder.path) / f"rank{own_rank()}.json").write_text(json.dumps(end))
 
 
-if __name__ == "__main__":
-    original_add, original_train = TrainingSums.add, commands.train
+def main() -> None:
     TrainingSums.add = add  # type: ignore[method-assign]
     commands.train = train
     network.create_model = TinyNet
@@ -57,3 +60,7 @@ if __name__ == "__main__":
         pretrained.URL, _, name = os.environ["TINY_WEIGHTS"].rpartition("/")
         NETWORKS["resnet18"] = replace(NETWORKS["resnet18"], weights={"IMAGENET1K_V1": name})
     cli.main()
+
+
+if __name__ == "__main__":
+    main()
