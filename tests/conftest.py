@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from io import BytesIO, StringIO
@@ -203,9 +204,38 @@ def tiny_net(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastflower.training.network.create_model", TinyNet)
 
 
+@contextlib.contextmanager
+def shared_run(folder: Path, *options: object) -> Iterator[Path]:
+    """A TinyNet's run on folder/data. Tests read both, or copy the run by `copy_run`; who writes there is found out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTFLOWER_CACHE", str(folder / "cache"))
+        patch.setattr("fastflower.training.setup.create_model", TinyNet)
+        assert fastflower(*train_arguments(folder / "data", folder / "run"), *options).code == 0
+    before = contents(folder)
+    yield folder / "run"
+    assert contents(folder) == before, "a test has written where all of them read"
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """The bytes of each file below a folder."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_run(run: Path, to: Path) -> Path:
+    """A test's own copy of a run, whose data stay shared."""
+    return Path(shutil.copytree(run, to))
+
+
+@pytest.fixture(scope="session")
+def shared_finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The run that `finished` is a copy of."""
+    folder = tmp_path_factory.mktemp("finished")
+    write_dataset(folder / "data", {"train": 48, "val": 20})
+    with shared_run(folder, "--train.epochs", 2) as run:
+        yield run
+
+
 @pytest.fixture
-def finished(small: Path, tmp_path: Path, tiny_net: None) -> Path:
-    """A run of two epochs."""
-    run = tmp_path / "finished"
-    assert fastflower(*train_arguments(small, run), "--train.epochs", "2").code == 0
-    return run
+def finished(shared_finished: Path, tmp_path: Path, tiny_net: None) -> Path:
+    """A run of two epochs on pictures as `small` has them, for a test to change."""
+    return copy_run(shared_finished, tmp_path / "finished")

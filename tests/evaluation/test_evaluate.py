@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score
 
@@ -15,30 +14,21 @@ from fastflower.evaluation.predictions import read_predictions
 from tests.conftest import fastflower, train_arguments, write_dataset
 
 
-@pytest.fixture
-def run(tmp_path: Path, tiny_net: None) -> Path:
-    """A run on classes 0, 1 and 2, without names."""
-    root = write_dataset(tmp_path / "data", {"train": 32, "val": 12, "test": 4})
-    made = tmp_path / "run"
-    assert fastflower(*train_arguments(root, made), "--train.epochs", 1).code == 0
-    return made
-
-
 def table(path: Path) -> list[list[str]]:
     with path.open(newline="") as file:
         return list(csv.reader(file))
 
 
-def test_eval_writes_where_the_network_errs(run: Path, tmp_path: Path) -> None:
+def test_eval_writes_where_the_network_errs(finished: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("rose\ntulip, red\ndaisy\n")
-    result = fastflower("eval", run, "--names", names)
+    result = fastflower("eval", finished, "--names", names)
     assert result.code == 0, result.err
-    assert f"Confusion matrix, classes and mistakes: {run / 'eval-val'}" in result.out
+    assert f"Confusion matrix, classes and mistakes: {finished / 'eval-val'}" in result.out
     assert "tulip, red" in result.out
-    assert fastflower("predict", run, "--split", "val").code == 0
-    found = read_predictions(run / "predictions-val.parquet")
-    folder = run / "eval-val"
+    assert fastflower("predict", finished, "--split", "val").code == 0
+    found = read_predictions(finished / "predictions-val.parquet")
+    folder = finished / "eval-val"
     header, *rows = table(folder / "confusion.csv")
     assert header[1:] == ["rose", "tulip, red", "daisy"]
     wanted = confusion_matrix(found.labels, found.likeliest, labels=range(3))
@@ -47,7 +37,7 @@ def test_eval_writes_where_the_network_errs(run: Path, tmp_path: Path) -> None:
     f1 = f1_score(found.labels, found.likeliest, labels=range(3), average=None, zero_division=0)
     np.testing.assert_allclose([float(row[3]) for row in classes], f1)
     figures = json.loads((folder / "figures.json").read_text())
-    printed = json.loads(fastflower("eval", run, "--json").out)
+    printed = json.loads(fastflower("eval", finished, "--json").out)
     assert figures == printed | {"ece": figures["ece"]}
     assert f"ece {figures['ece']:.4g}" in result.out
     assert list(figures) == ["split", "n", "loss", "accuracy", "top5", "macro_f1", "ece"]
@@ -71,27 +61,27 @@ def test_names_come_from_the_data_where_it_has_them(tmp_path: Path, tiny_net: No
     assert "pink primrose" in pictures.out or not list(tmp_path.glob("out/*.jpg"))
 
 
-def test_bad_names_stop_before_the_evaluation(run: Path, tmp_path: Path) -> None:
+def test_bad_names_stop_before_the_evaluation(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "two.txt").write_text("rose\ntulip\n")
-    refused = fastflower("eval", run, "--names", tmp_path / "two.txt")
+    refused = fastflower("eval", finished, "--names", tmp_path / "two.txt")
     assert refused.code == 2
     assert "has 2 class names for 3 classes" in refused.err
-    assert not (run / "eval-val").exists()
+    assert not (finished / "eval-val").exists()
 
 
-def test_a_folder_that_cannot_be_written_costs_no_figures(run: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_costs_no_figures(finished: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    result = fastflower("eval", run, "--json", "--out", tmp_path / "file" / "out")
+    result = fastflower("eval", finished, "--json", "--out", tmp_path / "file" / "out")
     assert result.code == 2
-    assert json.loads(result.out)["n"] == 12
+    assert json.loads(result.out)["n"] == 20
     assert str(tmp_path / "file") in result.err
 
 
-def test_a_checkpoint_elsewhere_leaves_its_results_beside_it(run: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_elsewhere_leaves_its_results_beside_it(finished: Path, tmp_path: Path) -> None:
     lone = tmp_path / "lone" / "mine.pt"
     lone.parent.mkdir()
-    lone.write_bytes((run / "checkpoints/best.pt").read_bytes())
+    lone.write_bytes((finished / "checkpoints/best.pt").read_bytes())
     assert fastflower("eval", lone).code == 0
     assert (tmp_path / "lone/eval-val-mine/figures.json").is_file()
-    assert fastflower("eval", run / "checkpoints/best.pt").code == 0
-    assert (run / "eval-val/figures.json").is_file()
+    assert fastflower("eval", finished / "checkpoints/best.pt").code == 0
+    assert (finished / "eval-val/figures.json").is_file()

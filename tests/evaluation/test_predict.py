@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,16 @@ from fastflower.data.selection import largest_of_each
 from fastflower.data.sources.kaggle import load_files, load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.evaluation.predictions import read_predictions
-from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset, write_folders
+from tests.conftest import (
+    copy_run,
+    example,
+    fastflower,
+    jpeg,
+    shared_run,
+    train_arguments,
+    write_dataset,
+    write_folders,
+)
 from tests.processes import in_ranks
 from tests.training import tiny_worker
 
@@ -27,25 +37,44 @@ def trained(root: Path, run: Path, *options: object) -> Path:
     return run
 
 
-@pytest.fixture
-def sized(tmp_path: Path) -> Path:
+def write_sized(root: Path) -> Path:
     """The same ids at 40 and 48 pixels; the larger pictures are others, so that it shows which one is taken."""
     counts = {"train": 24, "val": 9, "test": 7}
-    write_dataset(tmp_path / "sized", counts, size=40)
-    folder = tmp_path / "sized/tfrecords-jpeg-48x48"
+    write_dataset(root, counts, size=40)
     first = 0
     for split, count in counts.items():
         records = [
             example(first + i, None if split == "test" else i % 3, jpeg(48, 48, first + i)) for i in range(count)
         ]
-        write_tfrecord(folder / split / "00.tfrec", records)
+        write_tfrecord(root / "tfrecords-jpeg-48x48" / split / "00.tfrec", records)
         first += count
-    return tmp_path / "sized"
+    return root
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A run on the smaller pictures."""
+    folder = tmp_path_factory.mktemp("predict")
+    write_sized(folder / "data")
+    with shared_run(folder, "--train.epochs", 1, "--data.sizes", 40) as run:
+        yield run
 
 
 @pytest.fixture
-def run(sized: Path, tmp_path: Path, tiny_net: None) -> Path:
-    return trained(sized, tmp_path / "run", "--data.sizes", 40)
+def sized(shared: Path) -> Path:
+    """The data of that run, which tests only read."""
+    return shared.parent / "data"
+
+
+@pytest.fixture
+def run(shared: Path, tmp_path: Path, tiny_net: None) -> Path:
+    return copy_run(shared, tmp_path / "run")
+
+
+@pytest.fixture
+def own(tmp_path: Path, tiny_net: None) -> Path:
+    """A run on pictures that a test may change, in `data` beside it."""
+    return trained(write_sized(tmp_path / "data"), tmp_path / "run", "--data.sizes", 40)
 
 
 def submission(path: Path) -> list[list[str]]:
@@ -121,9 +150,9 @@ def test_a_run_that_crops_stored_pictures_keeps_to_its_sizes(sized: Path, tmp_pa
         assert np.abs(found[0] - found[3 - taken]).max() > 1e-3
 
 
-def test_files_do_not_depend_on_batches_processes_or_the_order_of_files(run: Path, sized: Path, tmp_path: Path) -> None:
+def test_files_do_not_depend_on_batches_processes_or_the_order_of_files(own: Path, tmp_path: Path) -> None:
     def predicted(name: str, *options: object) -> tuple[list[list[str]], np.ndarray]:
-        arguments = ("predict", run, "--out", tmp_path / f"{name}.parquet", "--submission", tmp_path / f"{name}.csv")
+        arguments = ("predict", own, "--out", tmp_path / f"{name}.parquet", "--submission", tmp_path / f"{name}.csv")
         result = fastflower(*arguments, *options)
         assert result.code == 0, result.err
         return submission(tmp_path / f"{name}.csv"), read_predictions(tmp_path / f"{name}.parquet").probabilities
@@ -133,11 +162,11 @@ def test_files_do_not_depend_on_batches_processes_or_the_order_of_files(run: Pat
         found = predicted(name, *options)
         assert found[0] == rows
         np.testing.assert_allclose(found[1], probabilities, atol=1e-6)
-    arguments = ("predict", run, "--out", tmp_path / "two.parquet", "--submission", tmp_path / "two.csv")
+    arguments = ("predict", own, "--out", tmp_path / "two.parquet", "--submission", tmp_path / "two.csv")
     done = in_ranks(tiny_worker.main, *arguments)
     assert done.code == 0, done.err
     assert submission(tmp_path / "two.csv") == rows
-    folder = sized / "tfrecords-jpeg-48x48/test"
+    folder = tmp_path / "data/tfrecords-jpeg-48x48/test"
     records = [example(33 + i, None, jpeg(48, 48, 33 + i)) for i in range(7)]
     shutil.rmtree(folder)
     for i, record in enumerate([*records[::-1], records[2]]):  # one of them twice
@@ -160,15 +189,15 @@ def test_a_sample_with_other_ids_stops_before_anything_is_written(run: Path, tmp
     assert fastflower(*arguments).code == 0
 
 
-def test_records_without_ids_and_repeated_ones_are_named(sized: Path, run: Path, tmp_path: Path) -> None:
-    path = sized / "tfrecords-jpeg-48x48/test/00.tfrec"
+def test_records_without_ids_and_repeated_ones_are_named(own: Path, tmp_path: Path) -> None:
+    path = tmp_path / "data" / "tfrecords-jpeg-48x48/test/00.tfrec"
     write_tfrecord(path, [example(1, None), example(2, None), example(1, None)])
-    shutil.rmtree(sized / "tfrecords-jpeg-40x40/test")
-    result = fastflower("predict", run, "--sizes", 48)
+    shutil.rmtree(tmp_path / "data/tfrecords-jpeg-40x40/test")
+    result = fastflower("predict", own, "--sizes", 48)
     assert result.code == 0, result.err
     assert f"{path}, record 0 (id 000001) is taken for its id, which is there again" in " ".join(result.out.split())
     write_tfrecord(path, [example(1, None), {"image": jpeg(40, 40)}])
-    refused = fastflower("predict", run, "--sizes", 48)
+    refused = fastflower("predict", own, "--sizes", 48)
     assert refused.code == 2
     assert f"{path}, record 1 has no feature 'id'" in refused.err
 
@@ -245,9 +274,9 @@ def test_views_change_predictions_and_are_kept_in_the_file(run: Path, tmp_path: 
     assert not torch.allclose(torch.tensor(seen[1]), torch.tensor(seen[2]), atol=1e-4)
 
 
-def test_two_roots_are_predicted_together(run: Path, tmp_path: Path) -> None:
+def test_two_roots_are_predicted_together(run: Path, sized: Path, tmp_path: Path) -> None:
     more = write_dataset(tmp_path / "more", {"test": 4}, first=500, size=48)
-    assert fastflower("predict", run, "--data.root", tmp_path / "sized", more).code == 0
+    assert fastflower("predict", run, "--data.root", sized, more).code == 0
     assert len(read_predictions(run / "predictions-test.parquet").ids) == 11
 
 

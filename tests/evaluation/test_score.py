@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from fastflower.runtime.checkpoint import load_checkpoint, save_checkpoint
-from tests.conftest import ROOT, TinyNet, fastflower, train_arguments, write_dataset
+from tests.conftest import ROOT, TinyNet, copy_run, fastflower, shared_run, write_dataset
 from tests.processes import in_ranks
 from tests.training import tiny_worker
 
@@ -25,13 +26,18 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture
-def run(tmp_path: Path, tiny_net: None) -> Path:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run on three classes of different brightness."""
-    root, made = write_dataset(tmp_path / "data", {"train": 32, "val": 12, "test": 4}), tmp_path / "run"
-    options = ("--train.epochs", "1", "--data.val_resize", "40")
-    assert fastflower(*train_arguments(root, made), *options).code == 0
-    return made
+    folder = tmp_path_factory.mktemp("score")
+    write_dataset(folder / "data", {"train": 32, "val": 12, "test": 4})
+    with shared_run(folder, "--train.epochs", 1, "--data.val_resize", 40) as run:
+        yield run
+
+
+@pytest.fixture
+def run(shared: Path, tmp_path: Path, tiny_net: None) -> Path:
+    return copy_run(shared, tmp_path / "run")
 
 
 def arguments(command: str, run: Path) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -26,7 +27,7 @@ from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
 from fastflower.evaluation.views import Views, log_mean_probabilities, window_of
 from fastflower.models import create_model
-from tests.conftest import READABLE, TinyNet, fastflower, jpeg, train_arguments, write_folders
+from tests.conftest import READABLE, TinyNet, copy_run, fastflower, jpeg, shared_run, train_arguments, write_folders
 from tests.processes import in_ranks
 from tests.training import tiny_worker
 
@@ -150,16 +151,20 @@ def test_a_view_that_is_not_finite_is_not_averaged_away(value: float, shape: tup
     assert torch.equal(found[others], sound[others])
 
 
-@pytest.fixture
-def run(tmp_path: Path, tiny_net: None) -> Path:
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A run on class folders whose validation pictures have several shapes."""
-    root = write_folders(tmp_path / "data", {"train/rose": 12, "train/tulip": 12, "val/rose": 3, "val/tulip": 3})
+    folder = tmp_path_factory.mktemp("views")
+    root = write_folders(folder / "data", {"train/rose": 12, "train/tulip": 12, "val/rose": 3, "val/tulip": 3})
     for number, path in enumerate(sorted((root / "val").glob("*/*.jpg"))):
         path.write_bytes(jpeg(40 + 7 * (number % 3), 44, number))
-    made = tmp_path / "run"
-    result = fastflower(*train_arguments(root, made), "--train.epochs", 1)
-    assert result.code == 0, result.err
-    return made
+    with shared_run(folder, "--train.epochs", 1) as run:
+        yield run
+
+
+@pytest.fixture
+def run(shared: Path, tmp_path: Path, tiny_net: None) -> Path:
+    return copy_run(shared, tmp_path / "run")
 
 
 def evaluated(run: Path, *options: object) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert without_times(a) == without_times(b)
 
 
-def test_a_run_leaves_what_later_commands_need(finished: Path, small: Path) -> None:
+def test_a_run_leaves_what_later_commands_need(finished: Path, shared_finished: Path) -> None:
     names = {path.name for path in finished.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "environment.jsonl", "checkpoints"} <= names
     assert {p.name for p in (finished / "checkpoints").iterdir()} == {"last.pt", "best.pt", "best.safetensors"}
@@ -69,7 +69,7 @@ def test_a_run_leaves_what_later_commands_need(finished: Path, small: Path) -> N
 
     settings = yaml.safe_load((finished / "config.yaml").read_text())
     rebuilt = configuration.build(settings, "config.yaml")
-    assert rebuilt.data.root == (small,)
+    assert rebuilt.data.root == (shared_finished.parent / "data",)
     assert configuration.to_plain(rebuilt) == settings
 
     saved = torch.load(finished / "checkpoints/last.pt", weights_only=True)
