@@ -1,7 +1,7 @@
 """Processes that tests start: real ones by torchrun, and forked ones, which need not import torch and DALI.
 
 A forked process is as good as a real one for all but the start and the end of Python itself: it has an environment,
-output, signals and an exit code of its own.
+output, signals and an exit code of its own. It finds no GPU: what CUDA has begun cannot be forked.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ def _run(main: Callable[[], object], words: Sequence[object], environments: Sequ
 def _start_server() -> None:
     """Start the process that is forked, unless it runs; it stays until the tests end."""
     forkserver.set_forkserver_preload(["tests.preloaded"])
-    with mock.patch.dict(os.environ, ENVIRONMENT | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, clear=True):
+    changed = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    with mock.patch.dict(os.environ, ENVIRONMENT | changed, clear=True):
         forkserver.ensure_running()
 
 

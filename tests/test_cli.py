@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import yaml
 
-from fastflower.cli import parse
+from fastflower.cli import main, parse
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.stats import pixel_statistics
 from fastflower.data.view import Engine
 from fastflower.options import TrainCommand
 from fastflower.runtime.checkpoint import load_checkpoint
 from tests.conftest import fastflower, train_arguments
+from tests.processes import in_process
 
 ROOT = Path(__file__).parents[1]
 
@@ -138,12 +139,13 @@ def test_output_that_is_cut_off_is_no_mistake() -> None:
     assert (result.returncode, result.stderr) in ((0, ""), (128 + 13, ""))  # 0: it was faster than head
 
 
-def test_a_users_mistake_has_no_traceback(tmp_path: Path) -> None:
-    result = command("train", "--data.root", str(tmp_path / "none"), cwd=tmp_path, PYTHONPATH=str(ROOT))
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ")
-    assert "Traceback" not in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+def test_a_users_mistake_has_no_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = in_process(main, "train", "--data.root", tmp_path / "none")
+    assert result.code == 2
+    assert result.err.startswith("error: ")
+    assert "Traceback" not in result.err
+    assert len(result.err.splitlines()) == 1
     assert not (tmp_path / "runs").exists()
 
 

@@ -17,6 +17,7 @@ import fastflower as api
 from fastflower import cli
 from fastflower.runtime.output import Console, Tolerant, tolerant_output
 from tests.conftest import ROOT, train_arguments
+from tests.processes import in_process
 
 ENCODINGS = ("ascii", "latin-1", "cp1252", "koi8-r", "shift_jis", "utf-8", "utf-16")
 CLOSED = 128 + 13  # by SIGPIPE
@@ -88,9 +89,7 @@ def test_a_closed_pipe_ends_with_its_signal(stream: str, small: Path, tmp_path: 
     cases = {
         "stdout": [
             ["--help"],
-            ["flops", "resnet18", "--layers"],
             ["train", "--print_config"],
-            ["data", "check", small],
         ],
         "stderr": [["eval", tmp_path / "none"], ["train", "--nonsense"]],
     }
@@ -102,6 +101,19 @@ def test_a_closed_pipe_ends_with_its_signal(stream: str, small: Path, tmp_path: 
         os.close(writer)
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out or b"", err or b"") == (CLOSED, b"", b""), words
+
+
+def into_a_closed_pipe() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.dup2(writer, 1)
+    cli.main()
+
+
+def test_a_closed_pipe_ends_what_runs_for_longer(small: Path) -> None:
+    for words in (["flops", "resnet18", "--layers"], ["data", "check", small]):
+        done = in_process(into_a_closed_pipe, *words)
+        assert (done.code, done.out, done.err) == (CLOSED, "", ""), words
 
 
 CLOSING = (">&-", "2>&-", "<&- >&- 2>&-")  # in a shell

@@ -82,6 +82,7 @@ def begin(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Begu
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("fastflower.training.network.create_model", TinyNet)
                 patch.setenv("FASTFLOWER_CACHE", str(folder / "cache"))
+                patch.delenv("TRITON_INTERPRET", raising=False)
                 trained = record(patch)
                 arguments = [*train_arguments(data, run), "--train.epochs", 2, *limit, *options.split()]
                 result = fastflower(*arguments)
@@ -97,6 +98,7 @@ def go_on(begun: Begun, folder: Path, options: str) -> tuple[Result, Trained]:
     shutil.copytree(begun.folder, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastflower.training.network.create_model", TinyNet)
+        patch.delenv("TRITON_INTERPRET", raising=False)  # the interpreter takes a second for a step of our norm
         trained = record(patch)
         return fastflower("train", "--resume", folder, "--train.max_steps", "None", *options.split()), trained
 

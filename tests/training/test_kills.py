@@ -114,12 +114,13 @@ def test_killed_at_any_instant_a_run_comes_to_the_same_end(data: Path, tmp_path:
         assert_whole(run, whole)
 
 
-def test_killed_while_it_clears_an_earlier_run_it_starts_anew(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [3, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_while_it_clears_an_earlier_run_it_starts_anew(data: Path, tmp_path: Path, every: int) -> None:
     earlier, whole = tmp_path / "earlier", tmp_path / "whole"
     assert fastflower(*train_arguments(data, earlier), "--train.epochs", 3).code == 0
     assert fastflower(*arguments(data, whole)).code == 0
     anew = 0
-    for at in range(20):
+    for at in range(0, 20, every):
         run = tmp_path / f"run{at}"
         shutil.copytree(earlier, run)
         assert killed([*arguments(data, run)[:-2], "--overwrite"], run, at) is None
@@ -130,7 +131,7 @@ def test_killed_while_it_clears_an_earlier_run_it_starts_anew(data: Path, tmp_pa
             assert not anew
         else:
             assert_whole(run, whole)
-            anew += 1
+            anew += every
     assert anew > 10
 
 
@@ -211,12 +212,15 @@ def test_an_older_checkpoint_takes_best_back(data: Path, tmp_path: Path) -> None
     assert load_checkpoint(run / "checkpoints/best.pt")["step"] == 2
 
 
-def test_killed_as_it_goes_on_from_an_older_checkpoint_a_run_keeps_its_log(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [9, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_as_it_goes_on_from_an_older_checkpoint_a_run_keeps_its_log(
+    data: Path, tmp_path: Path, every: int
+) -> None:
     whole, instants = tmp_path / "whole", 0
     assert fastflower(*train_arguments(data, whole), "--train.epochs", 1).code == 0
     shutil.copy(whole / "checkpoints/last.pt", whole / "checkpoints/older.pt")
     assert fastflower("train", "--resume", whole, "--train.epochs", 2).code == 0
-    for at in range(0, 120, 4):
+    for at in range(0, 120, every):
         run = tmp_path / f"run{at}"
         shutil.copytree(whole, run)
         instants = at
