@@ -86,18 +86,15 @@ def test_training_goes_on_in_it(small: Path, tmp_path: Path, tiny_net: None, mon
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_a_closed_pipe_ends_with_its_signal(stream: str, small: Path, tmp_path: Path) -> None:
-    cases = {
-        "stdout": [
-            ["--help"],
-            ["train", "--print_config"],
-        ],
+    cases: dict[str, list[list[object]]] = {
+        "stdout": [["--help"], ["train", "--print_config"]],
         "stderr": [["eval", tmp_path / "none"], ["train", "--nonsense"]],
     }
     for words in cases[stream]:
         reader, writer = os.pipe()
         os.close(reader)
         streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | {stream: writer}
-        process = command(*words, **streams)  # type: ignore[misc]  # mypy takes words for an int
+        process = command(*words, **streams)
         os.close(writer)
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out or b"", err or b"") == (CLOSED, b"", b""), words
