@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import shutil
 import sys
@@ -216,9 +217,9 @@ def shared_run(folder: Path, *options: object) -> Iterator[Path]:
     assert contents(folder) == before, "a test has written where all of them read"
 
 
-def contents(folder: Path) -> dict[Path, bytes]:
-    """The bytes of each file below a folder."""
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def contents(folder: Path) -> dict[Path, str]:
+    """A digest of each file below a folder."""
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.rglob("*") if path.is_file()}
 
 
 def copy_run(run: Path, to: Path) -> Path:

@@ -182,11 +182,15 @@ def test_richs_console_raises_where_its_pipe_is_closed(monkeypatch: pytest.Monke
         Console().print("text")
 
 
-def test_a_full_disk_is_a_sentence() -> None:
+def onto_a_full_disk() -> None:
     with open("/dev/full", "w") as full:
-        process = command("flops", "resnet18", stdout=full, stderr=subprocess.PIPE)
-        err = process.communicate(timeout=120)[1].decode()
-    assert process.returncode == 2
-    assert err.startswith("error: ")
-    assert "No space left on device" in err
-    assert len(err.splitlines()) == 1
+        os.dup2(full.fileno(), 1)
+    cli.main()
+
+
+def test_a_full_disk_is_a_sentence() -> None:
+    done = in_process(onto_a_full_disk, "flops", "resnet18")
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert "No space left on device" in done.err
+    assert len(done.err.splitlines()) == 1
