@@ -24,8 +24,8 @@ from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.lock import LOCK
 from fastflower.runtime.signals import ASKING, Interrupted, Signals, Stopped, handling, interrupt
 from tests.conftest import ROOT, fastflower, train_arguments
-
-WORKER = ROOT / "tests/training/tiny_worker.py"
+from tests.processes import in_process
+from tests.training import tiny_worker
 
 
 @pytest.fixture(autouse=True)
@@ -34,12 +34,6 @@ def _heard() -> Iterator[None]:
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
-
-
-def worker(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
-    """The command line with a TinyNet in a process of its own; it sends itself a signal where TINY_SIGNAL says."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | options.pop("environment", {})
-    return subprocess.Popen([sys.executable, str(WORKER), *map(str, arguments)], env=environment, cwd=ROOT, **options)
 
 
 def sending(number: int, function: Callable[..., Any], at: int = 1) -> Callable[..., Any]:
@@ -62,36 +56,30 @@ def contents(folder: Path) -> dict[Path, bytes]:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])  # SIGHUP: below; all: without saving
 def test_each_of_them_saves_at_the_next_step(number: int, small: Path, tmp_path: Path) -> None:
     name = signal.Signals(number).name
-    process = worker(
-        *train_arguments(small, tmp_path / "run"),
-        environment={"TINY_SIGNAL": f"0:3:{number}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (128 + number, b"")
-    assert f"Stopped by {name} and saved" in out.decode()
+    done = in_process(tiny_worker.main, *train_arguments(small, tmp_path / "run"), TINY_SIGNAL=f"0:3:{number}")
+    assert (done.code, done.err) == (128 + number, "")
+    assert f"Stopped by {name} and saved" in done.out
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 4
 
 
+def not_hung_up() -> None:
+    """The command line as nohup starts it."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    tiny_worker.main()
+
+
 def test_one_that_is_ignored_stays_so(small: Path, tmp_path: Path) -> None:
-    number = signal.SIGHUP  # as nohup does
-    process = worker(
-        *train_arguments(small, tmp_path / "run"),
-        *("--train.epochs", 1),
-        environment={"TINY_SIGNAL": f"0:3:{number}"},
-        preexec_fn=lambda: signal.signal(number, signal.SIG_IGN),
-        stdout=subprocess.DEVNULL,
-    )
-    assert process.wait(120) == 0
+    words = [*train_arguments(small, tmp_path / "run"), "--train.epochs", 1]
+    assert in_process(not_hung_up, *words, TINY_SIGNAL=f"0:3:{signal.SIGHUP}").code == 0
     assert load_checkpoint(tmp_path / "run/checkpoints/last.pt")["step"] == 6
 
 
 def test_a_terminal_that_closes_stops_and_saves(small: Path, tmp_path: Path) -> None:
     ours, theirs = pty.openpty()
-    process = worker(
-        *train_arguments(small, tmp_path / "run"),
-        *("--train.epochs", 10_000),
+    words = [*train_arguments(small, tmp_path / "run"), "--train.epochs", 10_000]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests/training/tiny_worker.py"), *map(str, words)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         preexec_fn=lambda: os.login_tty(os.dup(theirs)),  # so that it controls the process
         stdin=theirs,
         stdout=theirs,
