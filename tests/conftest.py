@@ -210,7 +210,7 @@ def shared_run(folder: Path, *options: object) -> Iterator[Path]:
     """A TinyNet's run on folder/data. Tests read both, or copy the run by `copy_run`; who writes there is found out."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FASTFLOWER_CACHE", str(folder / "cache"))
-        patch.setattr("fastflower.training.setup.create_model", TinyNet)
+        patch.setattr("fastflower.training.network.create_model", TinyNet)
         assert fastflower(*train_arguments(folder / "data", folder / "run"), *options).code == 0
     before = contents(folder)
     yield folder / "run"
