@@ -154,14 +154,15 @@ def test_entries_of_other_kinds_are_never_a_traceback(
     assert len(spots) > 30
     named = []
     for number, place in enumerate(spots):
-        for new in OTHERS if each else (places, OTHERS[1 + number % (len(OTHERS) - 1)]):
+        one = OTHERS[1 + number // 2 % (len(OTHERS) - 1)] if number % 2 else places
+        for new in OTHERS if each else (one,):
             torch.save(changed(state, place, new), file)
             result = fastflower("train", "--resume", file, "--train.epochs", "2")
             assert "Traceback" not in result.err, (place, new)
             if result.code:
                 refused(result)
             named.append(str(file) in result.err)
-    assert sum(named) > len(spots)
+    assert sum(named) > len(spots) / 2
 
 
 @pytest.mark.parametrize(
