@@ -75,7 +75,11 @@ def some_pictures() -> list[Bytes]:
     return made
 
 
+NOWHERE = {"FASTFLOWER_CACHE": "/dev/null/cache", "NUMBA_CACHE_DIR": "/dev/null/code", "HOME": "/dev/null"}
+
+
 def test_another_version_of_numba_gets_the_plain_loop_and_the_same_pictures(tmp_path: Path) -> None:
+    """Where its code cannot be kept: compiled anew in each process."""
     assert has_vectors(numba.__version__), "then this test sees one of them only"
     code = f"""
 import numba
@@ -87,7 +91,7 @@ from tests.data.test_resample_code import some_pictures
 np.savez({str(tmp_path / "plain.npz")!r}, *some_pictures())
 assert not resample.resize_row_by_vectors.signatures
 """
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_CACHE_DIR": str(tmp_path)}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | NOWHERE
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert resample._resize_row is resize_row_by_vectors
     with np.load(tmp_path / "plain.npz") as plain:
@@ -95,12 +99,11 @@ assert not resample.resize_row_by_vectors.signatures
             np.testing.assert_array_equal(plain[f"arr_{number}"], picture)
 
 
-def test_it_works_where_its_code_cannot_be_kept() -> None:
-    """Compiled anew in each process."""
+@pytest.mark.slow  # the test above does the same with less to compile
+def test_vectors_work_where_their_code_cannot_be_kept() -> None:
     code = "import numpy as np; from tests.data.test_resample import Frame, resize"
     code += "; resize(np.zeros((4, 4, 3), np.uint8), Frame(4, 4, 0, 0, 4, 4))"
-    nowhere = {"FASTFLOWER_CACHE": "/dev/null/cache", "NUMBA_CACHE_DIR": "/dev/null/code", "HOME": "/dev/null"}
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | nowhere
+    environment = os.environ | {"PYTHONPATH": str(ROOT)} | NOWHERE
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
