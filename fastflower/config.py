@@ -298,7 +298,8 @@ def to_plain(config: DataclassInstance) -> dict[str, Any]:
             return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    return plain(asdict(config))
+    settings: dict[str, Any] = plain(asdict(config))
+    return settings
 
 
 def keys(kind: type = Config, prefix: str = "") -> list[str]:

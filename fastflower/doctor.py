@@ -206,13 +206,15 @@ def _torch() -> str:
 def _dali() -> str:
     from nvidia import dali
 
-    return dali.__version__
+    version: str = dali.__version__
+    return version
 
 
 def _triton() -> str:
     import triton
 
-    return triton.__version__
+    version: str = triton.__version__
+    return version
 
 
 def _apex() -> str:

@@ -18,5 +18,5 @@ def frame(payload: bytes) -> bytes:
 
 def masked_crc(data: bytes) -> int:
     """CRC32C, rotated and shifted as these files store it."""
-    crc = google_crc32c.value(data)
+    crc: int = google_crc32c.value(data)
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF

@@ -59,7 +59,7 @@ def bn_relu(
     normalized = [(x, norm)] if residual is None or residual_norm is None else [(x, norm), (residual, residual_norm)]
     statistics = _statistics(normalized, sync)
     gradients = torch.is_grad_enabled()
-    outputs = _BNReLU.apply(
+    outputs: Tensor | tuple[Tensor, Tensor] = _BNReLU.apply(
         x, norm.weight, norm.bias, *statistics[0], norm.eps,
         residual, *_parameters(residual_norm), *(statistics[1] if residual_norm else (None, None, None)),
         residual_norm.eps if residual_norm else 0.0,

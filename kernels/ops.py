@@ -37,7 +37,8 @@ def bn_stats(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean [C], biased variance [C] and count [1] of x [N, C, H, W]; updates the running statistics."""
     running = Running(running_mean, running_var, num_batches_tracked, momentum)
-    return _implementation(x).statistics(x, running)
+    statistics: tuple[Tensor, Tensor, Tensor] = _implementation(x).statistics(x, running)
+    return statistics
 
 
 @bn_stats.register_fake
@@ -48,7 +49,8 @@ def _(x, running_mean, running_var, num_batches_tracked, momentum):  # type: ign
 @torch.library.custom_op("fastflower::bn_moments", mutates_args=(), device_types=DEVICES)
 def bn_moments(x: Tensor) -> Tensor:
     """Count, mean and sum of squared deviations of x [N, C, H, W] by channel: [3, C]."""
-    return _implementation(x).moments(x)
+    moments: Tensor = _implementation(x).moments(x)
+    return moments
 
 
 @bn_moments.register_fake
@@ -79,7 +81,8 @@ def bn_merge(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`bn_stats` from the moments [R, 3, C] of R parts."""
     running = Running(running_mean, running_var, num_batches_tracked, momentum)
-    return _implementation(moments).merge(moments.contiguous(), running)
+    statistics: tuple[Tensor, Tensor, Tensor] = _implementation(moments).merge(moments.contiguous(), running)
+    return statistics
 
 
 @bn_merge.register_fake

@@ -191,12 +191,14 @@ class TinyNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] to [N, num_classes]."""
-        return self.fc(self.features(x).mean((2, 3)))
+        logits: torch.Tensor = self.fc(self.features(x).mean((2, 3)))
+        return logits
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] to [N, 8, ceil(H / 2), ceil(W / 2)]."""
         x = self.bn1(self.conv1(x))
-        return self.bn2(self.conv2(x), x)
+        features: torch.Tensor = self.bn2(self.conv2(x), x)
+        return features
 
 
 @pytest.fixture

@@ -131,7 +131,7 @@ def apex_groupbn(problem: Problem, data: Data) -> Forward:
         raise MissingError("apex was built without its groupbn") from error
 
     def module(norm: nn.BatchNorm2d, relu: bool) -> nn.Module:
-        fused = BatchNorm2d_NHWC(norm.num_features, fuse_relu=relu).to(problem.device).train()
+        fused: nn.Module = BatchNorm2d_NHWC(norm.num_features, fuse_relu=relu).to(problem.device).train()
         fused.weight, fused.bias = norm.weight, norm.bias
         return fused
 
@@ -219,7 +219,8 @@ class CudnnBatchNorm:
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         """[N, C, H, W] to the same."""
-        return _CudnnFunction.apply(x, residual, self.norm.weight, self.norm.bias, self)
+        output: Tensor = _CudnnFunction.apply(x, residual, self.norm.weight, self.norm.bias, self)
+        return output
 
     def _new_graph(self) -> Any:
         float_ = self.cudnn.data_type.FLOAT

@@ -17,6 +17,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.pipeline import DataNode
 from torch.utils.data import DataLoader
+from torch.utils.dlpack import from_dlpack
 
 from bench.contenders.pictures import Pictures, decode_by_pil, decode_by_torchvision
 from bench.harness.common import CORES, need
@@ -186,7 +187,7 @@ def separate_operators(work: Work, batch: int) -> Contender:
         return fn.crop_mirror_normalize(pictures, mirror=mirror, output_layout="CHW", **place, **finish)
 
     def hand_over(pictures: Any) -> torch.Tensor:
-        return torch.from_dlpack(pictures.as_tensor()).to(work.device, non_blocking=True)
+        return from_dlpack(pictures.as_tensor()).to(work.device, non_blocking=True)
 
     return by_dali(work, batch, definition, hand_over)
 

@@ -66,7 +66,8 @@ def one_pass(
 
     def forward() -> torch.Tensor:
         with work.precision.autocast(work.device):
-            return called(images)
+            logits: torch.Tensor = called(images)
+            return logits
 
     def train() -> None:
         state.optimizer.zero_grad(set_to_none=True)
@@ -94,7 +95,8 @@ def torchvisions(name: str) -> nn.Module:
     models = need("torchvision.models")
     if name not in models.list_models(models):
         raise MissingError("has no such network")
-    return models.get_model(name, num_classes=CLASSES)
+    network: nn.Module = models.get_model(name, num_classes=CLASSES)
+    return network
 
 
 def timms(name: str) -> nn.Module:
@@ -102,7 +104,8 @@ def timms(name: str) -> nn.Module:
     timm = need("timm")
     if not timm.is_model(name):
         raise MissingError("has no such network")
-    return timm.create_model(name, num_classes=CLASSES)
+    network: nn.Module = timm.create_model(name, num_classes=CLASSES)
+    return network
 
 
 OTHERS: dict[str, Callable[[str], nn.Module]] = {"torchvision": torchvisions, "timm": timms}

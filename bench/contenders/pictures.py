@@ -47,4 +47,6 @@ def decode_by_torchvision(encoded: Bytes) -> torch.Tensor:
     """RGB uint8 [3, H, W] of encoded bytes [length]: libjpeg-turbo's work for a JPEG."""
     from torchvision import io
 
-    return io.decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), io.ImageReadMode.RGB)
+    bytes_ = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    picture: torch.Tensor = io.decode_image(bytes_, io.ImageReadMode.RGB)
+    return picture

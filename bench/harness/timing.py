@@ -89,7 +89,8 @@ def elapsed_ms(work: Callable[[], object], device: torch.device, calls: int = 1)
     work()
     after.record()
     after.synchronize()
-    return before.elapsed_time(after)
+    milliseconds: float = before.elapsed_time(after)
+    return milliseconds
 
 
 def take_turns(turns: Mapping[Name, Callable[[], int]], repeats: int) -> None:

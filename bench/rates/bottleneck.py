@@ -39,7 +39,8 @@ def of_loader(rows: Mapping[str, Mapping[str, Any]], transfer_s: float) -> str:
 
 def is_loader(row: Mapping[str, Any]) -> bool:
     """Whether a loop waits so long for data that its loader is the bottleneck."""
-    return row.get("data_wait", 0.0) > MUCH
+    data_wait: float = row.get("data_wait", 0.0)
+    return data_wait > MUCH
 
 
 def of_network(row: Mapping[str, Any], device: torch.device, dtype: str, alone_ms: float | None = None) -> str:

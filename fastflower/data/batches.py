@@ -63,7 +63,8 @@ def choose_lighting(data: DataConfig, train: Records, engine: Engine) -> Floats 
     variance, directions = np.linalg.eigh(pixel_statistics(train, engine).covariance)
     # an eigenvector is known up to its sign, which must not depend on the library that found it
     directions *= np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(3)])
-    return data.lighting * directions * np.maximum(variance, 0)
+    axes: Floats = data.lighting * directions * np.maximum(variance, 0)
+    return axes
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def _shards(records: Records) -> dict[Path, Ints]:
 def _load(path: Path) -> Rows:
     """What a shard of the cache has, sorted by key."""
     with contextlib.suppress(OSError, ValueError, EOFError):
-        rows = np.load(path, allow_pickle=False)
+        rows: Rows = np.load(path, allow_pickle=False)
         if rows.dtype == _ROW and rows.ndim == 1:
             return rows
     return np.zeros(0, _ROW)

@@ -10,6 +10,7 @@ from nvidia import nvimgcodec
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.backend import TensorListGPU
 from nvidia.dali.pipeline import DataNode, Pipeline
+from torch.utils.dlpack import from_dlpack
 
 from fastflower.arrays import Bytes, Ints
 from fastflower.data.records import Records, read_image
@@ -44,7 +45,8 @@ def is_sound(encoded: Bytes) -> bool:
 def has_header(encoded: Bytes) -> bool:
     """Whether encoded image bytes ([length] uint8) begin as a picture that DALI's decoder library knows (6 µs)."""
     try:
-        return nvimgcodec.CodeStream(encoded).width > 0  # which parses it
+        width: int = nvimgcodec.CodeStream(encoded).width  # which parses it
+        return width > 0
     except RuntimeError:
         return False
 
@@ -141,7 +143,8 @@ class ShapeDecoder:
             self._pipeline.build()
         self._pipeline.feed_input("encoded", list(encoded))
         (shapes,) = self._pipeline.run()
-        return shapes.as_array()[:, :2].copy()  # the next run writes over it
+        sizes: Ints = shapes.as_array()[:, :2].copy()  # the next run writes over it
+        return sizes
 
 
 def decoded_pictures(
@@ -186,7 +189,7 @@ def decoded_pictures(
             raise first_undecodable(records, batch) or error from error
         on_gpu = isinstance(pictures, TensorListGPU)
         for i, index in enumerate(batch.tolist()):
-            yield index, torch.from_dlpack(pictures[i]) if on_gpu else np.asarray(pictures[i])
+            yield index, from_dlpack(pictures[i]) if on_gpu else np.asarray(pictures[i])
         if on_gpu:  # DALI uses the memory of its pictures again when we drop them
             torch.cuda.synchronize(engine.device_id)
 

@@ -298,7 +298,8 @@ def _flower(picture: Image.Image, rng: np.random.Generator, kind: Kind, at: Floa
     def project(points: Floats) -> Floats:
         """[..., 3] in petal lengths, z towards the eye, to [..., 2] in the picture."""
         turned = points @ view
-        return at + radius * turned[..., :2] / (1 - 0.3 * turned[..., 2:])
+        projected: Floats = at + radius * turned[..., :2] / (1 - 0.3 * turned[..., 2:])
+        return projected
 
     petal, center, count = _petal(kind), _center(kind), kind.petals
     palettes = kind.colors, kind.accents, kind.tones

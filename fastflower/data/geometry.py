@@ -37,7 +37,8 @@ def resized(shapes: Ints, shorter: int | Int32s | None, crop: int) -> Ints:
     """
     shortest = shapes.min(axis=1)
     target = np.maximum(shortest, crop) if shorter is None else np.broadcast_to(shorter, shortest.shape)
-    return shapes * target[:, None].astype(np.int64) // shortest[:, None]
+    resized: Ints = shapes * target[:, None].astype(np.int64) // shortest[:, None]
+    return resized
 
 
 def centered(free: Places) -> Places:

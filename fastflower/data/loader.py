@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
+from nvidia.dali.pipeline import Pipeline
+from torch.utils.dlpack import from_dlpack
 
 from fastflower.arrays import Ints
 from fastflower.data import pipeline as graph
@@ -155,7 +157,7 @@ class _Producer:
         self._stream = torch.cuda.Stream(self._loading.device) if on_gpu else None
         # for a GPU pictures are left uint8, a quarter in size, and normalized there
         self._resampler = Resampler(self._view, None if on_gpu else self._loading.normalization)
-        self._pipeline: graph.Pipeline | None = None
+        self._pipeline: Pipeline | None = None
         self._requests: Iterator[Request] = iter(())
         self._in_work: deque[Request] = deque()
         self._failure: UserError | None = None
@@ -208,7 +210,7 @@ class _Producer:
         for (pictures,), request in self._runs(self._pipeline):
             yield from self._to_torch(pictures, request)
 
-    def _runs(self, pipeline: graph.Pipeline) -> Iterator[tuple[tuple[graph.Pictures, ...], Request]]:
+    def _runs(self, pipeline: Pipeline) -> Iterator[tuple[tuple[graph.Pictures, ...], Request]]:
         """What the pipeline makes of each request."""
         while True:
             try:
@@ -234,12 +236,12 @@ class _Producer:
 
     def _to_torch(self, pictures: graph.Pictures, request: Request) -> Iterator[_Item]:
         if pictures.is_dense_tensor():
-            yield self._item(torch.from_dlpack(pictures.as_tensor()), request)  # the same memory
+            yield self._item(from_dlpack(pictures.as_tensor()), request)  # the same memory
             return
         shapes = [tuple(shape) for shape in pictures.shape()]
         for shape in sorted(set(shapes)):
             alike = np.array([i for i, other in enumerate(shapes) if other == shape])
-            images = torch.stack([torch.from_dlpack(pictures[int(i)]) for i in alike])
+            images = torch.stack([from_dlpack(pictures[int(i)]) for i in alike])
             if self._stream:
                 self._stream.synchronize()  # DALI uses the memory of its pictures again when we drop them
             yield self._item(images, request.select(alike))

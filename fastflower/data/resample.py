@@ -100,11 +100,12 @@ def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., An
         folder = Path(named or cache_dir() / "numba")
         settings.CACHE_DIR = str(folder)
         try:
-            return njit(nogil=True, cache=is_writable(folder), **options)(function)
+            code: Callable[..., Any] = njit(nogil=True, cache=is_writable(folder), **options)(function)
         except RuntimeError:  # it could not be written after all
-            return njit(nogil=True, **options)(function)
+            code = njit(nogil=True, **options)(function)
         finally:
             settings.CACHE_DIR = named  # since it is for all that this process compiles
+        return code
 
     return compiled
 

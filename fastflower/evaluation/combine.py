@@ -166,7 +166,8 @@ def join_labelled(members: Sequence[Member]) -> tuple[list[Predictions], Ints]:
 
 def true_classes(joined: Sequence[Predictions]) -> Ints:
     """True classes [n] as far as one of the members knows them, each of which must have the same ids."""
-    return np.max([member.labels for member in joined], axis=0)  # NO_LABEL is below every class
+    labels: Ints = np.max([member.labels for member in joined], axis=0)  # NO_LABEL is below every class
+    return labels
 
 
 def _same(a: Predictions, b: Predictions) -> bool:
@@ -213,4 +214,5 @@ def _require_labels(ids: Strings, labels: Ints, classes: int) -> None:
 
 def _sum(values: Floats) -> Floats:
     """Sum along the first axis, the same for any order along it."""
-    return np.sort(values, axis=0).sum(axis=0)
+    total: Floats = np.sort(values, axis=0).sum(axis=0)
+    return total

@@ -50,7 +50,8 @@ class Predictions:
     @property
     def likeliest(self) -> Ints:
         """[n]; of equally likely classes the first."""
-        return self.probabilities.argmax(axis=1)
+        classes: Ints = self.probabilities.argmax(axis=1)
+        return classes
 
 
 def sort_by_id(predictions: Predictions) -> Predictions:

@@ -144,7 +144,8 @@ def _one_pass(
 
 def _log_mean(passes: list[Singles]) -> Singles:
     """Logarithm of the mean of the probabilities whose logarithms are given."""
-    return (np.logaddexp.reduce(np.stack(passes).astype(np.float64)) - np.log(len(passes))).astype(np.float32)
+    mean: Floats = np.logaddexp.reduce(np.stack(passes).astype(np.float64)) - np.log(len(passes))
+    return mean.astype(np.float32)
 
 
 def softmax(scores: Singles) -> Singles:

@@ -131,4 +131,5 @@ def source(
         "normalization": asdict(trained.normalization),
         "precision": str(choose_precision(config.amp, config.amp_dtype, session.device)),
     }
-    return json.loads(to_json(made_from))
+    plain: dict[str, Any] = json.loads(to_json(made_from))
+    return plain

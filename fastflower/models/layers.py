@@ -100,12 +100,14 @@ class Classic(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, H, W] to logits [N, num_classes]."""
-        return self.classifier(self.avgpool(self.features(x)).flatten(1))
+        logits: torch.Tensor = self.classifier(self.avgpool(self.features(x)).flatten(1))
+        return logits
 
 
 def head_prefix(network: nn.Module) -> str:
     """What the names of the last linear layer's parameters begin with: `fc.`, or `classifier.6.`."""
-    return [name for name, module in network.named_modules() if isinstance(module, nn.Linear)][-1] + "."
+    names: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1] + "."
 
 
 def uses_kernels(network: nn.Module) -> bool:

@@ -46,7 +46,8 @@ class Network:
     def load(self) -> Callable[..., nn.Module]:
         """Its class, which imports torch."""
         module, _, attribute = self.built_by.partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        network: Callable[..., nn.Module] = getattr(importlib.import_module(module), attribute)
+        return network
 
 
 def _resnet(name: str, depths: tuple[int, ...], *weights: str, bottlenecks: bool = False) -> Network:

@@ -79,7 +79,8 @@ class ResNet(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, H, W] to logits [N, num_classes]."""
-        return self.fc(self.avgpool(self.features(x)).flatten(1))
+        logits: torch.Tensor = self.fc(self.avgpool(self.features(x)).flatten(1))
+        return logits
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """Images [N, 3, H, W] to the map before the average pooling, [N, C, ceil(H / 32), ceil(W / 32)]."""
@@ -107,7 +108,8 @@ class BasicBlock(nn.Module):
         """[N, inputs, H, W] to [N, width, ceil(H / stride), ceil(W / stride)]."""
         x, shortcut = both(x)
         residual, residual_norm = _residual(self.downsample, shortcut, self.bn2)
-        return self.bn2(self.conv2(self.bn1(self.conv1(x))), residual, residual_norm)
+        output: torch.Tensor | Forked = self.bn2(self.conv2(self.bn1(self.conv1(x))), residual, residual_norm)
+        return output
 
 
 class Bottleneck(nn.Module):
@@ -138,7 +140,9 @@ class Bottleneck(nn.Module):
         """[N, inputs, H, W] to [N, 4 * width, ceil(H / stride), ceil(W / stride)]."""
         x, shortcut = both(x)
         residual, residual_norm = _residual(self.downsample, shortcut, self.bn3)
-        return self.bn3(self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x))))), residual, residual_norm)
+        x = self.conv3(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
+        output: torch.Tensor | Forked = self.bn3(x, residual, residual_norm)
+        return output
 
 
 class ZeroPad(nn.Module):

@@ -61,7 +61,8 @@ class History:
         """
         same = np.concatenate([[False], self.lr[1:] == self.lr[:-1], [False]])  # as the epoch before; padded
         fell = (self.lr[1:] <= self.lr[:-1] / DROP) & ~same[1:-1]
-        return self.epochs[1:][fell & (same[:-2] | same[2:])].tolist()
+        epochs: list[int] = self.epochs[1:][fell & (same[:-2] | same[2:])].tolist()
+        return epochs
 
 
 def median(values: Floats) -> float | None:

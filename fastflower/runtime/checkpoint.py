@@ -126,7 +126,8 @@ def _first_ten(names: list[str]) -> str:
 
 def weights_of(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The state_dict that a checkpoint's figures are about: the average's, where one was kept."""
-    return saved["ema"] or saved["model"]
+    weights: dict[str, torch.Tensor] = saved["ema"] or saved["model"]
+    return weights
 
 
 def save_weights(path: Path, model: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:

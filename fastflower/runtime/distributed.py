@@ -17,6 +17,8 @@ import torch.distributed as dist
 # some parts. Imported after the group, it kept gloo's threads past the group's end, and one could abort the process
 # as Python ended.
 import torch.distributed.nn
+from torch.distributed.distributed_c10d import Store
+from torch.distributed.rendezvous import rendezvous
 
 from fastflower import machine
 from fastflower.errors import UserError
@@ -170,14 +172,15 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     dist.destroy_process_group()  # but not after a failure, when it could wait for a process that is gone
 
 
-def _meet(backend: str, ranks: Ranks) -> dist.Store:
+def _meet(backend: str, ranks: Ranks) -> Store:
     """Join the process group; what the processes find each other by.
 
     A signal ends the process, since Python would not hear of it before all are there.
     """
+    store: Store
     try:
         with handling(signal.SIG_DFL):
-            store, _, _ = next(dist.rendezvous("env://"))
+            store, _, _ = next(rendezvous("env://"))
             dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
     except dist.DistError as error:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
@@ -189,7 +192,7 @@ def _meet(backend: str, ranks: Ranks) -> dist.Store:
     return store
 
 
-def _is_said(sentence: str, store: dist.Store, ranks: Ranks) -> bool:
+def _is_said(sentence: str, store: Store, ranks: Ranks) -> bool:
     """Whether the main rank says the sentence; the others wait for a moment whether it does.
 
     Not by a collective, which a process that is gone or busy would not join.

@@ -35,7 +35,10 @@ def new_optimizer(network: torch.nn.Module, train: TrainConfig, device: torch.de
         raise UserError(f"train.optimizer apex_sgd needs NVIDIA's apex, but {reason}: take sgd, which torch fuses too.")
     from apex.optimizers import FusedSGD
 
-    return FusedSGD(groups, lr=train.peak_lr, momentum=train.momentum, nesterov=train.nesterov)
+    optimizer: torch.optim.Optimizer = FusedSGD(
+        groups, lr=train.peak_lr, momentum=train.momentum, nesterov=train.nesterov
+    )
+    return optimizer
 
 
 def parameter_groups(network: torch.nn.Module, train: TrainConfig) -> list[dict[str, Any]]:

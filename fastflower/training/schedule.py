@@ -54,7 +54,8 @@ class Schedule:
     @property
     def lr(self) -> float:
         """The backbone's rate in the next step, or in the last one taken where it follows a curve."""
-        return self._optimizer.param_groups[0]["lr"]
+        rate: float = self._optimizer.param_groups[0]["lr"]
+        return rate
 
     def before_step(self, epochs_done: float) -> None:
         """Set the rate of the step that begins after `epochs_done` epochs."""

@@ -116,7 +116,9 @@ def is_better(value: float, other: float, figure: str) -> bool:
 
 def makes_best(saved: Mapping[str, Any]) -> bool:
     """Whether a checkpoint is of the best epoch's end, so that the best one can be made from it."""
-    return saved["position"] == 0 and 0 <= saved["best_epoch"] == saved["epoch"] - 1
+    position: int = saved["position"]
+    best_epoch: int = saved["best_epoch"]
+    return position == 0 and 0 <= best_epoch == saved["epoch"] - 1
 
 
 def new_state(network: torch.nn.Module, config: Config, device: torch.device, precision: Precision) -> State:

@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 from bench import kernels
 from bench.batch_norm import peers, report
-from bench.batch_norm.layers import Layer, Problem, find_layers
+from bench.batch_norm.layers import DTYPES, Layer, Problem, find_layers
 from bench.kernels import main
-from fastflower.kernels import launch  # before the interpreter's variable is taken away below
+from fastflower.kernels import triton_bn  # before the interpreter's variable is taken away below
+from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models import create_model
 
 CPU = torch.device("cpu")
@@ -95,9 +97,9 @@ def test_bytes_are_those_that_the_kernels_are_handed(
             moved[-1] += sum(t.nbytes for t in tensors if t.numel() in (m * channels, m * channels // 8))
 
     for name in ("partial_moments", "normalize_relu", "reduce_gradient", "input_gradient"):
-        monkeypatch.setattr(launch.triton_bn, name, Counting())
+        monkeypatch.setattr(triton_bn, name, Counting())
     for name in ("finish_statistics", "finish_gradient"):
-        monkeypatch.setattr(launch.triton_bn, name, Counting())
+        monkeypatch.setattr(triton_bn, name, Counting())
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # takes the launchers
     outputs = peers.ours(problem, data)(data)
     moved.append(0)
@@ -120,7 +122,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         patch.setattr(kernels, "cache_bytes", lambda device: 2**16)
         out, text = folder / "kernels.jsonl", folder / "table.txt"
         with text.open("w") as file:
-            patch.setattr("bench.harness.common.Console", lambda **_: report.Console(file=file, width=90))
+            patch.setattr("bench.harness.common.Console", lambda **_: Console(file=file, width=90))
             options = ["--models", "resnet18", "plain18", "--dtypes", "fp32", "bf16", "--repeats", "2"]
             assert main([*options, "--out", str(out), "--plot", str(folder / "kernels.png")]) == 0
     return out, text.read_text()
@@ -144,7 +146,7 @@ def test_rows_of_a_run(results: tuple[Path, str]) -> None:
         if row["contender"] in ("cudnn", "apex groupbn"):
             assert row["missing"] == "runs on CUDA only"
             continue
-        moved = layer.bytes_moved(kernels.DTYPES[row["dtype"]])
+        moved = layer.bytes_moved(DTYPES[row["dtype"]])
         for direction, bytes_ in zip(("forward", "backward"), moved, strict=True):
             figures = row[direction]
             assert 0 < figures["p20"] <= figures["ms"] <= figures["p80"]
@@ -152,7 +154,7 @@ def test_rows_of_a_run(results: tuple[Path, str]) -> None:
             assert figures["gb_per_s"] == pytest.approx(bytes_ / figures["ms"] / 1e6)
             assert figures["share"] == pytest.approx(figures["gb_per_s"] / row["copy_gb_per_s"])
         assert all(0 <= error < 0.2 for error in row["errors"].values())
-        inputs = np.prod(layer.shape) * kernels.DTYPES[row["dtype"]].itemsize * (1 + layer.added + 1 + layer.fork)
+        inputs = np.prod(layer.shape) * DTYPES[row["dtype"]].itemsize * (1 + layer.added + 1 + layer.fork)
         assert 2 <= row["copies"] <= kernels.MAX_COPIES
         assert row["copies"] in (2, kernels.MAX_COPIES) or row["copies"] * inputs >= 3 * 2**16
     assert [row["contender"] for row in rows] == names * (len(rows) // 5)
@@ -227,13 +229,11 @@ def run_tiny(*options: str) -> int:
 def test_a_wrong_result_ends_with_code_1(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = peers.bn_relu
-
     def broken(x: Tensor, *arguments: Any, **options: Any) -> Any:
         if wrong == "dx" and x.requires_grad:
             x = x * 1.0
             x.register_hook(lambda gradient: gradient * 1.001)
-        output = right(x, *arguments, **options)
+        output = bn_relu(x, *arguments, **options)
         if wrong == "dx":
             return output
         factor = 1.001 if wrong == "y" else torch.nan
@@ -340,7 +340,7 @@ def test_plot_without_matplotlib_and_to_a_bad_place(
 ) -> None:
     assert main(["--from", str(results[0]), "--plot", "/nowhere/picture.png"]) == 2
     assert "--plot /nowhere/picture.png cannot be written" in capsys.readouterr().err
-    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["--plot", "picture.png"]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
 

@@ -13,7 +13,7 @@ import torch
 
 from bench import throughput
 from bench.contenders import loops
-from bench.contenders.loaders import DECODE, LIMIT, OURS
+from bench.contenders.loaders import DECODE, LIMIT, OURS, reads_ahead
 from bench.rates import bottleneck
 from bench.rates.options import LOCAL, OverviewCommand
 from bench.throughput import main
@@ -93,7 +93,7 @@ def test_figures_agree_with_their_definitions_and_with_the_table(
 
     # the accuracy after all steps of both repeats, computed here once more
     setup, state = prepared[-1]
-    steps = 2 * (2 + 2 * loops.reads_ahead(setup.train.loader))
+    steps = 2 * (2 + 2 * reads_ahead(setup.train.loader))
     assert whole["accuracy_of"] == f"{steps} steps"
     network = state.network.eval()
     assert setup.val

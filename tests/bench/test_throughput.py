@@ -13,12 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from bench import throughput
 from bench.contenders import loaders, networks
 from bench.contenders.loaders import CACHED, DECODE, LIMIT
+from bench.harness.common import MissingError
 from bench.harness.timing import Contender
-from bench.rates.options import LOCAL
+from bench.rates.options import LOCAL, ModelCommand, configure
 from bench.throughput import main
+from fastflower.runtime.device import choose_precision
 from tests.conftest import ROOT, TinyNet, fastflower, train_arguments
 from tests.processes import torchrun
 
@@ -147,14 +148,14 @@ def test_peers_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         f"plain18 of timm, eager, {what}" for what in ("forward", "forward + backward", "step")
     ]
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(networks.MissingError, match="not installed"):
+    with pytest.raises(MissingError, match="not installed"):
         networks.timms("resnet18")
     assert isinstance(networks.torchvisions("resnet18"), nn.Module)
 
 
 def test_only_steps_change_the_weights() -> None:
-    (config,) = throughput.configure(throughput.ModelCommand(size=2), 1)
-    work = networks.Work(config, torch.device("cpu"), throughput.choose_precision(False, "auto", torch.device("cpu")))
+    (config,) = configure(ModelCommand(size=2), 1)
+    work = networks.Work(config, torch.device("cpu"), choose_precision(False, "auto", torch.device("cpu")))
     for what, trained in (("forward", False), ("forward + backward", False), ("step", True)):
         linear = nn.Linear(12, networks.CLASSES)
         network, before = nn.Sequential(nn.Flatten(), linear), linear.weight.detach().clone()
@@ -204,7 +205,7 @@ def test_settings_and_accuracy_come_from_a_run(small: Path, tmp_path: Path) -> N
 def test_a_starving_loop_is_told_from_what_the_loader_does_alone(
     cache: str, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(throughput.bottleneck, "is_loader", lambda row: True)
+    monkeypatch.setattr("bench.rates.bottleneck.is_loader", lambda row: True)
     options = ["--data.root", small, *GEOMETRY, "--models", "resnet18", "--batch", 16, *SHORT, "--cache", cache]
     (row,) = measure(tmp_path / "out.jsonl", "train", *options)
     assert "ms a picture" in row["bottleneck"]

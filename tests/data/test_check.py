@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 
 from fastflower.data import records as module
-from fastflower.data.check import BATCH, SHOWN, Problem, Report, check, sentences
+from fastflower.data.check import SHOWN, Report, check, sentences
+from fastflower.data.decoding import BATCH
 from fastflower.data.sources.kaggle import load_split
+from fastflower.data.sources.layout import Problem
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.stamp import Stamp
 from fastflower.errors import UserError

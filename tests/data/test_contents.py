@@ -18,10 +18,9 @@ from fastflower.data import contents as module
 from fastflower.data import records as records_module
 from fastflower.data.contents import content_digests, contents_of, examined, require_pictures
 from fastflower.data.records import Records, concatenate, read_image
-from fastflower.data.sources import kaggle
 from fastflower.data.sources.folder import load_folder
 from fastflower.data.sources.kaggle import load_files
-from fastflower.data.sources.tfrecord import write_tfrecord
+from fastflower.data.sources.tfrecord import scan, write_tfrecord
 from fastflower.data.stats import pixel_statistics
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
@@ -190,7 +189,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused_and_nothing_is_kept_of_
 
     sentence = "train/a.tfrec has changed while it was read: start again when nobody writes to it"
     with monkeypatch.context() as patch, pytest.raises(UserError, match=sentence):
-        patch.setattr(kaggle, "scan", then_write(kaggle.scan))
+        patch.setattr("fastflower.data.sources.kaggle.scan", then_write(scan))
         load_files([path])
     records = write(path, PICTURES)
     with monkeypatch.context() as patch, pytest.raises(UserError, match=sentence):

@@ -41,7 +41,8 @@ def run(
     )
     given = inputs([np.frombuffer(data, np.uint8) for data in encoded], request)
     (output,) = build_pipeline(lambda: given, view, Engine(prefetch=1), n, normalization).run()
-    return output.as_array()
+    pictures: Bytes = output.as_array()
+    return pictures
 
 
 def expected(

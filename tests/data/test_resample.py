@@ -193,7 +193,8 @@ def filter_matrix(size: int, resized: int) -> Floats:
     matrix = np.zeros((resized, size))
     for place, column in zip(places.tolist(), weights.T, strict=True):
         matrix[:, min(max(place, 0), size - 1)] += column
-    return matrix / matrix.sum(1, keepdims=True)
+    normalized: Floats = matrix / matrix.sum(1, keepdims=True)
+    return normalized
 
 
 SIZES = [(1, 1), (1, 2), (2, 1), (2, 7), (3, 3), (5, 1), (7, 64), (9, 8), (16, 5), (31, 90), (64, 3), (90, 31)]

@@ -41,7 +41,8 @@ def data(tmp_path: Path) -> Path:
 def cross_validated(root: Path, run: Path, *options: object) -> dict[str, Any]:
     result = fastflower(*arguments(root, run, *options))
     assert result.code == 0, result.err
-    return json.loads((run / "cv.json").read_text())
+    results: dict[str, Any] = json.loads((run / "cv.json").read_text())
+    return results
 
 
 def test_every_picture_is_predicted_by_a_network_that_did_not_train_on_it(

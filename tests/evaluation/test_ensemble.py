@@ -35,7 +35,8 @@ def runs(data: Path, tmp_path: Path, tiny_net: None) -> list[Path]:
 def ensemble(*arguments: object) -> list[dict[str, Any]]:
     result = fastflower("ensemble", *arguments, "--json")
     assert result.code == 0, result.err
-    return json.loads(result.out)
+    rows: list[dict[str, Any]] = json.loads(result.out)
+    return rows
 
 
 @pytest.mark.parametrize("method", ["vote", "mean", "weighted"])

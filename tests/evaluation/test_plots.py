@@ -49,8 +49,9 @@ def overlapping(texts: list[Text], figure: Figure) -> int:
     """How many neighbors among these texts lie over each other, or outside the figure."""
     renderer = FigureCanvasAgg(figure).get_renderer()
     boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
-    outside = sum(box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.x1 or box.y1 > figure.bbox.y1 for box in boxes)
-    return outside + sum(a.overlaps(b) for a, b in pairwise(boxes))
+    outside: int = sum(box.x0 < 0 or box.y0 < 0 or box.x1 > figure.bbox.x1 or box.y1 > figure.bbox.y1 for box in boxes)
+    overlapping: int = sum(a.overlaps(b) for a, b in pairwise(boxes))
+    return outside + overlapping
 
 
 @pytest.mark.parametrize("classes", [3, 20, 104])

@@ -124,7 +124,8 @@ class Net(nn.Module):
         main, short = x if self.bn1.fork else (x, x)
         x = self.bn2(self.conv2(main), self.conv3(short), self.bn3)
         main, short = x if self.bn2.fork else (x, x)
-        return self.fc(self.bn4(self.conv4(main), short).mean((2, 3)))
+        logits: Tensor = self.fc(self.bn4(self.conv4(main), short).mean((2, 3)))
+        return logits
 
 
 def conv(c_in: int, c_out: int) -> nn.Conv2d:

@@ -263,7 +263,7 @@ class TestModule:
             module.load_state_dict(problem.norm.state_dict())
 
             def through(x: Tensor, norm: BNReLU, *residual: Any, fork: bool) -> tuple[Tensor, Tensor]:
-                outputs = norm(x, *residual)
+                outputs: tuple[Tensor, Tensor] = norm(x, *residual)
                 assert isinstance(outputs, tuple) == fork
                 return outputs
 

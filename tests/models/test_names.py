@@ -38,11 +38,13 @@ class Small(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] to [N, num_classes]."""
-        return self.fc(self.features(x).mean((2, 3)))
+        logits: torch.Tensor = self.fc(self.features(x).mean((2, 3)))
+        return logits
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] to [N, 6, ceil(H / 4), ceil(W / 4)]."""
-        return self.layers(x)
+        features: torch.Tensor = self.layers(x)
+        return features
 
 
 @pytest.fixture

@@ -41,7 +41,8 @@ def batches(count: int, size: int = 64) -> Iterator[tuple[torch.Tensor, torch.Te
 def relative(actual: torch.Tensor | None, expected: torch.Tensor | None) -> float:
     assert actual is not None
     assert expected is not None
-    return ((actual.detach().double() - expected.detach()).norm() / expected.detach().double().norm()).item()
+    difference, size = (actual.detach().double() - expected.detach()).norm(), expected.detach().double().norm()
+    return float(difference / size)
 
 
 def forward_and_signs(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -66,7 +67,7 @@ def forward_by_signs(network: nn.Module, images: torch.Tensor, positive: list[to
     signs = iter(positive)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastflower.models.layers.F.relu_", lambda x: x * next(signs))
-        logits = network(images)
+        logits: torch.Tensor = network(images)
     assert next(signs, None) is None
     return logits
 

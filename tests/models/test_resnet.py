@@ -47,7 +47,8 @@ def make(name: str, num_classes: int = 10, **options: Any) -> ResNet:
 
 
 def theirs(name: str, num_classes: int = 10) -> nn.Module:
-    return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    network: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    return network
 
 
 def randomize_norms(model: nn.Module) -> None:

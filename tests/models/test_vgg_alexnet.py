@@ -109,7 +109,8 @@ def test_dropout_draws_from_the_seed_in_training_alone() -> None:
 
     def outputs(seed: int, *, training: bool) -> torch.Tensor:
         torch.manual_seed(seed)
-        return network.train(training)(images)
+        logits: torch.Tensor = network.train(training)(images)
+        return logits
 
     assert torch.equal(outputs(1, training=True), outputs(1, training=True))
     assert not torch.equal(outputs(1, training=True), outputs(2, training=True))

@@ -44,7 +44,8 @@ def test_two_tensors_of_one_name_are_refused() -> None:
 
 
 def saved(run: Path) -> dict[str, Any]:
-    return torch.load(run / "checkpoints/last.pt", weights_only=True)
+    checkpoint: dict[str, Any] = torch.load(run / "checkpoints/last.pt", weights_only=True)
+    return checkpoint
 
 
 def renamed(weights: dict[str, torch.Tensor], rename: Callable[[str], str]) -> dict[str, torch.Tensor]:

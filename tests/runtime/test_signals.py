@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import fastflower as api
-from fastflower.data import loader
+from fastflower.data.decoding import read_picture
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.lock import LOCK
 from fastflower.runtime.signals import ASKING, Interrupted, Signals, Stopped, handling, interrupt
@@ -187,7 +187,7 @@ def test_training_from_python_says_which(
         "data": {"root": str(small), "crop": 32, "scale": [36, 48], "val_resize": 36},
         "train": {"epochs": 1, "batch_size": 8},
     }
-    monkeypatch.setattr(loader, "read_picture", sending(signal.SIGUSR1, loader.read_picture))
+    monkeypatch.setattr("fastflower.data.loader.read_picture", sending(signal.SIGUSR1, read_picture))
     with pytest.raises(Interrupted) as error:
         api.train(api.load_config(settings=settings), tmp_path / "run", quiet=True)
     assert error.value.number == signal.SIGUSR1

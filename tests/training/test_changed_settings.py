@@ -15,6 +15,7 @@ from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.progress import Display
 from fastflower.training import loop as training
 from fastflower.training.schedule import Schedule
+from fastflower.training.step import training_step
 from tests.conftest import Result, TinyNet, fastflower, train_arguments, write_dataset
 from tests.training.test_run import assert_same_run, rows
 
@@ -44,12 +45,12 @@ class Begun:
 def record(patch: pytest.MonkeyPatch) -> Trained:
     """What is trained from here on."""
     trained = Trained()
-    step, before = training.training_step, Schedule.before_step
+    before = Schedule.before_step
 
     def recorded(setup: Any, state: Any, network: Any, batch: Any) -> None:
         trained.pictures.setdefault(state.epoch, []).extend(batch.indices.tolist())
         assert state.epoch < trained.times[-1] < state.epoch + 1
-        step(setup, state, network, batch)
+        training_step(setup, state, network, batch)
 
     def noted(self: Schedule, epochs_done: float) -> None:
         trained.times.append(epochs_done)

@@ -38,7 +38,8 @@ EVERYTHING = (
 
 
 def weights(run: Path, name: str = "last", key: str = "model") -> dict[str, torch.Tensor]:
-    return load_checkpoint(run / f"checkpoints/{name}.pt")[key]
+    state: dict[str, torch.Tensor] = load_checkpoint(run / f"checkpoints/{name}.pt")[key]
+    return state
 
 
 def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> set[str]:

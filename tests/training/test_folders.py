@@ -31,7 +31,8 @@ def folders(tmp_path: Path) -> Path:
 def evaluated(run: Path, *options: object) -> dict[str, Any]:
     result = fastflower("eval", run, *options, "--json")
     assert result.code == 0, result.err
-    return json.loads(result.out)
+    metrics: dict[str, Any] = json.loads(result.out)
+    return metrics
 
 
 def assert_logged(run: Path, metrics: dict[str, Any]) -> None:

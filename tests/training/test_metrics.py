@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
+from fastflower.arrays import Floats
 from fastflower.evaluation.analysis import analyse
 from fastflower.evaluation.score import metrics, softmax
 from fastflower.runtime.distributed import Ranks
@@ -69,10 +70,11 @@ def cases(draw: st.DrawFn) -> Case:
     return Case(scores.astype(np.float32), labels, draw(st.integers(1, 4)), draw(st.integers(1, 70)))
 
 
-def exact_softmax(scores: np.ndarray) -> np.ndarray:
+def exact_softmax(scores: np.ndarray) -> Floats:
     """In float64."""
-    powers = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
+    powers: Floats = np.exp(scores.astype(np.float64) - scores.max(axis=1, keepdims=True))
+    probabilities: Floats = powers / powers.sum(axis=1, keepdims=True)
+    return probabilities
 
 
 def of_all(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:

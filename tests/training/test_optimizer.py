@@ -154,7 +154,8 @@ class Plain(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] to [N, 4]."""
-        return self.fc(x.mean((2, 3)))
+        logits: torch.Tensor = self.fc(x.mean((2, 3)))
+        return logits
 
 
 def step_once(train: TrainConfig, pictures: int = 10) -> State:

@@ -40,7 +40,8 @@ class LastNorm(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, 3, S, S] to [N, 4]."""
         self.seen.append(len(x))
-        return self.fc(self.norm(nn.functional.avg_pool2d(x, 32, ceil_mode=True)).mean((2, 3)))
+        logits: torch.Tensor = self.fc(self.norm(nn.functional.avg_pool2d(x, 32, ceil_mode=True)).mean((2, 3)))
+        return logits
 
 
 def config_of(batch_size: int, accumulate: int, crop: int, *, name: Any = "resnet18", sync: bool = False) -> Config:

@@ -20,9 +20,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastflower import config as configuration
 from fastflower.data.sources.kaggle import load_split
 from fastflower.models import create_model
-from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.runtime.checkpoint import load_checkpoint, save_checkpoint
 from fastflower.training import saving, step
 from fastflower.training.ema import Ema
+from fastflower.training.validate import evaluate
 from tests.conftest import fastflower, train_arguments, write_dataset
 
 ROW = (
@@ -175,7 +176,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(finished: Pa
 
 def test_a_statistic_that_is_not_finite_is_never_saved(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     last = (finished / "checkpoints/last.pt").read_bytes()
-    evaluate = step.evaluate
 
     def poisoned(network: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         result = evaluate(network, *args, **kwargs)
@@ -217,12 +217,11 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(finished: Path, monkeypatch
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        original = saving.save_checkpoint
 
         def save(path: Path, state: Any) -> None:
             with pytest.MonkeyPatch.context() as inner:
                 inner.setattr(os, "fsync", full)
-                original(path, state)
+                save_checkpoint(path, state)
 
         patch.setattr(saving, "save_checkpoint", save)
         result = fastflower("train", "--resume", finished, "--train.epochs", "3")
@@ -273,8 +272,6 @@ def test_loss_is_the_mean_over_records_not_over_batches(tmp_path: Path) -> None:
     saved = tmp_path / "run9/checkpoints/best.pt"
     state = load_checkpoint(saved)
     state["config"]["train"]["batch_size"] = 4
-    from fastflower.runtime.checkpoint import save_checkpoint
-
     save_checkpoint(tmp_path / "rebatched.pt", {k: v for k, v in state.items() if k != "format"})
     again = json.loads(fastflower("eval", tmp_path / "rebatched.pt", "--json").out)
     assert again["n"] == 9

@@ -15,14 +15,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from fastflower import cli
 from fastflower.models import NETWORKS
-from fastflower.training import network, pretrained
-from fastflower.training import run as commands
+from fastflower.training import loop, pretrained
 from fastflower.training.metrics import TrainingSums
 from tests.conftest import TinyNet
 
-original_add, original_train = TrainingSums.add, commands.train
+original_add, original_train = TrainingSums.add, loop.train
 
 
 def own_rank() -> int:
@@ -53,9 +54,10 @@ def train(setup: Any, state: Any, folder: Any, display: Any) -> None:
 
 
 def main() -> None:
-    TrainingSums.add = add  # type: ignore[method-assign]
-    commands.train = train
-    network.create_model = TinyNet
+    patch = pytest.MonkeyPatch()
+    patch.setattr(TrainingSums, "add", add)
+    patch.setattr("fastflower.training.run.train", train)
+    patch.setattr("fastflower.training.network.create_model", TinyNet)
     if "TINY_WEIGHTS" in os.environ:
         pretrained.URL, _, name = os.environ["TINY_WEIGHTS"].rpartition("/")
         NETWORKS["resnet18"] = replace(NETWORKS["resnet18"], weights={"IMAGENET1K_V1": name})

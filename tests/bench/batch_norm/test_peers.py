@@ -17,6 +17,7 @@ from bench.batch_norm.peers import all_contenders, parse_tiles
 from bench.harness.common import MissingError
 from fastflower.errors import UserError
 from fastflower.kernels import launch  # before the interpreter's variable is taken away below
+from fastflower.kernels.tiles import choose_tiles, make_grid
 
 CPU = torch.device("cpu")
 TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the interpreter, without a GPU
@@ -95,7 +96,6 @@ def test_tiles_take_the_place_of_the_table(monkeypatch: pytest.MonkeyPatch) -> N
         asked.append(tiles)
         return make_grid(m, c, tiles)
 
-    make_grid = launch.make_grid
     monkeypatch.setattr(launch, "make_grid", grid)
     problem = Problem(a_layer("dual_fork"), torch.float32, TRITON_DEVICE)
     data = problem.data()
@@ -105,7 +105,7 @@ def test_tiles_take_the_place_of_the_table(monkeypatch: pytest.MonkeyPatch) -> N
     assert set(asked) == {(8, 16, 2)}
     assert max(errors.values()) < 1e-6
     problem.errors(data, contender.build(problem, data))
-    assert asked[-1] == launch.choose_tiles(60, 24, torch.float32) != (8, 16, 2)
+    assert asked[-1] == choose_tiles(60, 24, torch.float32) != (8, 16, 2)
 
 
 @pytest.mark.parametrize("name", ["32x64", "32x64x4r", "33x64x4", "32x4x4", "32x64x0", "r32x64x4", ""])

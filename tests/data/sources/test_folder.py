@@ -17,7 +17,6 @@ from fastflower.config import DataConfig
 from fastflower.data.dataset import Dataset, open_dataset
 from fastflower.data.decoding import decodable, has_header
 from fastflower.data.records import NO_LABEL, Records, read_image
-from fastflower.data.sources import folder as module
 from fastflower.data.sources.folder import SUFFIXES, load_folder
 from fastflower.data.splits import load_parts, load_records
 from fastflower.data.stats import pixel_statistics
@@ -119,7 +118,7 @@ def test_the_order_is_not_the_file_systems(tmp_path: Path, monkeypatch: pytest.M
         def __exit__(self, *_: object) -> None:
             pass
 
-    monkeypatch.setattr(module.os, "scandir", Backwards)
+    monkeypatch.setattr("os.scandir", Backwards)
     assert load_folder(tmp_path, "train")[0].ids.tolist() == expected
 
 
@@ -191,7 +190,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(module.os, "scandir", refused)
+    monkeypatch.setattr("os.scandir", refused)
     assert refusal(lambda: opened(tmp_path)).startswith(f"{tmp_path / 'rose'} cannot be read (Permission denied)")
 
 

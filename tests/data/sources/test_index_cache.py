@@ -13,7 +13,7 @@ import pytest
 from fastflower.data.records import Records, read_image
 from fastflower.data.sources import kaggle as module
 from fastflower.data.sources.kaggle import find_files, load_split
-from fastflower.data.sources.tfrecord import write_tfrecord
+from fastflower.data.sources.tfrecord import scan, write_tfrecord
 from fastflower.errors import UserError
 from tests.conftest import example, write_dataset
 
@@ -64,7 +64,6 @@ def test_the_cache_knows_a_file_by_any_name(small: Path, tmp_path: Path, monkeyp
 def test_only_the_changed_file_is_scanned_again(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     second = load_split(small, "train").files[1]
     scanned: list[Path] = []
-    scan = module.scan
 
     def spy(path: Path) -> Any:
         scanned.append(path)

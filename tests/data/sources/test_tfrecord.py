@@ -16,8 +16,9 @@ from tfrecord import example_pb2
 from tfrecord.reader import tfrecord_loader
 from tfrecord.writer import TFRecordWriter
 
-from fastflower.data.sources.tfrecord import encode_example, masked_crc, scan, write_tfrecord
+from fastflower.data.sources.tfrecord import encode_example, scan, write_tfrecord
 from fastflower.errors import UserError
+from fastflower.framing import masked_crc
 from tests.conftest import example, jpeg
 
 FEATURES = {"image": ([b"pixels"], "byte"), "id": ([b"a1"], "byte"), "class": ([7], "int")}
@@ -26,7 +27,8 @@ FEATURES = {"image": ([b"pixels"], "byte"), "id": ([b"a1"], "byte"), "class": ([
 def frame(payload: bytes) -> bytes:
     """One record as the format's documentation has it, with the other package's CRC."""
     length = struct.pack("<Q", len(payload))
-    return length + TFRecordWriter.masked_crc(length) + payload + TFRecordWriter.masked_crc(payload)
+    framed: bytes = length + TFRecordWriter.masked_crc(length) + payload + TFRecordWriter.masked_crc(payload)
+    return framed
 
 
 def field(number: int, payload: bytes) -> bytes:
