@@ -37,21 +37,22 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def package_versions(*names: str) -> dict[str, str | None]:
     """Versions of packages by their names; None where one is not installed."""
-    found: dict[str, str | None] = {}
+    installed: dict[str, str | None] = {}
     for name in names:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def versions() -> str:
     """One line: the versions of fastflower and of what it runs on, as installed; nothing is imported for them."""
-    found = package_versions("fastflower", "torch", "triton", *_DALI)
-    own = found["fastflower"] or f"(not installed, from {Path(__file__).parent})"
-    dali = next((found[name] for name in _DALI if found[name]), None)
-    others = {"torch": found["torch"], "DALI": dali, "Triton": found["triton"], "Python": platform.python_version()}
+    installed = package_versions("fastflower", "torch", "triton", *_DALI)
+    own = installed["fastflower"] or f"(not installed, from {Path(__file__).parent})"
+    dali = next((installed[name] for name in _DALI if installed[name]), None)
+    others = {"torch": installed["torch"], "DALI": dali, "Triton": installed["triton"]}
+    others["Python"] = platform.python_version()
     return f"fastflower {own}: " + ", ".join(f"{name} {version or 'missing'}" for name, version in others.items())
 
 

@@ -104,9 +104,9 @@ def _limits(group: Path) -> Iterator[tuple[int, int]]:
         (("memory.max", "memory.high"), "memory.current", "inactive_file"),
         (("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"),
     ):
-        found = [int(text) for name in limits if (text := _text(group / name) or "").isdecimal()]
-        if found:
-            yield min(found), max(int(_text(group / usage) or 0) - _statistic(group / "memory.stat", cached), 0)
+        sizes = [int(text) for name in limits if (text := _text(group / name) or "").isdecimal()]
+        if sizes:
+            yield min(sizes), max(int(_text(group / usage) or 0) - _statistic(group / "memory.stat", cached), 0)
 
 
 def _statistic(file: Path, name: str) -> int:

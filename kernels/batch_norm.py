@@ -133,10 +133,10 @@ def _statistics(normalized: list[tuple[Tensor, nn.BatchNorm2d]], sync: bool) -> 
     Over ranks, those of all inputs travel together: one exchange is faster than two, and cannot come in another order
     on another rank.
     """
-    found: list[Statistics | None] = [None if _uses_batch(norm) else _running(norm) for _, norm in normalized]
-    batch = [(x.detach(), norm) for (x, norm), known in zip(normalized, found, strict=True) if known is None]
+    running: list[Statistics | None] = [None if _uses_batch(norm) else _running(norm) for _, norm in normalized]
+    batch = [(x.detach(), norm) for (x, norm), kept in zip(normalized, running, strict=True) if kept is None]
     if not batch:
-        return [known for known in found if known is not None]
+        return [kept for kept in running if kept is not None]
     if sync:
         if not dist.is_initialized():
             raise RuntimeError("sync needs torch.distributed's default process group, which is not initialized")
@@ -150,7 +150,7 @@ def _statistics(normalized: list[tuple[Tensor, nn.BatchNorm2d]], sync: bool) -> 
             if x.numel() == x.shape[1]:
                 raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
         computed = [Statistics(*ops.bn_stats(x, *_tracked(norm))) for x, norm in batch]
-    return [computed.pop(0) if known is None else known for known in found]
+    return [computed.pop(0) if kept is None else kept for kept in running]
 
 
 def _uses_batch(norm: nn.BatchNorm2d) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +23,7 @@ from fastflower.evaluation.plots import contact_sheet, plot_confusion
 from fastflower.evaluation.score import softmax
 from fastflower.files import atomic_write, to_json
 from fastflower.runtime.run_folder import RunFolder
+from fastflower.training.metrics import ClassCounts
 
 BINS = 15  # of confidence, as in Guo et al. 2017
 PICTURES = 24  # on the contact sheet
@@ -96,7 +98,7 @@ def analyse(labels: Ints, probabilities: Singles, ids: Sequence[str] | Strings, 
     classes = len(names)
     predicted, confidence = probabilities.argmax(axis=1), probabilities.max(axis=1).astype(np.float64)
     confusion: Ints = np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
-    hits, support, called = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    counts = ClassCounts.of_confusion(torch.from_numpy(confusion))
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
     mistakes = [
@@ -105,10 +107,10 @@ def analyse(labels: Ints, probabilities: Singles, ids: Sequence[str] | Strings, 
     return Analysis(
         names=names,
         confusion=confusion,
-        precision=hits / np.maximum(called, 1),
-        recall=hits / np.maximum(support, 1),
-        f1=2 * hits / np.maximum(called + support, 1),
-        support=support,
+        precision=counts.precision.numpy(),
+        recall=counts.recall.numpy(),
+        f1=counts.f1.numpy(),
+        support=confusion.sum(axis=1),
         confused=_confused(confusion),
         mistakes=mistakes,
         ece=calibration_error(confidence, predicted == labels),

@@ -142,7 +142,7 @@ def join(members: Sequence[Member]) -> list[Predictions]:
             raise UserError(
                 f"{member.name} lacks {some(missing)}, which other members have: predict the same pictures with each."
             )
-    joined = [sort_by_id(each) for each in _of_one_order(members)]
+    joined = [sort_by_id(predictions) for predictions in _of_one_order(members)]
     for (one, a), (other, b) in combinations(zip(members, joined, strict=True), 2):
         if (differ := (a.labels != b.labels) & (a.labels != NO_LABEL) & (b.labels != NO_LABEL)).any():
             raise UserError(

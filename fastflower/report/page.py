@@ -195,7 +195,7 @@ def _page(rows: Mapping[str, Summary], sentences: Sequence[str], pictures: Seque
         head="".join(f'<th scope="col"><button type="button">{escape(heading)}</button></th>' for heading in headings),
         rows="\n".join(_html_row(name, row) for name, row in rows.items()),
         sentences=f"<h2>Convergence on validation</h2>\n<ul>\n{items}</ul>" if sentences else "",
-        figures="\n".join(_html_figure(picture, out) for picture in pictures),
+        pictures="\n".join(_html_figure(picture, out) for picture in pictures),
     )
 
 

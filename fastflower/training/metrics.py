@@ -66,13 +66,58 @@ class Evaluation:
     macro_f1: float  # mean over the classes that occur in labels or predictions
 
 
+@dataclass(frozen=True)
+class ClassCounts:
+    """Records counted by class, and what follows from that; all are [C] float64, in which counts are exact."""
+
+    true: torch.Tensor  # records of the class
+    predicted: torch.Tensor  # those that are taken for it
+    hits: torch.Tensor  # those of both
+
+    @classmethod
+    def of_confusion(cls, confusion: torch.Tensor) -> ClassCounts:
+        """From a count [C, C] of each true class (row) and predicted one (column)."""
+        counts = confusion.double()
+        return cls(counts.sum(1), counts.sum(0), counts.diagonal())
+
+    @property
+    def precision(self) -> torch.Tensor:
+        """Share of those taken for the class that are of it; 0 where none is."""
+        return self.hits / self.predicted.clamp(min=1)
+
+    @property
+    def recall(self) -> torch.Tensor:
+        """Share of the class that is taken for it; 0 where there is none."""
+        return self.hits / self.true.clamp(min=1)
+
+    @property
+    def f1(self) -> torch.Tensor:
+        """Harmonic mean of precision and recall; 0 where neither is defined."""
+        return 2 * self.hits / (self.true + self.predicted).clamp(min=1)
+
+    @property
+    def occurs(self) -> torch.Tensor:
+        """[C] bool: whether the class is in labels or predictions."""
+        return self.true + self.predicted > 0
+
+    @property
+    def accuracy(self) -> torch.Tensor:
+        """Top-1 of all records, []."""
+        return self.hits.sum() / self.true.sum()
+
+    @property
+    def macro_f1(self) -> torch.Tensor:
+        """Mean F1 of the classes that occur, []."""
+        return self.f1[self.occurs].mean()
+
+
 class EvaluationSums:
     """Exact metrics over records that are spread over batches and ranks: sums of losses, and counts."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
         # counts are exact in float64 too, and so all travel between the ranks as one tensor
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # losses, top-5 hits
-        # records of each class, those that are taken for it, those of both
+        # true, predicted, hits of `ClassCounts`; a whole confusion matrix would be [C, C]
         self._by_class = torch.zeros(3, classes, dtype=torch.float64, device=device)
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
@@ -97,8 +142,6 @@ class EvaluationSums:
     def result(self, ranks: Ranks) -> Evaluation:
         """The metrics over the given ranks, each of which must ask."""
         total = ranks.sum(torch.cat([self._sums, self._by_class.flatten()])).cpu()
-        (loss, top5), (true, predicted, hits) = total[:2], total[2:].view_as(self._by_class)
-        n, either = true.sum(), true + predicted
-        f1 = (2 * hits / either)[either > 0]
-        metrics = (loss / n, hits.sum() / n, top5 / n, f1.mean())
-        return Evaluation(int(n), *map(float, metrics))
+        (loss, top5), counts = total[:2], ClassCounts(*total[2:].view_as(self._by_class))
+        n = counts.true.sum()
+        return Evaluation(int(n), *map(float, (loss / n, counts.accuracy, top5 / n, counts.macro_f1)))

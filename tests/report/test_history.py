@@ -172,7 +172,7 @@ def test_events_of_others_may_count_epochs_from_1(new_style: bool, tmp_path: Pat
     write_events(tmp_path, {1: 0.1, 2: 0.7}, new_style=new_style)
     run = read_history(tmp_path, "run")
     assert run.epochs.tolist() == [1, 2]
-    assert run.best == (pytest.approx(0.7), 2)
+    assert run.best == pytest.approx((0.7, 2))
     assert run.first_at(0.7) == 2  # though float32 makes it 0.69999999
 
 

@@ -17,7 +17,7 @@ from fastflower.arrays import Floats
 from fastflower.evaluation.analysis import analyse
 from fastflower.evaluation.score import metrics, softmax
 from fastflower.runtime.distributed import Ranks
-from fastflower.training.metrics import Evaluation, EvaluationSums, TrainingSums
+from fastflower.training.metrics import ClassCounts, Evaluation, EvaluationSums, TrainingSums
 from tests.evaluation.test_analysis import binned_gaps
 
 CPU = torch.device("cpu")
@@ -116,6 +116,8 @@ def test_the_analysis_counts_what_the_figures_count(case: Case) -> None:
     evaluation = metrics(case.scores, case.labels)
     assert found.confusion.sum() == n
     assert found.confusion.trace() / n == evaluation.accuracy
+    counts = ClassCounts.of_confusion(torch.from_numpy(found.confusion))
+    assert (counts.accuracy, counts.macro_f1) == (evaluation.accuracy, evaluation.macro_f1)
     either = found.confusion.sum(axis=0) + found.support > 0
     assert found.f1[either].mean() == pytest.approx(evaluation.macro_f1, rel=1e-12)
     confidence = given_out.max(axis=1).astype(np.float64)
