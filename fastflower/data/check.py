@@ -13,7 +13,7 @@ from rich.table import Table
 
 from fastflower.arrays import Hashes, Ints, Strings
 from fastflower.config import SPLITS
-from fastflower.data.classes import MAX_CLASSES, class_names, listed_classes
+from fastflower.data.classes import MAX_CLASSES, listed_classes, numbered_classes
 from fastflower.data.contents import picture_digest
 from fastflower.data.decoding import BATCH, ShapeDecoder, has_header
 from fastflower.data.records import NO_LABEL, Progress, Records, concatenate, read_image
@@ -127,7 +127,7 @@ def _numbered(root: Path, records: Mapping[str, Records]) -> list[str]:
     for part in (records[split] for split in SPLITS if split in records):
         labelled = part.select((part.labels >= 0) & (part.labels < MAX_CLASSES))
         if len(labelled):
-            return class_names(root, labelled)
+            return listed_classes(root) or numbered_classes(labelled)
     return []
 
 

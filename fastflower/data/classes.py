@@ -13,19 +13,6 @@ from fastflower.errors import UserError
 MAX_CLASSES = 100_000  # without a list of names; a larger number is a mistake, not a class
 
 
-def class_names(root: Path, train: Records | None = None) -> list[str]:
-    """Class names by index: `class_names.json` of the data folder, else the numbers 0..C-1 seen in `train`.
-
-    Raises:
-        UserError: the file is not a JSON list of names, or there is neither file nor training split.
-    """
-    if (names := listed_classes(root)) is not None:
-        return names
-    if train is None:
-        raise UserError(f"{root} has no class_names.json, and no training split was read to count the classes.")
-    return numbered_classes(train)
-
-
 def listed_classes(root: Path) -> list[str] | None:
     """What `class_names.json` of the data folder lists; None where there is no such file.
 

@@ -35,7 +35,7 @@ Rows = NDArray[Any]  # [n] of _ROW
 
 
 def contents_of(records: Records, progress: Progress | None = None) -> Contents:
-    """What each record holds; those that are not known yet are read, by all cores.
+    """What each record holds; those that are not examined yet are looked up, and read by all cores where that is new.
 
     Whoever asks again takes the records of `examined`, which know it.
 
@@ -46,8 +46,17 @@ def contents_of(records: Records, progress: Progress | None = None) -> Contents:
     Raises:
         UserError: a record cannot be read, or its file changes meanwhile.
     """
-    if records.contents:
-        return records.contents
+    contents = records.contents or Contents.unknown(len(records))
+    missing = np.flatnonzero(~contents.examined)
+    if not len(missing):
+        return contents
+    digests, sound = contents.digests.copy(), contents.sound.copy()
+    digests[missing], sound[missing] = _look_up(records.select(missing), progress)
+    return Contents(digests, sound, np.ones(len(records), np.bool_))
+
+
+def _look_up(records: Records, progress: Progress | None) -> tuple[Hashes, Bools]:
+    """Digests and soundness, [n] each; what the cache does not have is read and put into it."""
     rows = np.zeros(len(records), _ROW)
     rows["key"] = _keys(records)
     shards = _shards(records)
@@ -67,7 +76,7 @@ def contents_of(records: Records, progress: Progress | None = None) -> Contents:
             _, first = np.unique(together["key"], return_index=True)
             with contextlib.suppress(OSError), atomic_write(path) as file:
                 np.save(file, together[first])
-    return Contents(rows["digest"], rows["sound"])
+    return rows["digest"], rows["sound"]
 
 
 def examined(records: Records, progress: Progress | None = None) -> Records:

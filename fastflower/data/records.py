@@ -25,19 +25,29 @@ Progress = Callable[[int, int], None]  # takes what is done and all that is to d
 
 @dataclass(frozen=True)
 class Contents:
-    """What records hold, as `fastflower.data.contents` finds it out."""
+    """What records hold, as far as `fastflower.data.contents` has found it out."""
 
     digests: Hashes  # [n], equal for the same bytes
     sound: Bools  # [n], it begins as a picture and is not cut off
+    examined: Bools  # [n]; the digest and soundness of the others mean nothing
+
+    @classmethod
+    def unknown(cls, n: int) -> Contents:
+        """Those of n records of which none is examined."""
+        return cls(np.zeros(n, np.uint64), np.zeros(n, np.bool_), np.zeros(n, np.bool_))
 
     def select(self, indices: Ints | Bools) -> Contents:
         """Those of the records at `indices` ([m] or [n])."""
-        return Contents(self.digests[indices], self.sound[indices])
+        return Contents(self.digests[indices], self.sound[indices], self.examined[indices])
 
     @classmethod
     def join(cls, parts: Sequence[Contents]) -> Contents:
         """Those of some tables' records, one table after another."""
-        return cls(np.concatenate([part.digests for part in parts]), np.concatenate([part.sound for part in parts]))
+        return cls(
+            np.concatenate([part.digests for part in parts]),
+            np.concatenate([part.sound for part in parts]),
+            np.concatenate([part.examined for part in parts]),
+        )
 
 
 @dataclass(frozen=True)
@@ -49,13 +59,14 @@ class Records:
     counts: tuple[int, ...]  # of records in each file, whether they are in this table or not
     counts_by_name: tuple[int | None, ...]  # the same as each file's name says it; None where it says nothing
     sides: tuple[int | None, ...]  # of each file: its pictures' stored size (pixels); None where there is but one
+    mends: tuple[str, ...]  # of each file: how its records get what they lack, as its layout says it
     file: Ints  # [n], index into files
     number: Ints  # [n], position of the record in its file
     offset: Ints  # [n], bytes; -1 where the record has no image
     length: Ints  # [n], bytes
     ids: Strings  # [n], "" where the record has none
     labels: Ints  # [n], NO_LABEL where the record has none
-    contents: Contents | None = None  # once the records are read
+    contents: Contents | None = None  # once some of the records are examined
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,10 +109,9 @@ class Records:
         missing = {"image": self.offset < 0, "id": self.ids == "", "class": self.labels == NO_LABEL}[feature]
         if missing.any():
             index = int(np.argmax(missing))
-            where = self.describe(index)
-            if self.is_file(index):
-                raise UserError(f"{where} has no {feature}, which this command needs: put it into its class's folder.")
-            raise UserError(f"{where} has no feature '{feature}', which this command needs: write it or drop the file.")
+            lacked = feature if self.is_file(index) else f"feature '{feature}'"
+            mend = self.mends[self.file[index]]
+            raise UserError(f"{self.describe(index)} has no {lacked}, which this command needs: {mend}.")
 
     def require_classes(self, count: int) -> None:
         """Raise UserError naming the first record whose class is missing or outside 0..count-1."""
@@ -119,20 +129,23 @@ COLUMNS = ("number", "offset", "length", "ids", "labels")
 
 
 def concatenate(parts: Sequence[Records]) -> Records:
-    """The records of all parts, one part after another."""
+    """The records of all parts, one part after another; what is not known of those of a part stays unknown."""
     if len(parts) == 1:
         return parts[0]
     first = np.cumsum([0, *(len(part.files) for part in parts)])
-    contents = [part.contents for part in parts if part.contents]
+    contents = None
+    if any(part.contents for part in parts):
+        contents = Contents.join([part.contents or Contents.unknown(len(part)) for part in parts])
     return Records(
         files=tuple(path for part in parts for path in part.files),
         stamps=tuple(stamp for part in parts for stamp in part.stamps),
         counts=tuple(count for part in parts for count in part.counts),
         counts_by_name=tuple(count for part in parts for count in part.counts_by_name),
         sides=tuple(side for part in parts for side in part.sides),
+        mends=tuple(mend for part in parts for mend in part.mends),
         file=np.concatenate([part.file + start for part, start in zip(parts, first[:-1], strict=True)]),
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in COLUMNS},
-        contents=Contents.join(contents) if len(contents) == len(parts) else None,
+        contents=contents,
     )
 
 

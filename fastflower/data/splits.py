@@ -219,7 +219,8 @@ def _roots(data: DataConfig) -> tuple[Path, ...]:
 
 
 def _load(data: DataConfig, root: Path, split: str) -> Part:
-    loaded, listed = layout_of(root).load(root, split, data), listed_classes(root)
+    layout = layout_of(root)
+    loaded, listed = layout.load(root, split, data), listed_classes(root)
     records, names = loaded.records, loaded.names
     if names is None:
         if listed and (records.labels != NO_LABEL).any():
@@ -229,7 +230,7 @@ def _load(data: DataConfig, root: Path, split: str) -> Part:
     if unknown and split != "test":
         raise UserError(
             f"{root} has pictures of class {min(unknown)!r} in {split}, which its class_names.json does not list: "
-            "correct the folder's name or the list."
+            f"{layout.renaming} or the list."
         )
     return Part(root, split, records, names, listed)
 

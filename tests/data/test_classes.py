@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastflower.data.classes import class_names
+from fastflower.data.classes import listed_classes, numbered_classes
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.errors import UserError
@@ -17,26 +17,21 @@ from tests.conftest import example
 def test_class_names_from_json(small: Path) -> None:
     names = ["rose", "wild geranium", "Löwenzahn 蒲公英"]
     (small / "class_names.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
-    assert class_names(small) == names
-    assert class_names(small / "tfrecords-jpeg-40x40") == names
+    assert listed_classes(small) == names
+    assert listed_classes(small / "tfrecords-jpeg-40x40") == names
 
 
 def test_class_names_from_numbers(tmp_path: Path) -> None:
     write_tfrecord(tmp_path / "train" / "a.tfrec", [example(0, 0), example(1, 11), example(2, 3)])
-    assert class_names(tmp_path, load_split(tmp_path, "train")) == [str(i) for i in range(12)]
+    assert listed_classes(tmp_path) is None
+    assert numbered_classes(load_split(tmp_path, "train")) == [str(i) for i in range(12)]
 
 
 @pytest.mark.parametrize("label", [-1, 100_000, 2**40])
 def test_class_numbers_that_are_no_classes_are_refused(tmp_path: Path, label: int) -> None:
     write_tfrecord(tmp_path / "train" / "a.tfrec", [example(0, 0), example(1, label)])
     with pytest.raises(UserError, match=rf"a\.tfrec, record 1 \(id 000001\) has class {label}, outside"):
-        class_names(tmp_path, load_split(tmp_path, "train"))
-
-
-def test_class_names_without_a_source(small: Path) -> None:
-    with pytest.raises(UserError, match=r"has no class_names\.json") as caught:
-        class_names(small)
-    assert str(small) in str(caught.value)
+        numbered_classes(load_split(tmp_path, "train"))
 
 
 @pytest.mark.parametrize(
@@ -45,7 +40,7 @@ def test_class_names_without_a_source(small: Path) -> None:
 def test_broken_class_names_are_refused(small: Path, text: bytes) -> None:
     path = small / "class_names.json"
     path.write_bytes(text)
-    with pytest.raises(UserError) as caught:  # never falls back to numbers
-        class_names(small, load_split(small, "train"))
+    with pytest.raises(UserError) as caught:
+        listed_classes(small)
     assert str(path) in str(caught.value)
     assert "list of class names" in str(caught.value)

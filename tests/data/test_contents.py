@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fastflower.arrays import Hashes
 from fastflower.data import contents as module
 from fastflower.data import records as records_module
 from fastflower.data.contents import content_digests, contents_of, examined, require_pictures
@@ -232,10 +234,13 @@ def test_records_that_are_no_pictures_are_named_at_once(tmp_path: Path, count: i
     assert "data.skip, which takes what `fastflower data check ROOT --json` prints" in sentence
 
 
-def write_sizes(root: Path) -> Path:
+UNDIVIDED, DIVIDED = {"rose": 8, "tulip": 8}, {"train/rose": 8, "train/tulip": 8, "val/rose": 4}
+
+
+def write_sizes(root: Path) -> list[Path]:
     for size in (40, 48):
         write_dataset(root, {"train": 12, "val": 6}, size=size)
-    return root
+    return [root]
 
 
 @pytest.mark.parametrize(
@@ -243,20 +248,22 @@ def write_sizes(root: Path) -> Path:
     [
         (write_sizes, [], 18),
         (write_sizes, ["--data.folds", 3], 36),  # which have to be the same at all sizes
-        (lambda root: write_folders(root, {"rose": 8, "tulip": 8}), [], 16),
-        (lambda root: write_folders(root, {"train/rose": 8, "train/tulip": 8, "val/rose": 4}), ["--data.folds", 2], 20),
+        (lambda root: [write_folders(root, UNDIVIDED)], [], 16),
+        (lambda root: [write_folders(root, DIVIDED)], ["--data.folds", 2], 20),
+        (lambda root: [write_folders(root / "a", UNDIVIDED), write_folders(root / "b", DIVIDED)], [], 36),
+        (lambda root: [write_folders(root / "b", DIVIDED), write_folders(root / "a", UNDIVIDED)], [], 36),
     ],
 )
 def test_a_start_looks_each_record_up_once(
     tmp_path: Path,
     tiny_net: None,
     monkeypatch: pytest.MonkeyPatch,
-    write: Callable[[Path], Path],
+    write: Callable[[Path], list[Path]],
     options: list[object],
     count: int,
 ) -> None:
     """For what validates, the sentences to the user and what the checkpoint says; a test of the network too."""
-    root, run, keys = write(tmp_path / "data"), tmp_path / "run", module._keys
+    roots, run, keys = write(tmp_path / "data"), tmp_path / "run", module._keys
     asked: list[str] = []
 
     def spy(records: Records) -> Any:
@@ -264,7 +271,8 @@ def test_a_start_looks_each_record_up_once(
         return keys(records)
 
     monkeypatch.setattr(module, "_keys", spy)
-    trained = fastflower(*train_arguments(root, run), "--train.epochs", 1, *options)
+    command, option, _, *settings = train_arguments(roots[0], run)
+    trained = fastflower(command, option, *roots, *settings, "--train.epochs", 1, *options)
     assert trained.code == 0, trained.err
     assert len(asked) == len(set(asked)) == count
     asked.clear()
@@ -278,15 +286,27 @@ def test_a_start_looks_each_record_up_once(
 def test_what_is_known_of_records_goes_where_they_go(
     tmp_path_factory: pytest.TempPathFactory, parts: list[list[int]]
 ) -> None:
-    """Into what is selected of them and joined; a table that has unknown ones knows none."""
-    records = write(tmp_path_factory.mktemp("some") / "a.tfrec", BYTES)
+    """Into what is selected of them and joined; of unknown ones that join them nothing is known until it is asked."""
+    records, keys = write(tmp_path_factory.mktemp("some") / "a.tfrec", BYTES), module._keys
     selected = [examined(records).select(np.array(part)) for part in parts]
     joined = concatenate(selected)
     assert joined.contents is not None
     indices = np.concatenate(parts)
     assert joined.contents.digests.tolist() == [digest_of(BYTES[i]) for i in indices]
     assert joined.contents.sound.tolist() == [SOUND[i] for i in indices]
-    with_unknown = concatenate([*selected, records])
-    assert with_unknown.contents is None
-    expected = [digest_of(data) for data in (*(BYTES[i] for i in indices), *BYTES)]
-    assert content_digests(with_unknown).tolist() == expected
+    assert concatenate([records, records]).contents is None
+    mixed = [part if i % 2 else replace(part, contents=None) for i, part in enumerate([*selected, records])]
+    with_unknown = concatenate(mixed)
+    asked: list[int] = []
+
+    def spy(records: Records) -> Hashes:
+        asked.extend(records.number.tolist())
+        return keys(records)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_keys", spy)
+        answer = contents_of(with_unknown)
+    everything = np.concatenate([part.number for part in mixed])
+    assert answer.digests.tolist() == [digest_of(BYTES[i]) for i in everything]
+    assert answer.sound.tolist() == [SOUND[i] for i in everything]
+    assert asked == [i for part in mixed if part.contents is None for i in part.number]

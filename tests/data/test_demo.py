@@ -17,7 +17,7 @@ import pytest
 import tfrecord
 from PIL import Image
 
-from fastflower.data.classes import class_names
+from fastflower.data.classes import listed_classes
 from fastflower.data.demo import COLORS, KINDS, draw_flower, write_demo
 from fastflower.data.sources.kaggle import load_split
 from fastflower.errors import UserError
@@ -67,7 +67,7 @@ def test_class_names_are_twelve_synthetic_kinds(root: Path) -> None:
     names = json.loads((root / "class_names.json").read_text())
     assert len(set(names)) == 12
     assert all(name.startswith("synthetic ") for name in names)
-    assert class_names(root) == names
+    assert listed_classes(root) == names
 
 
 def test_records_have_an_id_an_image_and_but_for_test_a_class(root: Path) -> None:

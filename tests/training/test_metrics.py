@@ -117,7 +117,7 @@ def test_the_analysis_counts_what_the_figures_count(case: Case) -> None:
     assert found.confusion.sum() == n
     assert found.confusion.trace() / n == evaluation.accuracy
     counts = ClassCounts.of_confusion(torch.from_numpy(found.confusion))
-    assert (counts.accuracy, counts.macro_f1) == (evaluation.accuracy, evaluation.macro_f1)
+    assert (float(counts.accuracy), float(counts.macro_f1)) == (evaluation.accuracy, evaluation.macro_f1)
     either = found.confusion.sum(axis=0) + found.support > 0
     assert found.f1[either].mean() == pytest.approx(evaluation.macro_f1, rel=1e-12)
     confidence = given_out.max(axis=1).astype(np.float64)

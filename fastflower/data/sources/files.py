@@ -31,10 +31,13 @@ def picture_files(paths: Sequence[Path]) -> Records:
         if times > 1:
             raise UserError(f"{path} is given twice: give each picture once.")
     stamps = [stamp_of(path) for path in paths]
-    return records_of_files(paths, stamps, np.array([str(path) for path in paths]), np.full(len(paths), NO_LABEL))
+    ids, labels = np.array([str(path) for path in paths]), np.full(len(paths), NO_LABEL)
+    return records_of_files(paths, stamps, ids, labels, mend="give its data set's folder as --data.root")
 
 
-def records_of_files(files: Sequence[Path], stamps: Sequence[Stamp], ids: Strings, labels: Ints) -> Records:
+def records_of_files(
+    files: Sequence[Path], stamps: Sequence[Stamp], ids: Strings, labels: Ints, *, mend: str
+) -> Records:
     """A record for each of some files, all of which it is.
 
     Args:
@@ -42,6 +45,7 @@ def records_of_files(files: Sequence[Path], stamps: Sequence[Stamp], ids: String
         stamps: theirs.
         ids: the pictures', [n].
         labels: the pictures', [n]; NO_LABEL where there is none.
+        mend: how a picture gets a label, for the sentence that misses it.
     """
     return Records(
         files=tuple(files),
@@ -49,6 +53,7 @@ def records_of_files(files: Sequence[Path], stamps: Sequence[Stamp], ids: String
         counts=(1,) * len(files),
         counts_by_name=(None,) * len(files),
         sides=(None,) * len(files),
+        mends=(mend,) * len(files),
         file=np.arange(len(files)),
         number=np.zeros(len(files), np.int64),
         offset=np.zeros(len(files), np.int64),

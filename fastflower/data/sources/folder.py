@@ -39,6 +39,7 @@ class ClassFolders(Layout):
 
     form = FORM
     ids_are_of_split = True
+    renaming = "correct the folder's name"
     holds_out = True
 
     def holds(self, root: Path) -> bool:
@@ -160,4 +161,5 @@ def _records(folder: Path, pictures: list[Picture]) -> tuple[Records, list[str]]
     names = sorted(set(classes) - {""})
     index = {name: label for label, name in enumerate(names)} | {"": NO_LABEL}
     ids, labels = np.where(counts[same] > 1, paths, stems), np.array([index[name] for name in classes], np.int64)
-    return records_of_files([folder / path for path in paths], stamps, ids, labels), names
+    files = [folder / path for path in paths]
+    return records_of_files(files, stamps, ids, labels, mend="put it into its class's folder"), names

@@ -118,6 +118,7 @@ def load_files(files: Sequence[Path]) -> Records:
         counts=counts,
         counts_by_name=tuple(count_by_name(path) for path in files),
         sides=tuple(_size_named(path.parent.parent) for path in files),
+        mends=("write it or drop the file",) * len(files),
         file=np.repeat(np.arange(len(files)), counts),
         **columns,
     )

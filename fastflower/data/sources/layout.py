@@ -52,6 +52,8 @@ class Layout(ABC):
     """What such a folder holds, to be read after "a data folder holds"."""
     ids_are_of_split: ClassVar[bool]
     """Whether the same id in another split is another picture, as where files are numbered anew in each."""
+    renaming: ClassVar[str] = "correct the name"
+    """What to do about a class that the data folder's list does not have, to be read before "or the list"."""
     holds_out: ClassVar[bool]
     """Whether train gives up `data.val_share` of its pictures where there is no val; otherwise it must be there."""
 

@@ -283,7 +283,10 @@ def test_names_that_a_file_lists_come_first_and_in_its_order(tmp_path: Path, sma
     assert [kinds[f"{i:06}"] for i in range(3)] == ["rose", "daisy", "lily"]
     assert read_image(data.train, 3 + 47).tobytes() == example(47, 47 % 3)["image"]
     (folder / "class_names.json").write_text(json.dumps(["tulip", "lily"]))
-    assert "class 'aster' in train, which its class_names.json does not list" in refusal(lambda: opened(folder))
+    sentence = (
+        "class 'aster' in train, which its class_names.json does not list: correct the folder's name or the list."
+    )
+    assert sentence in refusal(lambda: opened(folder))
     (folder / "class_names.json").write_text(json.dumps(["tulip", "lily", "aster", "iris"]))
     assert opened(folder).classes == ["tulip", "lily", "aster", "iris"]
     (folder / "class_names.json").write_text(json.dumps(["tulip", "lily", "tulip"]))

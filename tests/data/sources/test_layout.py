@@ -13,17 +13,18 @@ import pytest
 from fastflower.config import SPLITS, DataConfig
 from fastflower.data import sources
 from fastflower.data.check import Report, check, sentences
-from fastflower.data.classes import class_names
+from fastflower.data.classes import listed_classes
 from fastflower.data.dataset import open_dataset
 from fastflower.data.records import Records, read_image
 from fastflower.data.sources import LAYOUTS, layout_of
 from fastflower.data.sources.layout import Layout, Loaded, one_of
+from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.splits import class_list, join, load_parts, load_pictures, load_pool
 from fastflower.data.stamp import stamp_of
 from fastflower.data.stats import pixel_statistics
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
-from tests.conftest import fastflower, jpeg, train_arguments, write_dataset, write_folders
+from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset, write_folders
 
 LIST, PICTURES = "pictures.txt", "pictures.bin"
 Row = tuple[str, str, str, bytes]  # split, class, id and picture
@@ -57,6 +58,7 @@ class Listed(Layout):
                 counts=(len(rows),),
                 counts_by_name=(None,),
                 sides=(None,),
+                mends=(f"write it into {LIST}",),
                 file=np.zeros(len(numbers), np.int64),
                 number=np.array(numbers),
                 offset=places[:, 0],
@@ -153,7 +155,9 @@ class TestAnotherLayout:
         (listed / "class_names.json").write_text('["tulip", "rose"]')
         assert class_list(load_pool(DataConfig(root=(listed,)))) == ["tulip", "rose"]
         (listed / "class_names.json").write_text('["tulip"]')
-        with pytest.raises(UserError, match="class 'rose' in train, which its class_names"):
+        with pytest.raises(
+            UserError, match=r"'rose' in train, which its class_names\.json does not list: correct the name or"
+        ):
             load_pool(DataConfig(root=(listed,)))
 
     def test_statistics(self, tmp_path: Path) -> None:
@@ -268,7 +272,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pyt
         raise PermissionError(13, "Permission denied", str(root))
 
     monkeypatch.setattr("fastflower.data.sources.kaggle.os.listdir", refused)
-    for ask in (layout_of, class_names, run_check):
+    for ask in (layout_of, listed_classes, run_check):
         with pytest.raises(UserError, match=rf"{tmp_path} cannot be read \(Permission denied\): check its permissions"):
             ask(tmp_path)
 
@@ -287,6 +291,23 @@ def test_a_record_that_is_all_of_its_file_is_named_by_the_file(tmp_path: Path) -
     assert described(two, "train", "val") == [f"{two}/{PICTURES}, record {i} (id {i})" for i in range(2)]
     records = write_dataset(tmp_path / "records", {"train": 1, "val": 1})
     assert described(records, "train")[0].endswith(".tfrec, record 0 (id 000000)")
+
+
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_a_record_without_a_class_is_mended_as_its_layout_says(tmp_path: Path, order: list[int]) -> None:
+    """Also in one table with others'."""
+    folders = write_folders(tmp_path / "folders", {"test": 1})
+    stored = tmp_path / "records"
+    write_tfrecord(stored / "test" / "a.tfrec", [example(7, None)])
+    records = load_pictures(DataConfig(root=(folders, stored)), ["test"], seed=0)
+    said = [
+        f"{folders}/test/000000.jpg has no class, which this command needs: put it into its class's folder.",
+        f"{stored}/test/a.tfrec, record 0 (id 000007) has no feature 'class', which this command needs: "
+        "write it or drop the file.",
+    ]
+    with pytest.raises(UserError) as caught:
+        records.select(np.array(order)).require("class")
+    assert str(caught.value) == said[order[0]]
 
 
 def test_nothing_but_the_registry_knows_a_layout() -> None:
