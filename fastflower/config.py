@@ -100,6 +100,11 @@ class DataConfig:
     hw_decoder_load: Share = 0.65
     """Share of the JPEGs given to the hardware decoder of GPUs that have one (A100, H100 and later)."""
 
+    def absolute(self) -> DataConfig:
+        """The same folders and files from wherever the run is resumed or evaluated."""
+        root = self.root and tuple(folder.absolute() for folder in self.root)
+        return replace(self, root=root, skip=self.skip and self.skip.absolute())
+
 
 @dataclass(frozen=True)
 class ModelConfig:

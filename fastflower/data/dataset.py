@@ -54,14 +54,7 @@ def with_folders(data: DataConfig, ranks: Ranks, display: Display) -> DataConfig
             if not builtin_root().is_dir():
                 display.say(f"Drawing them, once, into {builtin_root()}")
             data = replace(data, root=(ensure_builtin(display.follow("draw synthetic flowers")),))
-    return absolute(data)
-
-
-def absolute(data: DataConfig) -> DataConfig:
-    """The same folders and files from wherever the run is resumed or evaluated."""
-    return replace(
-        data, root=data.root and tuple(root.absolute() for root in data.root), skip=data.skip and data.skip.absolute()
-    )
+    return data.absolute()
 
 
 @dataclass(frozen=True)

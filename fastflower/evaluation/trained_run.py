@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 
 from fastflower.config import Config, DataConfig, build
-from fastflower.data.dataset import absolute
 from fastflower.data.view import Normalization
 from fastflower.errors import UserError
 from fastflower.files import digest
@@ -37,7 +36,7 @@ class Planned:
         if roots is None:
             return data
         own = set(data.root or ())
-        data = absolute(replace(data, root=roots))
+        data = replace(data, root=roots).absolute()
         return data if own.issuperset(data.root or ()) else replace(data, skip=None)
 
 
