@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from fastflower.errors import UserError
 from fastflower.runtime.checkpoint import FORMAT, load_checkpoint, plain_names
-from tests.conftest import Result, fastflower, train_arguments
+from tests.conftest import fastflower, train_arguments
+from tests.processes import Result
 from tests.training.test_run import assert_same_run
 
 pytestmark = pytest.mark.usefixtures("tiny_net")

@@ -16,7 +16,8 @@ from fastflower.runtime.progress import Display
 from fastflower.training import loop as training
 from fastflower.training.schedule import Schedule
 from fastflower.training.step import training_step
-from tests.conftest import Result, TinyNet, fastflower, train_arguments, write_dataset
+from tests.conftest import TinyNet, fastflower, train_arguments, write_dataset
+from tests.processes import Result
 from tests.training.test_run import assert_same_run, rows
 
 COUNT, BATCH = 50, 8  # six steps and two pictures more

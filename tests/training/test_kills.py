@@ -21,7 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.training.metrics import TrainingSums
-from tests.conftest import Result, fastflower, train_arguments, write_dataset
+from tests.conftest import fastflower, train_arguments, write_dataset
+from tests.processes import Result
 from tests.training.test_resume import signal_at
 from tests.training.test_run import assert_same_run, rows
 
