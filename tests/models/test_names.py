@@ -80,7 +80,7 @@ class TestRegistered:
             create_model("small", 5, **options)
         assert str(error.value) == sentence
 
-    def test_it_is_offered_suggested_and_checked(self) -> None:
+    def test_it_is_offered_suggested_and_checked(self, small: Path) -> None:
         assert "small" in " ".join(fastflower("train", "--help").out.split())
         misspelled = fastflower("flops", "smal")
         assert misspelled.code == 2
@@ -90,7 +90,8 @@ class TestRegistered:
         with pytest.raises(UserError, match="test: data.crop is 29 pixels, but small needs at least 30: raise it."):
             build({"model": {"name": "small"}, "data": {"crop": 29}}, "test")
         assert resolve(build({"model": {"name": "small"}}, "test")).train.lr == 0.03
-        refused = fastflower("train", "--model.name", "small", "--model.pretrained", "IMAGENET1K_V1", "--dry_run")
+        asked = ("--model.name", "small", "--model.pretrained", "IMAGENET1K_V1")
+        refused = fastflower("train", "--data.root", small, *asked, "--dry_run")
         assert refused.code == 2
         assert "torchvision has no IMAGENET1K_V1 of small, only of resnet18, " in " ".join(refused.err.split())
 
