@@ -294,12 +294,26 @@ def test_architecture_names_files_that_are_there() -> None:
             assert (ROOT / folder / name).is_file(), f"{folder}/{name}"
 
 
+def floors_of_the_contract() -> list[list[str]]:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (contract,) = [other for other in settings["tool"]["importlinter"]["contracts"] if other["type"] == "layers"]
+    return [re.findall(r"fastflower\.(\w+)", layer) for layer in contract["layers"]]
+
+
 def test_architecture_draws_the_floors_of_the_contract() -> None:
     (drawing,) = [block for block in read(ARCHITECTURE.read_text("utf-8")).blocks if block.language == "mermaid"]
-    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    (contract,) = [each for each in settings["tool"]["importlinter"]["contracts"] if each["type"] == "layers"]
-    floors = [re.findall(r"fastflower\.(\w+)", layer) for layer in contract["layers"]]
-    assert [drawn.split(" · ") for drawn in re.findall(r'\["(.*?)"\]', drawing.text)] == floors
+    assert [drawn.split(" · ") for drawn in re.findall(r'\["(.*?)"\]', drawing.text)] == floors_of_the_contract()
+
+
+def test_everything_is_on_a_floor_that_contributors_read_of() -> None:
+    """Also the kernels, and whatever comes to lie in the package: what is on no floor may import anything."""
+    code = {path.parent.name if path.name == "__init__.py" else path.stem for path in ROOT.glob("fastflower/*.py")}
+    code |= {path.parent.name for path in ROOT.glob("fastflower/*/__init__.py")}
+    floors = [name for floor in floors_of_the_contract() for name in floor]
+    assert sorted(floors) == sorted(code - {"fastflower", "__main__", "configs"})
+    table = "\n".join(re.findall(r"^\|.*\|$", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.MULTILINE))
+    for name in floors:
+        assert f"`{name}.py`" in table or f"`{name}/`" in table, name
 
 
 PYTHON = [

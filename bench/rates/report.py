@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bench.harness.common import describe
 from fastflower.errors import UserError
+from fastflower.runtime.run_folder import flattened
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, tuple[str, Callable[[Any], str]]]  # by heading: a row's key, and what is written of its value
@@ -100,7 +101,7 @@ def _print(title: str, rows: Sequence[Row], columns: Columns, notes: Sequence[st
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
     """The rows as a table, nested values as columns such as machine.cpu; UserError where it cannot be written."""
-    flat = [_flat(row) for row in rows]
+    flat = [flattened(row) for row in rows]
     try:
         with path.open("w", encoding="utf-8", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in flat for key in row)))
@@ -108,10 +109,3 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer.writerows(flat)
     except OSError as error:
         raise UserError(f"--csv {path} cannot be written ({error.strerror}): name another file.") from error
-
-
-def _flat(row: Row, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in row.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

@@ -14,7 +14,7 @@ import numpy as np
 
 from fastflower.arrays import Bools, Ints
 from fastflower.data.contents import content_digests
-from fastflower.data.records import Progress, Records
+from fastflower.data.records import Records
 from fastflower.errors import UserError
 from fastflower.files import digest
 
@@ -27,7 +27,7 @@ class Duplicate:
     labels: tuple[int, ...]  # the classes that they have, sorted; more than one = somebody mislabelled it
 
 
-def assign_folds(records: Records, folds: int, seed: int, progress: Progress | None = None) -> Ints:
+def assign_folds(records: Records, folds: int, seed: int) -> Ints:
     """The fold of each record, [n] in 0..folds-1; the same picture is never in two.
 
     Where no picture has several ids, the folds' numbers of pictures differ by at most one, of each class and in all.
@@ -38,7 +38,7 @@ def assign_folds(records: Records, folds: int, seed: int, progress: Progress | N
         UserError: a record has no class or cannot be read, or there are fewer different pictures than folds.
     """
     records.require("class")
-    group, members = _same_pictures(records, progress)
+    group, members = _same_pictures(records)
     if folds > len(members):
         raise UserError(f"data.folds is {folds}, but there are only {len(members)} different pictures: lower it.")
     by_class: dict[int, list[int]] = defaultdict(list)
@@ -57,7 +57,7 @@ def assign_folds(records: Records, folds: int, seed: int, progress: Progress | N
     return fold[group]
 
 
-def hold_out(records: Records, folder: Ints, share: float, seed: int, progress: Progress | None = None) -> Bools:
+def hold_out(records: Records, folder: Ints, share: float, seed: int) -> Bools:
     """Which records validate where data folders have no val, [n]: of each class of each data folder
     round(share * n) of its n different pictures, but at least one and not all, with all copies of them.
 
@@ -69,12 +69,11 @@ def hold_out(records: Records, folder: Ints, share: float, seed: int, progress: 
         folder: which data folder each is from, [n].
         share: in 0..1.
         seed: of the choice.
-        progress: takes records read and to read.
 
     Raises:
         UserError: a record cannot be read.
     """
-    group, _ = _same_pictures(records, progress)
+    group, _ = _same_pictures(records)
     validates = np.zeros(len(records), bool)  # by group
     _, part = np.unique(np.stack((folder, records.labels)), axis=1, return_inverse=True)
     last = {}
@@ -109,9 +108,9 @@ def duplicates(records: Records) -> list[Duplicate]:
     return sorted(repeated, key=lambda duplicate: duplicate.ids)
 
 
-def _same_pictures(records: Records, progress: Progress | None = None) -> tuple[Ints, list[set[tuple[str, int]]]]:
+def _same_pictures(records: Records) -> tuple[Ints, list[set[tuple[str, int]]]]:
     """Of each record the number of its group ([n]), and of each group the different ids and labels in it."""
-    digests = content_digests(records, progress)
+    digests = content_digests(records)
     names = np.where(records.ids == "", [f"{digest:016x}" for digest in digests.tolist()], records.ids)
     numbers = (np.unique(column, return_inverse=True)[1] for column in (names, digests))
     roots, group = np.unique(_connect(*numbers), return_inverse=True)

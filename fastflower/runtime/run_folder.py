@@ -252,12 +252,13 @@ FIGURES = (*TAGS.values(), "epoch_s")  # of a row, beside its epoch and step
 
 def changes(before: Mapping[str, Any], after: Config) -> list[str]:
     """Settings that differ, as "train.lr 0.1 → 0.01"."""
-    old, new = _flat(before), _flat(to_plain(after))
+    old, new = flattened(before), flattened(to_plain(after))
     return [f"{key} {old.get(key)} → {value}" for key, value in new.items() if old.get(key) != value]
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys, such as train.lr."""
     flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    for key, value in nested.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
     return flat
