@@ -129,9 +129,13 @@ def _read(records: Records, indices: Ints, progress: Progress | None) -> tuple[H
 
 
 def _keys(records: Records) -> Hashes:
-    """Of each record a number that no other has, in any file, [n]."""
+    """Of each record a number, [n], that no other bytes of the same file have, nor, in all likelihood, any others."""
     files = np.array([int.from_bytes(key[:8]) for key in file_keys(records.files, records.stamps)], np.uint64)
-    return files[records.file] + records.offset.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)  # odd: one to one
+    keys: Hashes = files[records.file]
+    for place in (records.offset, records.length):
+        keys = (keys ^ place.astype(np.uint64)) * np.uint64(0x9E3779B97F4A7C15)  # odd: one to one
+        keys ^= keys >> np.uint64(32)
+    return keys
 
 
 def _shards(records: Records) -> dict[Path, Ints]:

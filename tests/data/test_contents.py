@@ -48,6 +48,21 @@ def digest_of(data: bytes) -> int:
     return int(hashlib.blake2b(data, digest_size=8).hexdigest(), 16)
 
 
+def test_other_bytes_of_the_same_file_are_other_records(tmp_path: Path) -> None:
+    """As where a list says where in a file the pictures are, and is corrected."""
+    records = write(tmp_path / "a.tfrec", PICTURES[:6])
+    draw = np.random.default_rng(3)
+    whole = contents_of(records)
+    for _ in range(20):
+        shifts, cuts = (draw.integers(0, 2, 6) * draw.integers(1, 300, 6) for _ in range(2))
+        moved = replace(records, offset=records.offset + shifts, length=records.length - shifts - cuts)
+        contents = contents_of(moved)
+        data = [bytes(read_image(moved, index)) for index in range(6)]
+        assert contents.digests.tolist() == [digest_of(picture) for picture in data]
+        assert contents.sound.tolist() == [not shift + cut for shift, cut in zip(shifts, cuts, strict=True)]
+    assert contents_of(records).digests.tolist() == whole.digests.tolist()
+
+
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The records that are read, in any order."""
