@@ -105,13 +105,14 @@ def check(root: Path, *, threads: int, follow: Callable[[str], Progress]) -> Rep
 
 
 def _in_one_list(root: Path, loaded: Mapping[str, Loaded]) -> tuple[dict[str, Records], list[str], list[str]]:
-    """Each split's records with labels by one list of classes; that list, which a file gives, or train; and the classes
-    of other splits that are not in it, whose labels come after the others.
+    """Each split's records with labels by one list of classes; that list, which a file gives, or the first split that
+    could be loaded; and the classes of other splits that are not in it, whose labels come after the others.
     """
     records = {split: loaded[split].records for split in SPLITS if split in loaded}
     if all(part.names is None for part in loaded.values()):
         return records, _numbered(root, records), []
-    names = listed_classes(root) or (loaded["train"].names if "train" in loaded else None) or []
+    named = (loaded[split].names for split in SPLITS if split in loaded)
+    names = listed_classes(root) or next((names for names in named if names), [])
     place = {name: label for label, name in enumerate(names)}
     for split, part in records.items():
         own = loaded[split].names or []

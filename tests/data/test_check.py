@@ -286,6 +286,17 @@ def test_class_folders_are_checked_alike(tmp_path: Path) -> None:
     assert [p for p in again.problems if p.kind != "file"] == report.problems  # the others are looked at all the same
 
 
+@pytest.mark.parametrize("listed", [False, True])
+def test_where_train_is_refused_the_rest_has_its_classes(listed: bool, tmp_path: Path) -> None:
+    root = write_folders(tmp_path, {"train/rose": 2, "train/tulip": 2, "val/rose": 2, "val/tulip": 1, "test": 1})
+    (root / "train/loose.jpg").write_bytes(jpeg(40, 40))
+    if listed:
+        (root / "class_names.json").write_text('["tulip", "rose"]')
+    report = run(root)
+    assert [(problem.kind, problem.split) for problem in report.problems] == [("file", "train")]
+    assert {name: counts["val"] for name, counts in report.classes.items()} == {"rose": 2, "tulip": 1}
+
+
 def test_a_picture_that_may_not_be_read_is_named_and_the_rest_is_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
