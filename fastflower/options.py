@@ -9,9 +9,8 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg, subcommand
 from tyro.constructors import PrimitiveConstructorSpec
 
-from fastflower.config import Config
+from fastflower.config import Config, Split
 
-Split = Literal["train", "val", "test"]
 # Whole numbers in one word, such as 224,256,384.
 Numbers = Annotated[
     tuple[int, ...],
@@ -30,7 +29,7 @@ class Options:
     """What every command takes."""
 
     debug: bool = False
-    """Show the traceback of an error, and what decoders say of pictures."""
+    """Show the traceback of an error, and what decoders say of pictures, if any are read."""
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ KINDS = {  # of contenders, by their role
     "limit": DECODER,
 }
 COMPARED = ("limit", "ours", "peer", "baseline")  # roles that loaders are compared by at each size; of peers the best
-NAMED = {"limit": "limit: {}", "peer": "best other loader"}
+NAMED = {"limit": "decoder alone, whole pictures", "peer": "best other loader"}
 # settings of a result that do not change what is measured, or that its name tells
 UNIMPORTANT = frozenset({"out", "csv", "peers", "models", "compile"})
 REQUIRED = {"mode", "name", "role", "images_per_s", "spread", "settings", "machine"}

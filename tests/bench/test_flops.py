@@ -12,8 +12,8 @@ from bench.flops import PUBLISHED, main
 from fastflower.flops import variants
 
 
-def test_every_network_has_a_published_figure() -> None:
-    assert PUBLISHED.keys() == set(variants())
+def test_what_is_published_is_of_networks_that_there_are() -> None:
+    assert PUBLISHED.keys() <= set(variants())
 
 
 def test_counts_agree_with_torchvision_and_with_what_is_published(
@@ -25,7 +25,10 @@ def test_counts_agree_with_torchvision_and_with_what_is_published(
     assert rows.keys() == set(variants())
     compared = 0
     for name, row in rows.items():
-        assert row["ratio"] == pytest.approx(1, abs=0.02), name
+        if name in PUBLISHED:
+            assert row["ratio"] == pytest.approx(1, abs=0.02), name
+        else:
+            assert row["ratio"] is None
         assert row["flops"] == 2 * row["macs"]
         assert row["versions"].keys() >= {"torch", "torchvision"}
         if row["torchvision_macs"]:

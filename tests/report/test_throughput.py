@@ -97,7 +97,7 @@ def test_loaders_are_compared_at_each_size_with_the_best_peer_of_it(data: st.Dat
     labels = [text.get_text() for text in first.get_yticklabels()]
     assert {label for label in labels if label.startswith("stored")} == {f"stored at {size} pixels" for size in sizes}
     assert {label for label in labels if not label.startswith("stored")} == {
-        *("limit: limit", "we", "best other loader", "most"),
+        *("decoder alone, whole pictures", "we", "best other loader", "most"),
     }
 
 
