@@ -75,13 +75,13 @@ def simple_commands(line: str) -> list[list[str]]:
         words = list(lexer)
     except ValueError:  # a quotation that does not close: no command, or one that will not parse
         words = line.split()
-    found: list[list[str]] = [[]]
+    groups: list[list[str]] = [[]]
     for word in words:
         if word in OPERATORS:
-            found.append([])
+            groups.append([])
         else:
-            found[-1].append(word)
-    return [words[: next((i for i, word in enumerate(words) if word in (">", ">>", "<")), None)] for words in found]
+            groups[-1].append(word)
+    return [words[: next((i for i, word in enumerate(words) if word in (">", ">>", "<")), None)] for words in groups]
 
 
 def without_wrappers(words: list[str]) -> list[str]:
@@ -96,14 +96,14 @@ def without_wrappers(words: list[str]) -> list[str]:
 
 def expand(words: list[str], loops: Sequence[tuple[str, list[str]]]) -> list[list[str]]:
     """A command with each value of the variables of loops."""
-    found = [words]
+    expanded = [words]
     for name, values in loops:
-        found = [
-            [re.sub(rf"\${name}\b|\${{{name}}}", lambda _, value=value: value, word) for word in each]  # type: ignore[misc]
-            for each in found
+        expanded = [
+            [re.sub(rf"\${name}\b|\${{{name}}}", lambda _, value=value: value, word) for word in command]  # type: ignore[misc]
+            for command in expanded
             for value in values
         ]
-    return found
+    return expanded
 
 
 def spans(page: Page) -> Iterator[tuple[int, str]]:

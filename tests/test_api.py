@@ -32,9 +32,9 @@ def test_train_and_evaluate_are_the_commands(small: Path, tmp_path: Path, tiny_n
     run = fastflower.train(config, tmp_path / "library", quiet=True)
     assert command(*train_arguments(small, tmp_path / "command"), "--train.epochs", "1").code == 0
     assert without_times(run) == without_times(tmp_path / "command")
-    figures = fastflower.evaluate(run)
-    assert figures.n == 20
-    assert figures.loss == pytest.approx(without_times(run)[0]["val_loss"], abs=1e-6)
+    evaluation = fastflower.evaluate(run)
+    assert evaluation.n == 20
+    assert evaluation.loss == pytest.approx(without_times(run)[0]["val_loss"], abs=1e-6)
     other = write_dataset(tmp_path / "other", {"val": 6})
     assert fastflower.evaluate(run, root=other).n == 6
     with pytest.raises(fastflower.UserError, match="already holds a run"):

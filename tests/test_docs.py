@@ -121,14 +121,14 @@ def help_of(*words: str) -> str:
 def faults(text: str, folder: Path) -> list[str]:
     """A sentence for each command line of a page that does not parse."""
     page = read(text)
-    found = [
+    checked = [
         (line, words, fault(words, folder))
         for block in page.blocks
         if block.language not in ("python", "mermaid")
         for line, words in commands(block)
     ]
-    found += [(line, words, fault(words, folder, mentioned=True)) for line, words in mentioned_commands(page)]
-    return [f"line {line}: {shlex.join(words)}: {wrong}" for line, words, wrong in found if wrong]
+    checked += [(line, words, fault(words, folder, mentioned=True)) for line, words in mentioned_commands(page)]
+    return [f"line {line}: {shlex.join(words)}: {wrong}" for line, words, wrong in checked if wrong]
 
 
 def pages() -> pytest.MarkDecorator:
@@ -185,8 +185,8 @@ def test_commands_are_found_as_a_shell_would_run_them() -> None:
 )
 def test_a_wrong_command_line_is_found(line: str, tmp_path: Path) -> None:
     for page in (f"So:\n\n    {line}\n\nand on.", f"So:\n\n```sh\n{line}\n```\n\nand on."):
-        (found,) = faults(page, tmp_path)
-        assert re.match("line [3-5]: ", found)
+        (sentence,) = faults(page, tmp_path)
+        assert re.match("line [3-5]: ", sentence)
 
 
 @pytest.mark.parametrize(
@@ -197,8 +197,8 @@ def test_a_wrong_command_line_is_found(line: str, tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_command_in_a_sentence_is_found(span: str, tmp_path: Path) -> None:
-    (found,) = faults(f"As said,\nsee what `{span}` does.", tmp_path)
-    assert found.startswith("line 2: ")
+    (sentence,) = faults(f"As said,\nsee what `{span}` does.", tmp_path)
+    assert sentence.startswith("line 2: ")
 
 
 def test_what_is_no_command_line_is_left_alone(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def defined(path: Path) -> set[str]:
     """Functions and classes of a file, and CLASS.METHOD."""
     kinds = (ast.FunctionDef, ast.ClassDef)
     top = [node for node in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(node, kinds)]
-    inner = [(node, each) for node in top if isinstance(node, ast.ClassDef) for each in node.body]
+    inner = [(node, member) for node in top if isinstance(node, ast.ClassDef) for member in node.body]
     return {node.name for node in top} | {f"{a.name}.{b.name}" for a, b in inner if isinstance(b, kinds)}
 
 

@@ -284,11 +284,11 @@ def test_a_private_folder_that_is_not_ours_is_not_used(
         private.rename(no_home / f"fastflower-{me + 1}")
         private = no_home / f"fastflower-{me + 1}"
     files._folder_of_process.cache_clear()
-    found = cache_dir()
-    assert found.is_dir()
-    assert found != private
-    assert found == cache_dir(), "the same while the process lives"
-    assert stat.S_IMODE(found.stat().st_mode) == 0o700
+    folder = cache_dir()
+    assert folder.is_dir()
+    assert folder != private
+    assert folder == cache_dir(), "the same while the process lives"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     files._folder_of_process().cleanup()
     files._folder_of_process.cache_clear()
 
@@ -330,8 +330,8 @@ for words in {[list(map(str, words)) for words in commands]}:
     except SystemExit as end:
         assert not end.code, end.code
 """
-    command, here = [sys.executable, "-c", program], tmp_path / "here"
-    done = subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True, check=False)
+    command, folder = [sys.executable, "-c", program], tmp_path / "here"
+    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert not list((tmp_path / "here").iterdir()), "such as a folder named ~"
     assert (no_home / f"fastflower-{os.getuid()}/index").is_dir() != named
@@ -378,10 +378,10 @@ def test_json_has_null_where_a_number_is_not_finite_and_all_else_as_it_was(value
 
 
 def test_all_json_is_written_by_one_function() -> None:
-    found = []
+    writers = []
     for folder in ("fastflower", "kernels", "bench"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and ast.unparse(node) in ("json.dumps", "json.dump"):
-                    found.append(str(path.relative_to(ROOT)))
-    assert found == ["fastflower/files.py"]
+                    writers.append(str(path.relative_to(ROOT)))
+    assert writers == ["fastflower/files.py"]

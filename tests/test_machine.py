@@ -35,8 +35,8 @@ def write(folder: Path, **files: object) -> None:
 
 def test_here_and_where_nothing_is_limited(tmp_path: Path) -> None:
     assert 1 <= cpus() <= CPUS
-    here = memory()
-    assert 10**8 < here.free <= here.total < 10**14
+    actual = memory()
+    assert 10**8 < actual.free <= actual.total < 10**14
     free = sources(tmp_path, "")
     assert cpus(free) == CPUS
     assert memory(free) == machine.Memory(64 * GB, 48 * GB, None)
@@ -52,9 +52,9 @@ def test_the_smallest_limit_on_the_way_up_counts(seed: int, tmp_path: Path) -> N
     together = "cpu,cpuacct" if draw.random() < 0.5 else "cpu"
     lines = f"5:{together}:{path}\n4:memory:{path}\n1:name=systemd:/elsewhere\n" if version == 1 else ""
     lines += f"0::{path if version == 2 else '/'}\n" if version == 2 or hybrid else ""
-    found = sources(tmp_path, lines)
-    for_memory = found.groups / "memory" if version == 1 else found.groups / ("unified" if hybrid else "")
-    for_cpus = found.groups / together if version == 1 else for_memory
+    host = sources(tmp_path, lines)
+    for_memory = host.groups / "memory" if version == 1 else host.groups / ("unified" if hybrid else "")
+    for_cpus = host.groups / together if version == 1 else for_memory
     limits, free, quotas = [64 * GB], [48 * GB // 1024 * 1024], [float(CPUS)]
     for depth in range(len(names) + 1):
         inside = names[:depth]
@@ -88,12 +88,12 @@ def test_the_smallest_limit_on_the_way_up_counts(seed: int, tmp_path: Path) -> N
         if quota is not None:
             quotas.append(quota / period)
     smallest = min(limits)
-    assert memory(found).limit == (smallest if smallest < 64 * GB // 1024 * 1024 else None)
-    assert memory(found).free == min(free)
-    assert cpus(found) == max(1, math.ceil(min(quotas)))
+    assert memory(host).limit == (smallest if smallest < 64 * GB // 1024 * 1024 else None)
+    assert memory(host).free == min(free)
+    assert cpus(host) == max(1, math.ceil(min(quotas)))
     # a neighbour's limits are its own
     write(for_memory / "neighbour", memory__max=1, memory__limit_in_bytes=1, memory__current=0, cpu__max="1000 100000")
-    assert memory(found).limit == (smallest if smallest < 64 * GB // 1024 * 1024 else None)
+    assert memory(host).limit == (smallest if smallest < 64 * GB // 1024 * 1024 else None)
 
 
 @pytest.mark.parametrize("path", ["/docker/0123abc", "/../other", "/"])
@@ -103,22 +103,22 @@ def test_in_a_container_the_path_may_be_the_hosts(path: str, tmp_path: Path) -> 
     write(first.groups / "cpu,cpuacct", cpu__cfs_quota_us=50_000, cpu__cfs_period_us=100_000)
     second = sources(tmp_path / "2", f"0::{path}\n")
     write(second.groups, memory__max=2 * GB, memory__current=GB, cpu__max="50000 100000")
-    for found in (first, second):
-        assert memory(found).limit == 2 * GB
-        assert memory(found).free == GB
-        assert cpus(found) == 1
+    for host in (first, second):
+        assert memory(host).limit == 2 * GB
+        assert memory(host).free == GB
+        assert cpus(host) == 1
 
 
 def test_what_is_over_the_limit_is_not_free(tmp_path: Path) -> None:
-    found = sources(tmp_path, "0::/job\n")
-    write(found.groups / "job", memory__max=GB, memory__high=GB // 2, memory__current=GB)
-    assert memory(found).free == 0
-    assert memory(found).limit == GB // 2
+    host = sources(tmp_path, "0::/job\n")
+    write(host.groups / "job", memory__max=GB, memory__high=GB // 2, memory__current=GB)
+    assert memory(host).free == 0
+    assert memory(host).limit == GB // 2
 
 
 def test_the_doctor_shows_both(tmp_path: Path) -> None:
-    found = sources(tmp_path, "0::/job\n")
-    assert doctor._memory(found) == f"{64 * GB / 2**30:.1f} GiB, {48 * GB / 2**30:.1f} GiB free"
-    write(found.groups / "job", memory__max=2 * 2**30, memory__current=2**30, cpu__max="150000 100000")
-    assert doctor._memory(found) == f"{64 * GB / 2**30:.1f} GiB, limited to 2.0 GiB, 1.0 GiB free"
-    assert doctor._cores(found) == f"{min(CPUS, 2)} of {os.cpu_count()} may be used (affinity {CPUS}, quota 1.5)"
+    host = sources(tmp_path, "0::/job\n")
+    assert doctor._memory(host) == f"{64 * GB / 2**30:.1f} GiB, {48 * GB / 2**30:.1f} GiB free"
+    write(host.groups / "job", memory__max=2 * 2**30, memory__current=2**30, cpu__max="150000 100000")
+    assert doctor._memory(host) == f"{64 * GB / 2**30:.1f} GiB, limited to 2.0 GiB, 1.0 GiB free"
+    assert doctor._cores(host) == f"{min(CPUS, 2)} of {os.cpu_count()} may be used (affinity {CPUS}, quota 1.5)"

@@ -24,23 +24,23 @@ PACKAGE = ROOT / "fastflower"
 @pytest.fixture(scope="module")
 def declared() -> dict[str, Any]:
     """The arguments of setup.py's call, which runs with no setuptools."""
-    found: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     stand_in = ModuleType("setuptools")
-    stand_in.setup = found.update  # type: ignore[attr-defined]
+    stand_in.setup = arguments.update  # type: ignore[attr-defined]
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "setuptools", stand_in)
         runpy.run_path(str(ROOT / "setup.py"))
-    return found
+    return arguments
 
 
 def files() -> list[Path]:
     """The package's files, those of linked folders among them, by their path below the checkout."""
-    found = []
+    paths = []
     for folder, below, names in os.walk(PACKAGE, followlinks=True):
         below[:] = [name for name in below if name != "__pycache__"]
-        found += [(Path(folder) / name).relative_to(ROOT) for name in names]
-    assert len(found) > 50
-    return found
+        paths += [(Path(folder) / name).relative_to(ROOT) for name in names]
+    assert len(paths) > 50
+    return paths
 
 
 def test_kernels_and_configs_are_links_within_the_checkout() -> None:

@@ -34,7 +34,7 @@ def test_each_test_id_once_from_its_largest_record(runs: list[Path], flowers5: P
     sample = tmp_path / "sample.csv"
     sample.write_text("id,label\n" + "".join(f"{name},0\n" for name in ids[::-1]))
     for views in ((), ("--crops", 10), ("--scales", "36,48")):
-        found = {}
+        probabilities = {}
         for sizes in ((), ("--sizes", 512), ("--sizes", 192)):
             out, handed = tmp_path / "p", tmp_path / "s.csv"
             options = ("--out", out, "--submission", handed, "--sample", sample, *views, *sizes)
@@ -42,16 +42,16 @@ def test_each_test_id_once_from_its_largest_record(runs: list[Path], flowers5: P
             assert result.code == 0, result.err
             with handed.open(newline="") as file:
                 assert [row[0] for row in csv.reader(file)] == ["id", *ids]
-            found[sizes] = read_predictions(out).probabilities
-        np.testing.assert_array_equal(found[()], found["--sizes", 512])
-        assert np.abs(found[()] - found["--sizes", 192]).max() > 1e-3
+            probabilities[sizes] = read_predictions(out).probabilities
+        np.testing.assert_array_equal(probabilities[()], probabilities["--sizes", 512])
+        assert np.abs(probabilities[()] - probabilities["--sizes", 192]).max() > 1e-3
 
 
 def test_figures_are_scikit_learns(runs: list[Path]) -> None:
     printed = json.loads(fastflower("eval", runs[0], "--sizes", 512, "--json").out)
     assert fastflower("predict", runs[0], "--split", "val").code == 0
-    found = read_predictions(runs[0] / "predictions-val.parquet")
-    true, predicted = found.labels, found.likeliest
+    predictions = read_predictions(runs[0] / "predictions-val.parquet")
+    true, predicted = predictions.labels, predictions.likeliest
     assert printed["n"] == 50
     assert printed["accuracy"] == pytest.approx(accuracy_score(true, predicted))
     assert printed["macro_f1"] == pytest.approx(f1_score(true, predicted, average="macro"))
@@ -60,7 +60,7 @@ def test_figures_are_scikit_learns(runs: list[Path]) -> None:
     wanted = precision_recall_fscore_support(true, predicted, labels=range(5), zero_division=0)
     assert header == ["name", "precision", "recall", "f1", "support"]
     np.testing.assert_allclose([[float(cell) for cell in row[1:]] for row in rows], np.transpose(wanted))
-    assert [row[0] for row in rows] == found.classes
+    assert [row[0] for row in rows] == predictions.classes
     ensembled = fastflower("ensemble", *runs, "--split", "val", "--json")
     assert json.loads(ensembled.out)[0]["macro_f1"] == pytest.approx(printed["macro_f1"])
 

@@ -132,12 +132,12 @@ def test_rows_of_a_run(results: tuple[Path, str]) -> None:
     rows = rows_of(results[0])
     layers = {model: find_layers(model, 2, 64) for model in ("resnet18", "plain18")}
     names = ["eager", "compile", "ours", "cudnn", "apex groupbn"]
-    found: dict[tuple[str, str], Counter[Layer]] = {}
+    layer_counts: dict[tuple[str, str], Counter[Layer]] = {}
     for row in rows:
         layer = Layer(row["kind"], tuple(row["shape"]))
         for model, number in row["layers"].items():
             if row["contender"] == "ours":
-                found.setdefault((model, row["dtype"]), Counter())[layer] += number
+                layer_counts.setdefault((model, row["dtype"]), Counter())[layer] += number
         assert row["date"] == rows[0]["date"]
         assert row["machine"]["gpu"] is None
         assert row["versions"]["torch"] == torch.__version__
@@ -148,19 +148,19 @@ def test_rows_of_a_run(results: tuple[Path, str]) -> None:
             continue
         moved = layer.bytes_moved(DTYPES[row["dtype"]])
         for direction, bytes_ in zip(("forward", "backward"), moved, strict=True):
-            figures = row[direction]
-            assert 0 < figures["p20"] <= figures["ms"] <= figures["p80"]
-            assert figures["bytes"] == bytes_
-            assert figures["gb_per_s"] == pytest.approx(bytes_ / figures["ms"] / 1e6)
-            assert figures["share"] == pytest.approx(figures["gb_per_s"] / row["copy_gb_per_s"])
+            timing = row[direction]
+            assert 0 < timing["p20"] <= timing["ms"] <= timing["p80"]
+            assert timing["bytes"] == bytes_
+            assert timing["gb_per_s"] == pytest.approx(bytes_ / timing["ms"] / 1e6)
+            assert timing["share"] == pytest.approx(timing["gb_per_s"] / row["copy_gb_per_s"])
         assert all(0 <= error < 0.2 for error in row["errors"].values())
         inputs = np.prod(layer.shape) * DTYPES[row["dtype"]].itemsize * (1 + layer.added + 1 + layer.fork)
         assert 2 <= row["copies"] <= kernels.MAX_COPIES
         assert row["copies"] in (2, kernels.MAX_COPIES) or row["copies"] * inputs >= 3 * 2**16
     assert [row["contender"] for row in rows] == names * (len(rows) // 5)
-    for (model, _), counted in found.items():
+    for (model, _), counted in layer_counts.items():
         assert counted == layers[model]
-    assert len(found) == 4
+    assert len(layer_counts) == 4
 
 
 def test_tables_of_a_run(results: tuple[Path, str]) -> None:
@@ -304,7 +304,7 @@ def test_contenders_take_turns_and_each_graph_is_used_once() -> None:
 
     times = kernels.time_in_turns(problem, dict([contender("a"), contender("b")]), pool, repeats=4)
     assert calls == [(name, copy) for _ in range(2 + 4) for name in "ab" for copy in range(3)]
-    assert [len(found) for found in times.values()] == [4, 4]
+    assert [len(seconds) for seconds in times.values()] == [4, 4]
 
 
 @pytest.mark.parametrize(

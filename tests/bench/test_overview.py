@@ -76,11 +76,11 @@ def test_figures_agree_with_their_definitions_and_with_the_table(
 
     original = loops.prepared
     monkeypatch.setattr(loops, "prepared", noted)
-    found = overview(tmp_path)
+    rows = overview(tmp_path)
     shown = capsys.readouterr().out
-    assert list(found) == [OURS, DECODE, LIMIT, STEP, WHOLE]
-    loader, step, whole = found[OURS], found[STEP], found[WHOLE]
-    decoder = max((found[DECODE], found[LIMIT]), key=lambda row: row["images_per_s"])
+    assert list(rows) == [OURS, DECODE, LIMIT, STEP, WHOLE]
+    loader, step, whole = rows[OURS], rows[STEP], rows[WHOLE]
+    decoder = max((rows[DECODE], rows[LIMIT]), key=lambda row: row["images_per_s"])
     assert loader["share_of_limit"] == pytest.approx(loader["images_per_s"] / decoder["images_per_s"])
     cost = count(TinyNet("resnet18", 3), 56)
     for row in (step, whole):
@@ -130,18 +130,18 @@ def test_accuracy_of_the_latest_run_where_there_is_one(
     (run / "metrics.jsonl").write_text('{"val_accuracy": 0.625}\n')
     monkeypatch.setitem(sys.modules, "torchvision", None)
     monkeypatch.setattr(bottleneck, "is_loader", lambda row: True)
-    found = overview(tmp_path)
+    rows = overview(tmp_path)
     shown = capsys.readouterr().out
-    assert found[WHOLE]["val_accuracy"] == 0.625
+    assert rows[WHOLE]["val_accuracy"] == 0.625
     assert cells(shown, WHOLE)[-1] == "62.5%"
     assert re.search(r"the limit +latest run *\n", shown)
     assert "Accuracy: the highest of validation in the latest run, runs/mine (plain34 on roses)." in shown
     # what the limit is by is not installed here, and the loop is taken to wait for data
-    assert found[LIMIT]["missing"] == "not installed (pip install torchvision)"
-    rates = [found[name]["images_per_s"] for name in (OURS, DECODE)]
-    assert found[OURS]["share_of_limit"] == pytest.approx(rates[0] / rates[1])
+    assert rows[LIMIT]["missing"] == "not installed (pip install torchvision)"
+    rates = [rows[name]["images_per_s"] for name in (OURS, DECODE)]
+    assert rows[OURS]["share_of_limit"] == pytest.approx(rates[0] / rates[1])
     assert f"loader {rates[1]:.1f} images/s ({DECODE})" in shown
-    assert "of the loader's" in found[WHOLE]["bottleneck"]
+    assert "of the loader's" in rows[WHOLE]["bottleneck"]
 
 
 @pytest.mark.parametrize(

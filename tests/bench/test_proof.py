@@ -37,9 +37,9 @@ def test_runs_are_compared_in_all_but_their_times(small: Path, tmp_path: Path, t
     tensors = load_file(weights)
     tensors["fc.bias"][0] = torch.nextafter(tensors["fc.bias"][0], torch.tensor(1e9))
     save_file(tensors | {"more": torch.zeros(1)}, weights)
-    assert len(found := differences(one, again)) == 2
-    assert found[0].startswith("fc.bias differs by at most ")
-    assert found[1] == "more is in one of them only"
+    assert len(sentences := differences(one, again)) == 2
+    assert sentences[0].startswith("fc.bias differs by at most ")
+    assert sentences[1] == "more is in one of them only"
 
 
 def test_without_a_revision_it_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:

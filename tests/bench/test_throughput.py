@@ -33,8 +33,8 @@ SHORT = ["--steps", "2", "--warmup", "1", "--repeats", "1"]
 
 def rows(out: Path) -> list[dict[str, Any]]:
     """The lines of --out, checked for what each must have."""
-    found = [json.loads(line) for line in out.read_text().splitlines()]
-    for row in found:
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    for row in lines:
         if "missing" in row:
             continue
         assert row.keys() >= KEYS
@@ -47,7 +47,7 @@ def rows(out: Path) -> list[dict[str, Any]]:
             assert row.keys() >= COMPUTED
             assert row["flops_per_s"] == pytest.approx(row["images_per_s"] * row["flops"])
             assert row["mfu"] == pytest.approx(row["flops_per_s"] / row["ceiling_flops_per_s"])
-    return found
+    return lines
 
 
 def measure(out: Path, *arguments: object) -> list[dict[str, Any]]:
@@ -60,24 +60,26 @@ def test_loader_counts_pictures_and_appends_lines(small: Path, tmp_path: Path) -
     out = tmp_path / "out.jsonl"
     options = ["loader", "--data.root", small, *GEOMETRY, "--batch", 20, "--steps", 4, "--warmup", 1, "--repeats", 2]
     measure(out, *options)
-    found = measure(out, *options)
-    assert [row["name"] for row in found] == ["fastflower", DECODE, LIMIT] * 2
-    assert {row["pictures"] for row in found} == {2 * 4 * 20}
-    first, *_, limit = found
+    results = measure(out, *options)
+    assert [row["name"] for row in results] == ["fastflower", DECODE, LIMIT] * 2
+    assert {row["pictures"] for row in results} == {2 * 4 * 20}
+    first, *_, limit = results
     assert first["mode"] == "loader"
     assert first["settings"]["scale"] == [36, 48]
     assert first["settings"]["root"] == ["small"]  # no paths of one machine
-    assert first["share_of_limit"] == pytest.approx(found[0]["images_per_s"] / found[2]["images_per_s"])
+    assert first["share_of_limit"] == pytest.approx(results[0]["images_per_s"] / results[2]["images_per_s"])
     assert limit["share_of_limit"] == 1
-    assert [row["role"] for row in found] == ["ours", "decoder", "limit"] * 2
+    assert [row["role"] for row in results] == ["ours", "decoder", "limit"] * 2
     assert first["bottleneck"].startswith("Bottleneck: ")
 
 
 def test_decoded_pictures_are_measured_beside_the_others(small: Path, tmp_path: Path) -> None:
-    found = measure(tmp_path / "out", "loader", "--data.root", small, *GEOMETRY, "--batch", 8, *SHORT, "--cache", "ram")
-    assert [row["name"] for row in found] == ["fastflower", DECODE, CACHED, LIMIT]
-    assert found[2]["pictures"] == found[0]["pictures"] == 16
-    assert [row["role"] for row in found] == ["ours", "decoder", "decoded", "limit"]
+    results = measure(
+        tmp_path / "out", "loader", "--data.root", small, *GEOMETRY, "--batch", 8, *SHORT, "--cache", "ram"
+    )
+    assert [row["name"] for row in results] == ["fastflower", DECODE, CACHED, LIMIT]
+    assert results[2]["pictures"] == results[0]["pictures"] == 16
+    assert [row["role"] for row in results] == ["ours", "decoder", "decoded", "limit"]
 
 
 def test_default_data_are_the_builtin_flowers(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,14 +95,16 @@ def test_peers_stand_beside_the_loader(
 ) -> None:
     monkeypatch.setattr(loaders, "dataloader", lambda work, batch, *_: Contender(loaders.ours(work, batch).start))
     monkeypatch.setitem(sys.modules, "timm", None)
-    found = measure(tmp_path / "out.jsonl", "loader", "--data.root", small, *GEOMETRY, "--batch", 8, *SHORT, "--peers")
-    assert len(found) == 7
-    assert [found[place]["role"] for place in (0, 1, 2, 3, 5)] == ["ours", "decoder", "limit", "baseline", "peer"]
-    assert found[-1]["missing"] == "not installed (pip install timm)"
+    results = measure(
+        tmp_path / "out.jsonl", "loader", "--data.root", small, *GEOMETRY, "--batch", 8, *SHORT, "--peers"
+    )
+    assert len(results) == 7
+    assert [results[place]["role"] for place in (0, 1, 2, 3, 5)] == ["ours", "decoder", "limit", "baseline", "peer"]
+    assert results[-1]["missing"] == "not installed (pip install timm)"
     shown = capsys.readouterr().out
-    assert f"{found[3]['images_per_s'] / found[0]['images_per_s']:.2f}" in shown
+    assert f"{results[3]['images_per_s'] / results[0]['images_per_s']:.2f}" in shown
     assert "missing: DataLoader, timm's: not installed (pip install timm)" in shown
-    assert found[0]["bottleneck"] in shown
+    assert results[0]["bottleneck"] in shown
 
 
 @pytest.mark.usefixtures("tiny_net")
@@ -113,25 +117,25 @@ def test_model_measures_three_passes_of_each_network(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(torch, "compile", compile_)
     options = ["--models", "resnet18", "plain18", "--batch", 4, "--size", 32, *SHORT, "--csv", tmp_path / "out.csv"]
-    found = measure(tmp_path / "out.jsonl", "model", *options)
+    results = measure(tmp_path / "out.jsonl", "model", *options)
     passes = ["forward", "forward + backward", "step"]
     names = [
         f"{net}, {how}, {what}" for net in ("resnet18", "plain18") for how in ("eager", "compiled") for what in passes
     ]
-    assert [row["name"] for row in found] == names
-    assert {row["pictures"] for row in found} == {2 * 4}
+    assert [row["name"] for row in results] == names
+    assert {row["pictures"] for row in results} == {2 * 4}
     assert len(compiled) == 6
-    assert {row["role"] for row in found} == {"ours"}
-    assert [f"{row['compiled']}, {row['part']}" for row in found[:6]] == [
+    assert {row["role"] for row in results} == {"ours"}
+    assert [f"{row['compiled']}, {row['part']}" for row in results[:6]] == [
         f"{how}, {what}" for how in (False, True) for what in passes
     ]
-    forward, both, step = found[:3]
+    forward, both, step = results[:3]
     assert (forward["flops"], both["flops"], step["flops"]) == tuple(k * 2 * forward["macs"] for k in (1, 3, 3))
-    assert [row["name"] for row in found if "bottleneck" in row] == [name for name in names if name.endswith("step")]
+    assert [row["name"] for row in results if "bottleneck" in row] == [name for name in names if name.endswith("step")]
     with (tmp_path / "out.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [float(line["images_per_s"]) for line in table] == [row["images_per_s"] for row in found]
-    assert {line["settings.size"] for line in table} == {"32"}
+        csv_rows = list(csv.DictReader(file))
+    assert [float(line["images_per_s"]) for line in csv_rows] == [row["images_per_s"] for row in results]
+    assert {line["settings.size"] for line in csv_rows} == {"32"}
 
 
 def test_peers_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,12 +143,12 @@ def test_peers_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     vars(timm).update(is_model=lambda name: True, create_model=TinyNet)
     monkeypatch.setitem(sys.modules, "timm", timm)
     options = ["--models", "plain18", "--batch", 4, "--size", 32, "--compile", "off", *SHORT, "--peers"]
-    found = measure(tmp_path / "out.jsonl", "model", *options)
-    assert {row["name"]: row["missing"] for row in found if "missing" in row} == {
+    results = measure(tmp_path / "out.jsonl", "model", *options)
+    assert {row["name"]: row["missing"] for row in results if "missing" in row} == {
         f"plain18 of torchvision, eager, {what}": "has no such network"
         for what in ("forward", "forward + backward", "step")
     }
-    assert [row["name"] for row in found if "of timm" in row["name"] and row["images_per_s"] > 0] == [
+    assert [row["name"] for row in results if "of timm" in row["name"] and row["images_per_s"] > 0] == [
         f"plain18 of timm, eager, {what}" for what in ("forward", "forward + backward", "step")
     ]
     monkeypatch.setitem(sys.modules, "timm", None)
@@ -223,9 +227,9 @@ def test_processes_are_summed(mode: str, small: Path, tmp_path: Path) -> None:
     options += ["--models", "resnet18", "--compile", "off"] if mode != "loader" else []
     result = torchrun(ROOT / "bench" / "throughput.py", *options, limit_s=200, environment={"CUDA_VISIBLE_DEVICES": ""})
     assert result.returncode == 0, result.stderr
-    found = rows(out)
-    assert len(found) == {"loader": 3, "model": 3, "train": 1}[mode]  # written once
-    for row in found:
+    lines = rows(out)
+    assert len(lines) == {"loader": 3, "model": 3, "train": 1}[mode]  # written once
+    for row in lines:
         assert row["world_size"] == 2
         assert row["pictures"] == 2 * 2 * 4
         assert row["images_per_s"] * row["ms_per_step"] / 1000 == pytest.approx(2 * 4)
@@ -234,8 +238,8 @@ def test_processes_are_summed(mode: str, small: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_peers_in_worker_processes(small: Path, tmp_path: Path) -> None:
     options = ["loader", "--data.root", small, *GEOMETRY, "--batch", 8, *SHORT, "--peers", "--output", "uint8"]
-    found = measure(tmp_path / "out.jsonl", *options)
-    assert {row["pictures"] for row in found if "missing" not in row} == {2 * 8}
+    results = measure(tmp_path / "out.jsonl", *options)
+    assert {row["pictures"] for row in results if "missing" not in row} == {2 * 8}
 
 
 @pytest.mark.slow

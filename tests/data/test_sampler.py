@@ -98,7 +98,7 @@ def test_an_epoch_goes_on_with_the_rest_of_what_is_kept_now(
     kept: tuple[Bools, Bools], number: int, data: st.DataObject
 ) -> None:
     before, now = kept
-    orders = [np.flatnonzero(each)[kept_order(each, seed=3, epoch=number)].tolist() for each in kept]
+    orders = [np.flatnonzero(mask)[kept_order(mask, seed=3, epoch=number)].tolist() for mask in kept]
     position = data.draw(st.integers(0, len(orders[0])))
     moved = moved_position(position, before, now, seed=3, epoch=number)
     done, rest = orders[0][:position], orders[1][moved:]

@@ -44,20 +44,20 @@ def hard(true: list[int], predicted: list[int], classes: int, confidence: float 
 def test_figures_of_classes_are_scikit_learns(classes: int, used: int) -> None:
     labels, probabilities = random_case(classes, 400, classes, used)
     predicted = probabilities.argmax(axis=1)
-    found = analyse(labels, probabilities, np.arange(400).astype(str), names_of(classes))
+    analysis = analyse(labels, probabilities, np.arange(400).astype(str), names_of(classes))
     numbers = range(classes)
-    np.testing.assert_array_equal(found.confusion, confusion_matrix(labels, predicted, labels=numbers))
-    assert found.confusion.dtype == np.int64
+    np.testing.assert_array_equal(analysis.confusion, confusion_matrix(labels, predicted, labels=numbers))
+    assert analysis.confusion.dtype == np.int64
     expected = precision_recall_fscore_support(labels, predicted, labels=numbers, zero_division=0)
-    actual = (found.precision, found.recall, found.f1, found.support)
+    actual = (analysis.precision, analysis.recall, analysis.f1, analysis.support)
     for ours, theirs in zip(actual, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 def test_rows_are_true_classes() -> None:
-    found = hard([0, 0, 0, 1], [1, 1, 0, 1], 2)
-    assert found.confusion.tolist() == [[1, 2], [0, 1]]
-    assert (found.recall[0], found.precision[1]) == pytest.approx((1 / 3, 1 / 3))
+    analysis = hard([0, 0, 0, 1], [1, 1, 0, 1], 2)
+    assert analysis.confusion.tolist() == [[1, 2], [0, 1]]
+    assert (analysis.recall[0], analysis.precision[1]) == pytest.approx((1 / 3, 1 / 3))
 
 
 def binned_gaps(confidence: np.ndarray, correct: np.ndarray) -> float:
@@ -74,9 +74,9 @@ def binned_gaps(confidence: np.ndarray, correct: np.ndarray) -> float:
 def test_calibration_error_is_that_of_its_bins(seed: int) -> None:
     labels, probabilities = random_case(seed, 700, 9, 9)
     confidence, correct = probabilities.max(axis=1).astype(np.float64), probabilities.argmax(axis=1) == labels
-    found = analyse(labels, probabilities, np.arange(700).astype(str), names_of(9))
-    assert found.ece == pytest.approx(binned_gaps(confidence, correct), abs=1e-12)
-    assert found.ece > 0.01
+    analysis = analyse(labels, probabilities, np.arange(700).astype(str), names_of(9))
+    assert analysis.ece == pytest.approx(binned_gaps(confidence, correct), abs=1e-12)
+    assert analysis.ece > 0.01
 
 
 @pytest.mark.parametrize(
@@ -100,17 +100,17 @@ def test_the_most_confused_pairs_come_first() -> None:
     # 0: 4 pictures, 2 as 1; 1: 8 pictures, 2 as 0; 2: 4 pictures, 2 as 0, 1 as 3; 3: 3 pictures, 3 as 0
     true = [0] * 4 + [1] * 8 + [2] * 4 + [3] * 3
     predicted = [*[1, 1, 0, 0], *[0, 0, 1, 1, 1, 1, 1, 1], *[0, 0, 3, 2], *[0, 0, 0]]
-    found = [(pair.true, pair.predicted, pair.count, pair.share) for pair in hard(true, predicted, 4).confused]
-    assert found == [(3, 0, 3, 1.0), (0, 1, 2, 0.5), (2, 0, 2, 0.5), (1, 0, 2, 0.25), (2, 3, 1, 0.25)]
+    pairs = [(pair.true, pair.predicted, pair.count, pair.share) for pair in hard(true, predicted, 4).confused]
+    assert pairs == [(3, 0, 3, 1.0), (0, 1, 2, 0.5), (2, 0, 2, 0.5), (1, 0, 2, 0.25), (2, 3, 1, 0.25)]
 
 
 def test_the_most_confident_mistakes_come_first_and_equal_ones_in_order() -> None:
     probabilities = np.array([[0.6, 0.4], [0.1, 0.9], [0.2, 0.8], [0.8, 0.2], [0.3, 0.7], [0.5, 0.5]])
-    found = analyse(np.array([1, 1, 0, 1, 0, 1]), probabilities, list("abcdef"), ["x", "y"]).mistakes
-    assert [mistake.index for mistake in found] == [2, 3, 4, 0, 5]
-    assert [mistake.id for mistake in found] == ["c", "d", "e", "a", "f"]
-    assert [(mistake.true, mistake.predicted) for mistake in found] == [(0, 1), (1, 0), (0, 1), (1, 0), (1, 0)]
-    assert [mistake.confidence for mistake in found] == [0.8, 0.8, 0.7, 0.6, 0.5]
+    mistakes = analyse(np.array([1, 1, 0, 1, 0, 1]), probabilities, list("abcdef"), ["x", "y"]).mistakes
+    assert [mistake.index for mistake in mistakes] == [2, 3, 4, 0, 5]
+    assert [mistake.id for mistake in mistakes] == ["c", "d", "e", "a", "f"]
+    assert [(mistake.true, mistake.predicted) for mistake in mistakes] == [(0, 1), (1, 0), (0, 1), (1, 0), (1, 0)]
+    assert [mistake.confidence for mistake in mistakes] == [0.8, 0.8, 0.7, 0.6, 0.5]
     sure = np.tile([0.6, 0.9, 0.7], 200)
     many = analyse(
         np.ones(600, np.int64), np.stack([sure, 1 - sure], axis=1), np.arange(600).astype(str), ["x", "y"]
@@ -125,24 +125,24 @@ def read(path: Path) -> list[list[str]]:
 
 def test_what_is_written_reads_back_whatever_the_names(tmp_path: Path) -> None:
     folder = tmp_path / "run" / "analysis"
-    found = hard([0, 0, 1, 2, 3, 4, 5, 5], [1, 1, 1, 3, 2, 4, 0, 5], 7)
-    pictures = [np.full((20 + 9 * i, 60, 3), 40 * i, np.uint8) for i in range(len(found.mistakes))]
-    figures = {"split": "val", "n": 8, "loss": 0.5, "accuracy": 3 / 8, "top5": 1.0, "macro_f1": 0.25}
-    write_analysis(folder, found, figures, pictures)
+    analysis = hard([0, 0, 1, 2, 3, 4, 5, 5], [1, 1, 1, 3, 2, 4, 0, 5], 7)
+    pictures = [np.full((20 + 9 * i, 60, 3), 40 * i, np.uint8) for i in range(len(analysis.mistakes))]
+    metrics = {"split": "val", "n": 8, "loss": 0.5, "accuracy": 3 / 8, "top5": 1.0, "macro_f1": 0.25}
+    write_analysis(folder, analysis, metrics, pictures)
     header, *rows = read(folder / "confusion.csv")
     assert header[1:] == ODD_NAMES
     assert [row[0] for row in rows] == ODD_NAMES
-    np.testing.assert_array_equal(np.array([row[1:] for row in rows], int), found.confusion)
+    np.testing.assert_array_equal(np.array([row[1:] for row in rows], int), analysis.confusion)
     header, *rows = read(folder / "classes.csv")
     assert header == ["name", "precision", "recall", "f1", "support"]
     assert [row[0] for row in rows] == ODD_NAMES
-    expected = np.stack([found.precision, found.recall, found.f1, found.support], axis=1)
+    expected = np.stack([analysis.precision, analysis.recall, analysis.f1, analysis.support], axis=1)
     np.testing.assert_array_equal(np.array([row[1:] for row in rows], float), expected)
     header, first, *rest = read(folder / "confused.csv")
     assert header == ["true", "predicted", "count", "share"]
     assert first == [ODD_NAMES[0], ODD_NAMES[1], "2", "1.0"]
     assert len(rest) == 3
-    assert json.loads((folder / "figures.json").read_text()) == figures | {"ece": found.ece}
+    assert json.loads((folder / "figures.json").read_text()) == metrics | {"ece": analysis.ece}
     for name in ("confusion.png", "mistakes.jpg"):
         with Image.open(folder / name) as image:
             image.load()
@@ -152,17 +152,17 @@ def test_what_is_written_reads_back_whatever_the_names(tmp_path: Path) -> None:
 
 def test_a_network_without_mistakes_leaves_no_sheet_of_an_earlier_one(tmp_path: Path) -> None:
     (tmp_path / "mistakes.jpg").write_bytes(b"of an earlier network")
-    found = hard([0, 1, 1], [0, 1, 1], 3)
-    write_analysis(tmp_path, found, {"split": "val"}, [])
+    analysis = hard([0, 1, 1], [0, 1, 1], 3)
+    write_analysis(tmp_path, analysis, {"split": "val"}, [])
     assert not (tmp_path / "mistakes.jpg").exists()
     assert read(tmp_path / "confused.csv") == [["true", "predicted", "count", "share"]]
-    assert len(summary(found)) == 1
+    assert len(summary(analysis)) == 1
 
 
 def test_the_summary_shows_the_worst_and_takes_names_literally() -> None:
     # F1: 0 and 4 in between; 1 right; 2 and 3 taken for each other; 5 never right nor true; 6 does not occur at all
-    found = hard([0, 0, 1, 2, 3, 4, 4], [0, 4, 1, 3, 2, 4, 5], 7)
-    pairs, worst = summary(found)
+    analysis = hard([0, 0, 1, 2, 3, 4, 4], [0, 4, 1, 3, 2, 4, 5], 7)
+    pairs, worst = summary(analysis)
     for table in (pairs, worst):
         out = StringIO()
         Console(file=out, width=100).print(table)
@@ -179,10 +179,10 @@ def test_the_sheet_holds_the_first_mistakes_in_their_order(tmp_path: Path, monke
         "fastflower.evaluation.analysis.contact_sheet", lambda path, pictures, captions: sheets.append(captions)
     )
     probabilities = np.linspace(0.6, 0.9, 40)
-    found = analyse(
+    analysis = analyse(
         np.ones(40, int), np.stack([probabilities, 1 - probabilities], 1), np.arange(40).astype(str), ["x", "y"]
     )
-    write_analysis(tmp_path, found, {}, [np.zeros((2, 2, 3), np.uint8)] * PICTURES)
+    write_analysis(tmp_path, analysis, {}, [np.zeros((2, 2, 3), np.uint8)] * PICTURES)
     assert len(sheets[0]) == PICTURES
     assert sheets[0][0] == "true: y\npredicted: x\n90.0%  39"
     assert [caption.split()[-1] for caption in sheets[0]] == [str(k) for k in range(39, 15, -1)]

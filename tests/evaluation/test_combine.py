@@ -30,9 +30,9 @@ METHODS: list[Method] = ["vote", "mean", "weighted"]
 def predictions(probabilities: object, labels: object = None, split: str = "val") -> Predictions:
     rows = np.asarray(probabilities, np.float32)
     n, classes = rows.shape
-    known = np.full(n, NO_LABEL) if labels is None else np.asarray(labels, np.int64)
+    true = np.full(n, NO_LABEL) if labels is None else np.asarray(labels, np.int64)
     ids = np.array([f"{i:04}" for i in range(n)])
-    return Predictions(split, [f"class {k}" for k in range(classes)], ids, rows, known)
+    return Predictions(split, [f"class {k}" for k in range(classes)], ids, rows, true)
 
 
 def members_of(stacked: object, labels: object = None) -> list[Member]:
@@ -86,8 +86,8 @@ def test_the_class_is_that_of_exact_arithmetic_also_where_single_precision_ties(
 ) -> None:
     # parts of a power of two, with which a double's products and sums of these values are exact
     weights = [1, 1, 2, 4, 8][: len(stacked)] if method == "weighted" else [1] * len(stacked)
-    found = combine(members_of(stacked), method, np.array(weights, float))
-    assert found.likeliest.tolist() == [exactly(stacked[:, i], method, weights) for i in range(stacked.shape[1])]
+    combined = combine(members_of(stacked), method, np.array(weights, float))
+    assert combined.likeliest.tolist() == [exactly(stacked[:, i], method, weights) for i in range(stacked.shape[1])]
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,7 +120,7 @@ def test_classes_with_the_same_numbers_from_other_members_tie_and_the_first_is_t
 def test_probabilities_are_distributions_of_the_documented_kind(method: Method) -> None:
     members = random_members(1, 4, 300, 7)
     weights = np.array([1.0, 0, 2, 5])
-    found = combine(members, method, weights)
+    combined = combine(members, method, weights)
     stacked = np.stack([member.predictions.probabilities for member in members]).astype(np.float64)
     votes = np.eye(7)[stacked.argmax(axis=2)].sum(axis=0)
     expected = {
@@ -128,11 +128,11 @@ def test_probabilities_are_distributions_of_the_documented_kind(method: Method) 
         "weighted": np.average(stacked, axis=0, weights=weights),
         "vote": (votes + stacked.mean(axis=0)) / 5,
     }[method]
-    np.testing.assert_allclose(found.probabilities, expected, rtol=2e-7)
-    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, rtol=1e-6)
-    assert found.probabilities.dtype == np.float32
+    np.testing.assert_allclose(combined.probabilities, expected, rtol=2e-7)
+    np.testing.assert_allclose(combined.probabilities.sum(axis=1), 1, rtol=1e-6)
+    assert combined.probabilities.dtype == np.float32
     if method == "vote":
-        assert (votes[np.arange(300), found.likeliest] == votes.max(axis=1)).all()
+        assert (votes[np.arange(300), combined.likeliest] == votes.max(axis=1)).all()
 
 
 def test_a_vote_counts_members_not_certainty() -> None:
@@ -153,14 +153,14 @@ def test_members_are_joined_by_id_and_know_each_others_classes(method: Method, t
         labels = np.where(np.arange(50) % 3 == k, whole.labels, NO_LABEL)[order]  # each knows a third
         part = replace(whole, ids=whole.ids[order], probabilities=whole.probabilities[order], labels=labels)
         shuffled.append(Member(member.name, replace(part, split="val" if k == 1 else "")))
-    found = combine(shuffled, method, np.array([1.0, 2, 3]))
+    combined = combine(shuffled, method, np.array([1.0, 2, 3]))
     for name in ("ids", "probabilities", "labels"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
-    assert found.split == "val"
-    write_predictions(tmp_path / "ensemble.parquet", found)
+        np.testing.assert_array_equal(getattr(combined, name), getattr(expected, name))
+    assert combined.split == "val"
+    write_predictions(tmp_path / "ensemble.parquet", combined)
     again = read_predictions(tmp_path / "ensemble.parquet")
     np.testing.assert_array_equal(again.likeliest, expected.likeliest)
-    assert again.source == found.source
+    assert again.source == combined.source
     assert list(again.source["members"]) == ["run 0", "run 1", "run 2"]
     assert sum(again.source.get("weights", {"": 1}).values()) == pytest.approx(1)
 
@@ -200,11 +200,11 @@ def test_a_network_is_counted_once() -> None:
         combine([Member("a", altered())], "mean")
     with pytest.raises(UserError, match="a is given twice"):
         combine([Member("a", altered()), Member("b", altered()), Member("a", altered())], "mean")
-    known = replace(altered(), source={"run": "runs/a"})
+    trained = replace(altered(), source={"run": "runs/a"})
     with pytest.raises(UserError, match="a and copy are the predictions of one network"):
-        combine([Member("a", known), Member("copy", known)], "vote")
-    later = replace(known, probabilities=known.probabilities[::-1])  # trained anew under the same name
-    assert len(combine([Member("a", known), Member("b", later)], "vote").ids) == 3
+        combine([Member("a", trained), Member("copy", trained)], "vote")
+    later = replace(trained, probabilities=trained.probabilities[::-1])  # trained anew under the same name
+    assert len(combine([Member("a", trained), Member("b", later)], "vote").ids) == 3
 
 
 def mean_log_likelihood(members: list[Member], weights: np.ndarray) -> float:
@@ -255,18 +255,18 @@ def test_figures_are_scikit_learns_and_those_of_an_evaluation(classes: int) -> N
     rng = np.random.default_rng(classes)
     logits = rng.normal(size=(500, classes)).astype(np.float32) * 3
     labels = rng.integers(0, classes - 1, 500)  # the last class never occurs as a true one
-    found = metrics_of(predictions(softmax(logits), labels))
+    evaluation = metrics_of(predictions(softmax(logits), labels))
     probabilities = softmax(logits.astype(np.float64))
     guesses = probabilities.argmax(axis=1)
-    assert found.n == 500
-    assert found.loss == pytest.approx(log_loss(labels, probabilities, labels=range(classes)), rel=1e-5)
-    assert found.accuracy == pytest.approx(accuracy_score(labels, guesses))
-    assert found.macro_f1 == pytest.approx(f1_score(labels, guesses, average="macro"))
+    assert evaluation.n == 500
+    assert evaluation.loss == pytest.approx(log_loss(labels, probabilities, labels=range(classes)), rel=1e-5)
+    assert evaluation.accuracy == pytest.approx(accuracy_score(labels, guesses))
+    assert evaluation.macro_f1 == pytest.approx(f1_score(labels, guesses, average="macro"))
     top5 = 1 if classes <= 5 else top_k_accuracy_score(labels, probabilities, k=5, labels=range(classes))
-    assert found.top5 == pytest.approx(top5)
+    assert evaluation.top5 == pytest.approx(top5)
     sums = EvaluationSums(classes, torch.device("cpu"))
     sums.add(torch.from_numpy(logits), torch.from_numpy(labels))
-    assert asdict(found) == pytest.approx(asdict(sums.result(Ranks())), rel=1e-5)
+    assert asdict(evaluation) == pytest.approx(asdict(sums.result(Ranks())), rel=1e-5)
 
 
 def test_figures_count_the_likeliest_class_also_where_logarithms_tie() -> None:
@@ -276,15 +276,15 @@ def test_figures_count_the_likeliest_class_also_where_logarithms_tie() -> None:
     best = np.arange(200) % 19
     rows = np.full((200, 19), low)
     rows[np.arange(200), best] = high
-    found = metrics_of(predictions(rows, best))
-    assert found.accuracy == 1
-    assert found.macro_f1 == pytest.approx(1)
+    evaluation = metrics_of(predictions(rows, best))
+    assert evaluation.accuracy == 1
+    assert evaluation.macro_f1 == pytest.approx(1)
 
 
 def test_figures_stay_finite_where_the_truth_was_thought_impossible() -> None:
-    found = metrics_of(predictions([[1, 0], [0, 1]], [1, 1]))
-    assert found.accuracy == 0.5
-    assert 10 < found.loss < 100
+    evaluation = metrics_of(predictions([[1, 0], [0, 1]], [1, 1]))
+    assert evaluation.accuracy == 0.5
+    assert 10 < evaluation.loss < 100
 
 
 def test_the_table_shows_weights_only_where_there_are_some() -> None:

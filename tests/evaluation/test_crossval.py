@@ -49,7 +49,7 @@ def test_every_picture_is_predicted_by_a_network_that_did_not_train_on_it(
     data: Path, tmp_path: Path, tiny_net: None
 ) -> None:
     run = tmp_path / "cv"
-    found = cross_validated(data, run)
+    results = cross_validated(data, run)
     together = read_predictions(run / "predictions-val.parquet")
     assert together.ids.tolist() == [f"{i:06}" for i in range(42)]
     assert together.labels.tolist() == [i % 3 for i in range(33)] + [i % 3 for i in range(9)]
@@ -59,25 +59,25 @@ def test_every_picture_is_predicted_by_a_network_that_did_not_train_on_it(
         counts.append(np.bincount(part.labels))
         chosen = np.isin(together.ids, part.ids)
         np.testing.assert_array_equal(together.probabilities[chosen], part.probabilities)
-        assert found["folds"][fold]["n"] == len(part.ids)
+        assert results["folds"][fold]["n"] == len(part.ids)
         (row,) = rows(run / f"fold-{fold}")
         for figure in ("loss", "accuracy", "macro_f1"):  # one stored size: what training logged
-            assert found["folds"][fold][figure] == pytest.approx(row[f"val_{figure}"], abs=1e-5)
+            assert results["folds"][fold][figure] == pytest.approx(row[f"val_{figure}"], abs=1e-5)
         saved = load_checkpoint(run / f"fold-{fold}" / "checkpoints/best.pt")
         assert (saved["config"]["data"]["folds"], saved["config"]["data"]["fold"]) == (3, fold)
         assert saved["train_records"]["count"] == 42 - len(part.ids)
     assert np.ptp(counts, axis=0).max() <= 1  # by class
-    values = [fold["accuracy"] for fold in found["folds"]]
-    assert found["mean"]["accuracy"] == pytest.approx(np.mean(values))
-    assert found["std"]["accuracy"] == pytest.approx(np.std(values, ddof=1))
-    assert found["together"]["n"] == 42
-    assert found["together"]["accuracy"] == pytest.approx(accuracy_score(together.labels, together.likeliest))
-    assert found["together"]["macro_f1"] == pytest.approx(
+    values = [fold["accuracy"] for fold in results["folds"]]
+    assert results["mean"]["accuracy"] == pytest.approx(np.mean(values))
+    assert results["std"]["accuracy"] == pytest.approx(np.std(values, ddof=1))
+    assert results["together"]["n"] == 42
+    assert results["together"]["accuracy"] == pytest.approx(accuracy_score(together.labels, together.likeliest))
+    assert results["together"]["macro_f1"] == pytest.approx(
         f1_score(together.labels, together.likeliest, average="macro")
     )
     probabilities = together.probabilities.astype(float)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    assert found["together"]["loss"] == pytest.approx(log_loss(together.labels, probabilities), rel=1e-5)
+    assert results["together"]["loss"] == pytest.approx(log_loss(together.labels, probabilities), rel=1e-5)
 
 
 def test_each_fold_is_normalized_by_its_own_training_part(data: Path, tmp_path: Path, tiny_net: None) -> None:
@@ -119,8 +119,8 @@ def test_a_record_that_cannot_be_decoded_is_left_out_of_folds_that_have_begun(tm
     assert failed.code == 2
     assert "record 20 (id 000020) cannot be decoded" in failed.err
     assert (run / "fold-0/checkpoints/last.pt").is_file()
-    found = cross_validated(root, run, *GIVEN, "--data.skip", checked(root, tmp_path / "bad.json"))
-    assert found["together"]["n"] == 41
+    results = cross_validated(root, run, *GIVEN, "--data.skip", checked(root, tmp_path / "bad.json"))
+    assert results["together"]["n"] == 41
 
 
 def test_other_settings_are_refused_unless_the_folds_are_replaced(data: Path, tmp_path: Path, tiny_net: None) -> None:
@@ -140,7 +140,7 @@ def test_other_settings_are_refused_unless_the_folds_are_replaced(data: Path, tm
 
 def test_folds_in_training_are_left_alone_and_what_a_kill_left_goes(data: Path, tmp_path: Path, tiny_net: None) -> None:
     run = tmp_path / "cv"
-    found = cross_validated(data, run)
+    results = cross_validated(data, run)
     for taken in (run, run / "fold-1"):
         with own_folder(taken, "", Ranks()):
             refused = fastflower(*arguments(data, run, "--overwrite"))
@@ -150,7 +150,7 @@ def test_folds_in_training_are_left_alone_and_what_a_kill_left_goes(data: Path, 
     (run / "fold-1/.predictions-val.parquet.0123456789ab.tmp").write_text("PAR")  # of a fold that is finished
     (run / "fold-0/checkpoints/last.pt").unlink()  # best holds all of it
     (run / "fold-0/finished").unlink()
-    assert cross_validated(data, run) == found
+    assert cross_validated(data, run) == results
     assert not list(run.rglob("*.tmp"))
 
 
@@ -170,9 +170,9 @@ def test_test_is_predicted_as_the_mean_of_the_folds(data: Path, tmp_path: Path, 
     run = tmp_path / "cv"
     cross_validated(data, run, "--submission", tmp_path / "submission.csv")
     parts = [read_predictions(run / f"fold-{fold}" / "predictions-test.parquet") for fold in range(3)]
-    found = read_predictions(run / "predictions-test.parquet")
+    predictions = read_predictions(run / "predictions-test.parquet")
     mean = np.mean([part.probabilities for part in parts], axis=0)
-    np.testing.assert_allclose(found.probabilities, mean, atol=1e-6)
+    np.testing.assert_allclose(predictions.probabilities, mean, atol=1e-6)
     lines = (tmp_path / "submission.csv").read_text().splitlines()
     assert lines == ["id,label", *(f"{i:06},{k}" for i, k in zip(range(42, 47), mean.argmax(axis=1), strict=True))]
 
@@ -183,9 +183,9 @@ def test_ensembles_take_the_folder_of_the_folds(data: Path, tmp_path: Path, tiny
     members = (tmp_path / "cv0", tmp_path / "cv1")
     result = fastflower("ensemble", *members, "--split", "val", "--method", "mean", "--json")
     assert result.code == 0, result.err
-    figures = json.loads(result.out)
-    assert [row["n"] for row in figures] == [42, 42, 42]
-    assert figures[0]["accuracy"] == json.loads((members[0] / "cv.json").read_text())["together"]["accuracy"]
+    evaluations = json.loads(result.out)
+    assert [row["n"] for row in evaluations] == [42, 42, 42]
+    assert evaluations[0]["accuracy"] == json.loads((members[0] / "cv.json").read_text())["together"]["accuracy"]
     result = fastflower("ensemble", *members, "--method", "weighted", "--submission", tmp_path / "s.csv")
     assert result.code == 0, result.err
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 6
@@ -195,13 +195,13 @@ def test_views_and_several_sizes(tmp_path: Path, tiny_net: None) -> None:
     for size in (40, 48):
         write_dataset(tmp_path / "data", {"train": 18, "val": 6}, size=size)
     run = tmp_path / "cv"
-    found = cross_validated(tmp_path / "data", run, "--data.sizes", "all", "--crops", 10)
-    assert found["together"]["n"] == 24
+    results = cross_validated(tmp_path / "data", run, "--data.sizes", "all", "--crops", 10)
+    assert results["together"]["n"] == 24
     assert len(load_split(tmp_path / "data", "train", sizes="all")) == 36
     source = read_predictions(run / "fold-0/predictions-val.parquet").source
     assert source["views"] == {"crops": 10, "scales": []}
     again = cross_validated(tmp_path / "data", run, "--data.sizes", "all", "--scales", "32,40")
-    assert again["together"]["loss"] != found["together"]["loss"]
+    assert again["together"]["loss"] != results["together"]["loss"]
 
 
 def test_two_processes_cross_validate_too(data: Path, tmp_path: Path, tiny_net: None) -> None:

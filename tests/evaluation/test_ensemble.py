@@ -25,11 +25,11 @@ def data(tmp_path: Path) -> Path:
 @pytest.fixture
 def runs(data: Path, tmp_path: Path, tiny_net: None) -> list[Path]:
     """Three runs that differ in their seed."""
-    found = [tmp_path / f"run{seed}" for seed in range(3)]
-    for seed, run in enumerate(found):
+    folders = [tmp_path / f"run{seed}" for seed in range(3)]
+    for seed, run in enumerate(folders):
         result = fastflower(*train_arguments(data, run), "--train.epochs", 1, "--seed", seed)
         assert result.code == 0, result.err
-    return found
+    return folders
 
 
 def ensemble(*arguments: object) -> list[dict[str, Any]]:
@@ -45,11 +45,11 @@ def test_members_and_ensemble_are_measured_in_any_order(runs: list[Path], method
     for order in itertools.permutations(range(3)):
         members = [runs[k] for k in order]
         out = tmp_path / "-".join(map(str, order))
-        figures = ensemble(*members, "--split", "val", "--method", method, "--out", out)
-        assert [row["name"] for row in figures] == [*map(str, members), method]
-        seen.append((figures[-1], read_predictions(out).probabilities.tolist()))
-    assert all(each == seen[0] for each in seen)
-    for run, row in zip(members, figures, strict=False):
+        rows = ensemble(*members, "--split", "val", "--method", method, "--out", out)
+        assert [row["name"] for row in rows] == [*map(str, members), method]
+        seen.append((rows[-1], read_predictions(out).probabilities.tolist()))
+    assert all(outcome == seen[0] for outcome in seen)
+    for run, row in zip(members, rows, strict=False):
         own = json.loads(fastflower("eval", run, "--json").out)
         assert {key: row[key] for key in ("n", "accuracy", "top5", "macro_f1")} == pytest.approx(
             {key: own[key] for key in ("n", "accuracy", "top5", "macro_f1")}
@@ -79,10 +79,10 @@ def test_weights_for_test_are_fitted_on_validation(runs: list[Path], tmp_path: P
     files = [run / "predictions-test.parquet" for run in runs]
     ensemble(*runs, "--method", "weighted", "--out", tmp_path / "runs")
     ensemble(*files, "--method", "weighted", "--fit_on", *val, "--out", tmp_path / "files")
-    found = [read_predictions(tmp_path / name) for name in ("runs", "files")]
-    np.testing.assert_array_equal(found[0].probabilities, found[1].probabilities)
+    predictions = [read_predictions(tmp_path / name) for name in ("runs", "files")]
+    np.testing.assert_array_equal(predictions[0].probabilities, predictions[1].probabilities)
     on_val = ensemble(*val, "--split", "val", "--method", "weighted")
-    weights = list(found[0].source["weights"].values())
+    weights = list(predictions[0].source["weights"].values())
     assert weights == pytest.approx([row["weight"] for row in on_val[:-1]])
     refused = fastflower("ensemble", *files, "--method", "weighted", "--out", tmp_path / "x")
     assert refused.code == 2
@@ -160,9 +160,9 @@ def test_what_is_kept_of_another_input_or_an_earlier_version_is_made_again(key: 
         source = kept.source | {key: "another"}
     write_predictions(path, replace(kept, source=source))
     ensemble(*runs, "--split", "val")
-    found = read_predictions(path)
-    assert found.source == (source if key in ("views", "precision") else kept.source)
-    np.testing.assert_array_equal(found.probabilities, kept.probabilities)
+    rewritten = read_predictions(path)
+    assert rewritten.source == (source if key in ("views", "precision") else kept.source)
+    np.testing.assert_array_equal(rewritten.probabilities, kept.probabilities)
 
 
 def test_what_cannot_be_combined_is_refused_before_anything_is_predicted(
@@ -176,8 +176,8 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_predicted(
     other = as_file("other", "test", run=runs[1])
     more = as_file("more", "test", "--data.root", write_dataset(tmp_path / "more_data", {"test": 10}, first=44))
     named = tmp_path / "named"
-    found = read_predictions(test)
-    write_predictions(named, replace(found, classes=["0", "1", "rose"]))
+    predictions = read_predictions(test)
+    write_predictions(named, replace(predictions, classes=["0", "1", "rose"]))
     cut = tmp_path / "cut.pt"
     cut.write_bytes((runs[0] / "checkpoints/best.pt").read_bytes()[:-100])
     copy = tmp_path / "elsewhere" / runs[0].name

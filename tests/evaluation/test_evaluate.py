@@ -14,7 +14,7 @@ from fastflower.evaluation.predictions import read_predictions
 from tests.conftest import fastflower, train_arguments, write_dataset
 
 
-def table(path: Path) -> list[list[str]]:
+def read_csv(path: Path) -> list[list[str]]:
     with path.open(newline="") as file:
         return list(csv.reader(file))
 
@@ -27,25 +27,25 @@ def test_eval_writes_where_the_network_errs(finished: Path, tmp_path: Path) -> N
     assert f"Confusion matrix, classes and mistakes: {finished / 'eval-val'}" in result.out
     assert "tulip, red" in result.out
     assert fastflower("predict", finished, "--split", "val").code == 0
-    found = read_predictions(finished / "predictions-val.parquet")
+    predictions = read_predictions(finished / "predictions-val.parquet")
     folder = finished / "eval-val"
-    header, *rows = table(folder / "confusion.csv")
+    header, *rows = read_csv(folder / "confusion.csv")
     assert header[1:] == ["rose", "tulip, red", "daisy"]
-    wanted = confusion_matrix(found.labels, found.likeliest, labels=range(3))
+    wanted = confusion_matrix(predictions.labels, predictions.likeliest, labels=range(3))
     assert [[int(cell) for cell in row[1:]] for row in rows] == wanted.tolist()
-    classes = table(folder / "classes.csv")[1:]
-    f1 = f1_score(found.labels, found.likeliest, labels=range(3), average=None, zero_division=0)
+    classes = read_csv(folder / "classes.csv")[1:]
+    f1 = f1_score(predictions.labels, predictions.likeliest, labels=range(3), average=None, zero_division=0)
     np.testing.assert_allclose([float(row[3]) for row in classes], f1)
-    figures = json.loads((folder / "figures.json").read_text())
+    metrics = json.loads((folder / "figures.json").read_text())
     printed = json.loads(fastflower("eval", finished, "--json").out)
-    assert figures == printed | {"ece": figures["ece"]}
-    assert f"ece {figures['ece']:.4g}" in result.out
-    assert list(figures) == ["split", "n", "loss", "accuracy", "top5", "macro_f1", "ece"]
+    assert metrics == printed | {"ece": metrics["ece"]}
+    assert f"ece {metrics['ece']:.4g}" in result.out
+    assert list(metrics) == ["split", "n", "loss", "accuracy", "top5", "macro_f1", "ece"]
     # an evaluation says what it is of as predictions do (validation pictures have one stored size here)
-    assert json.loads((folder / "source.json").read_text()) == found.source
+    assert json.loads((folder / "source.json").read_text()) == predictions.source
     with Image.open(folder / "confusion.png") as picture:
         assert min(picture.size) > 300
-    assert (folder / "mistakes.jpg").is_file() == (figures["accuracy"] < 1)
+    assert (folder / "mistakes.jpg").is_file() == (metrics["accuracy"] < 1)
 
 
 def test_names_come_from_the_data_where_it_has_them(tmp_path: Path, tiny_net: None) -> None:
@@ -55,7 +55,7 @@ def test_names_come_from_the_data_where_it_has_them(tmp_path: Path, tiny_net: No
     assert fastflower(*train_arguments(root, run), "--train.epochs", 1).code == 0
     result = fastflower("eval", run, "--out", tmp_path / "out")
     assert result.code == 0, result.err
-    assert table(tmp_path / "out/classes.csv")[1][0] == "wild rose"
+    assert read_csv(tmp_path / "out/classes.csv")[1][0] == "wild rose"
     assert not (run / "eval-val").exists()
     pictures = fastflower("predict", run, "--names", "kaggle104", "--images", *sorted(tmp_path.glob("out/*.jpg")))
     assert "pink primrose" in pictures.out or not list(tmp_path.glob("out/*.jpg"))

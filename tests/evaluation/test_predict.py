@@ -116,16 +116,16 @@ def test_no_records_are_no_records(sized: Path) -> None:
 def test_predict_writes_probabilities_and_a_submission(run: Path, sized: Path, tmp_path: Path) -> None:
     result = fastflower("predict", run, "--submission", tmp_path / "submission.csv")
     assert result.code == 0, result.err
-    found = read_predictions(run / "predictions-test.parquet")
+    predictions = read_predictions(run / "predictions-test.parquet")
     ids = [f"{i:06}" for i in range(33, 40)]
-    assert found.ids.tolist() == ids
-    np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-6)
-    assert not found.labelled
-    rows = [[name, str(label)] for name, label in zip(ids, found.likeliest, strict=True)]
+    assert predictions.ids.tolist() == ids
+    np.testing.assert_allclose(predictions.probabilities.sum(axis=1), 1, atol=1e-6)
+    assert not predictions.labelled
+    rows = [[name, str(label)] for name, label in zip(ids, predictions.likeliest, strict=True)]
     assert submission(tmp_path / "submission.csv") == [["id", "label"], *rows]
     assert f"Predictions of 7 pictures: {run / 'predictions-test.parquet'}" in result.out
     frame = pd.read_parquet(run / "predictions-test.parquet")
-    assert frame["label"].tolist() == found.likeliest.tolist()
+    assert frame["label"].tolist() == predictions.likeliest.tolist()
 
 
 def test_other_sizes_give_other_predictions_and_the_largest_is_the_default(run: Path, tmp_path: Path) -> None:
@@ -133,21 +133,21 @@ def test_other_sizes_give_other_predictions_and_the_largest_is_the_default(run: 
     for name, options in {"default": (), "large": ("--sizes", 48), "small": ("--sizes", 40)}.items():
         files[name] = tmp_path / f"{name}.parquet"
         assert fastflower("predict", run, "--out", files[name], *options).code == 0
-    found = {name: read_predictions(path).probabilities for name, path in files.items()}
-    np.testing.assert_array_equal(found["default"], found["large"])
-    assert np.abs(found["default"] - found["small"]).max() > 1e-3
+    probabilities = {name: read_predictions(path).probabilities for name, path in files.items()}
+    np.testing.assert_array_equal(probabilities["default"], probabilities["large"])
+    assert np.abs(probabilities["default"] - probabilities["small"]).max() > 1e-3
 
 
 def test_a_run_that_crops_stored_pictures_keeps_to_its_sizes(sized: Path, tmp_path: Path, tiny_net: None) -> None:
     run = trained(sized, tmp_path / "as_is", "--data.sizes", 40, "--data.val_resize", "None")
     for views in ((), ("--scales", 48)):
-        found = []
+        probabilities = []
         for options in ((), ("--sizes", 40), ("--sizes", 48)):
             assert fastflower("predict", run, "--out", tmp_path / "p", *views, *options).code == 0
-            found.append(read_predictions(tmp_path / "p").probabilities)
+            probabilities.append(read_predictions(tmp_path / "p").probabilities)
         taken = 2 if views else 1  # scales begin with the largest, since they resize anyway
-        np.testing.assert_array_equal(found[0], found[taken])
-        assert np.abs(found[0] - found[3 - taken]).max() > 1e-3
+        np.testing.assert_array_equal(probabilities[0], probabilities[taken])
+        assert np.abs(probabilities[0] - probabilities[3 - taken]).max() > 1e-3
 
 
 def test_files_do_not_depend_on_batches_processes_or_the_order_of_files(own: Path, tmp_path: Path) -> None:
@@ -159,9 +159,9 @@ def test_files_do_not_depend_on_batches_processes_or_the_order_of_files(own: Pat
 
     rows, probabilities = predicted("whole")
     for name, options in {"one": ("--batch_size", 1), "three": ("--batch_size", 3)}.items():
-        found = predicted(name, *options)
-        assert found[0] == rows
-        np.testing.assert_allclose(found[1], probabilities, atol=1e-6)
+        outputs = predicted(name, *options)
+        assert outputs[0] == rows
+        np.testing.assert_allclose(outputs[1], probabilities, atol=1e-6)
     arguments = ("predict", own, "--out", tmp_path / "two.parquet", "--submission", tmp_path / "two.csv")
     done = in_ranks(tiny_worker.main, *arguments)
     assert done.code == 0, done.err
@@ -207,11 +207,11 @@ def test_class_folders_are_predicted_by_path(tmp_path: Path, tiny_net: None) -> 
     run = trained(root, tmp_path / "run")
     other = write_folders(tmp_path / "other", {"test": 3, "test/tulip": 2, "train/daisy": 1})
     assert fastflower("predict", run, "--data.root", other).code == 0
-    found = read_predictions(run / "predictions-test.parquet")
-    assert found.ids.tolist() == ["000000", "000001", "000002", "tulip/000003", "tulip/000004"]
-    assert found.classes == ["rose", "tulip"]
-    assert found.labels[3:].tolist() == [1, 1]
-    assert not found.labelled
+    predictions = read_predictions(run / "predictions-test.parquet")
+    assert predictions.ids.tolist() == ["000000", "000001", "000002", "tulip/000003", "tulip/000004"]
+    assert predictions.classes == ["rose", "tulip"]
+    assert predictions.labels[3:].tolist() == [1, 1]
+    assert not predictions.labelled
 
 
 def test_single_pictures_are_printed_with_their_likeliest_classes(tmp_path: Path, tiny_net: None) -> None:
@@ -264,12 +264,12 @@ def test_views_change_predictions_and_are_kept_in_the_file(run: Path, tmp_path: 
     seen = []
     for options in ((), ("--crops", 10), ("--scales", "32,40,48")):
         assert fastflower("predict", run, *options).code == 0
-        found = read_predictions(run / "predictions-test.parquet")
-        seen.append(found.probabilities)
-        np.testing.assert_allclose(found.probabilities.sum(axis=1), 1, atol=1e-6)
-    assert found.source["views"] == {"crops": 1, "scales": [32, 40, 48]}
-    assert found.source["geometry"] == {"crop": 32, "val_resize": 36}
-    assert found.source["records"]["count"] == 7
+        predictions = read_predictions(run / "predictions-test.parquet")
+        seen.append(predictions.probabilities)
+        np.testing.assert_allclose(predictions.probabilities.sum(axis=1), 1, atol=1e-6)
+    assert predictions.source["views"] == {"crops": 1, "scales": [32, 40, 48]}
+    assert predictions.source["geometry"] == {"crop": 32, "val_resize": 36}
+    assert predictions.source["records"]["count"] == 7
     assert not torch.allclose(torch.tensor(seen[0]), torch.tensor(seen[1]), atol=1e-4)
     assert not torch.allclose(torch.tensor(seen[1]), torch.tensor(seen[2]), atol=1e-4)
 

@@ -18,10 +18,10 @@ from fastflower.evaluation.predictions import Predictions, in_order_of, read_pre
 
 def predictions(ids: list[str], labels: list[int] | None = None, classes: int = 3, seed: int = 0) -> Predictions:
     rng = np.random.default_rng(seed)
-    found = rng.dirichlet(np.ones(classes), len(ids)).astype(np.float32)
-    known = np.full(len(ids), NO_LABEL) if labels is None else np.array(labels)
+    probabilities = rng.dirichlet(np.ones(classes), len(ids)).astype(np.float32)
+    true = np.full(len(ids), NO_LABEL) if labels is None else np.array(labels)
     return sort_by_id(
-        Predictions("val", [f"kind {k}" for k in range(classes)], np.array(ids), found, known, {"run": "a"})
+        Predictions("val", [f"kind {k}" for k in range(classes)], np.array(ids), probabilities, true, {"run": "a"})
     )
 
 
@@ -29,12 +29,12 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path) -> None:
     made = predictions(["000123", "7", "ü,x", 'q"'], [2, 0, 1, 1])
     path = tmp_path / "new" / "p.parquet"
     write_predictions(path, made)
-    found = read_predictions(path)
-    assert found.ids.tolist() == sorted(["000123", "7", "ü,x", 'q"'])
-    assert (found.split, found.classes, found.source) == ("val", made.classes, {"run": "a"})
-    np.testing.assert_array_equal(found.probabilities, made.probabilities)
-    np.testing.assert_array_equal(found.labels, made.labels)
-    assert found.labelled
+    loaded = read_predictions(path)
+    assert loaded.ids.tolist() == sorted(["000123", "7", "ü,x", 'q"'])
+    assert (loaded.split, loaded.classes, loaded.source) == ("val", made.classes, {"run": "a"})
+    np.testing.assert_array_equal(loaded.probabilities, made.probabilities)
+    np.testing.assert_array_equal(loaded.labels, made.labels)
+    assert loaded.labelled
 
 
 def test_pandas_reads_it_and_what_pandas_writes_is_read(tmp_path: Path) -> None:
@@ -49,10 +49,10 @@ def test_pandas_reads_it_and_what_pandas_writes_is_read(tmp_path: Path) -> None:
     assert frame["label"].tolist() == made.likeliest.tolist()
     np.testing.assert_array_equal(frame[["p0", "p1", "p2"]].to_numpy(), made.probabilities)
     frame[["p2", "p0", "p1", "id"]].iloc[::-1].to_parquet(tmp_path / "other.parquet", index=False)
-    found = read_predictions(tmp_path / "other.parquet")
-    assert found.classes == made.classes
-    np.testing.assert_array_equal(found.probabilities, made.probabilities)
-    assert not found.labelled
+    loaded = read_predictions(tmp_path / "other.parquet")
+    assert loaded.classes == made.classes
+    np.testing.assert_array_equal(loaded.probabilities, made.probabilities)
+    assert not loaded.labelled
     frame.attrs = {}
     frame[["id", "p0", "p1", "p2"]].to_parquet(tmp_path / "other.parquet", index=False)
     assert read_predictions(tmp_path / "other.parquet").classes == ["0", "1", "2"]
@@ -68,39 +68,39 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     kept = table.schema.metadata[b"PANDAS_ATTRS"]
     table = table.drop_columns(["class_name", "label_name"]).replace_schema_metadata({b"fastflower": kept})
     pq.write_table(table, tmp_path / "p.parquet")
-    found = read_predictions(tmp_path / "p.parquet")
-    assert (found.split, found.classes, found.source) == (made.split, made.classes, made.source)
-    np.testing.assert_array_equal(found.labels, made.labels)
+    loaded = read_predictions(tmp_path / "p.parquet")
+    assert (loaded.split, loaded.classes, loaded.source) == (made.split, made.classes, made.source)
+    np.testing.assert_array_equal(loaded.labels, made.labels)
 
 
 def test_columns_and_labels_follow_their_classes_into_another_order() -> None:
     made = predictions(["a", "b", "c", "d"], [2, 0, 1, NO_LABEL])
-    found = in_order_of(["kind 2", "kind 0", "kind 1"], made)
-    assert found
-    np.testing.assert_array_equal(found.probabilities, made.probabilities[:, [2, 0, 1]])
-    assert [found.classes[k] for k in found.labels[:3]] == [made.classes[k] for k in made.labels[:3]]
-    assert found.labels[3] == NO_LABEL
+    reordered = in_order_of(["kind 2", "kind 0", "kind 1"], made)
+    assert reordered
+    np.testing.assert_array_equal(reordered.probabilities, made.probabilities[:, [2, 0, 1]])
+    assert [reordered.classes[k] for k in reordered.labels[:3]] == [made.classes[k] for k in made.labels[:3]]
+    assert reordered.labels[3] == NO_LABEL
     for other in (["kind 0", "kind 1"], ["kind 0", "kind 1", "rose"], [*made.classes, "rose"], ["0", "1", "2"]):
         assert in_order_of(other, made) is None
 
 
-def _table(**columns: Any) -> pa.Table:
+def table_with(**columns: Any) -> pa.Table:
     return pa.table({"id": ["a", "b"], "p0": [0.5, 1.0], "p1": [0.5, 0.0]} | columns)
 
 
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        (_table(id=["a", "a"]), "has id a more than once"),
-        (_table(p1=[0.5, float("nan")]), "is damaged .of id 'b'"),
-        (_table(p1=[-0.5, 0.0]), "is damaged .of id 'a'"),
-        (_table().drop_columns("id"), "has no column 'id'"),
-        (_table().drop_columns("p0"), "has no column 'p0'"),
-        (_table().drop_columns(["p0", "p1"]), "has no column 'p0'"),
-        (_table(p1=["x", "y"]), "is damaged"),
-        (_table(id=pa.array(["a", None])), "is damaged .of id ''"),
-        (_table(**{"class": [0, 2]}), "is damaged .of id 'b'"),
-        (_table(p0=[0.5, 0.9]), "is damaged .of id 'b'"),
+        (table_with(id=["a", "a"]), "has id a more than once"),
+        (table_with(p1=[0.5, float("nan")]), "is damaged .of id 'b'"),
+        (table_with(p1=[-0.5, 0.0]), "is damaged .of id 'a'"),
+        (table_with().drop_columns("id"), "has no column 'id'"),
+        (table_with().drop_columns("p0"), "has no column 'p0'"),
+        (table_with().drop_columns(["p0", "p1"]), "has no column 'p0'"),
+        (table_with(p1=["x", "y"]), "is damaged"),
+        (table_with(id=pa.array(["a", None])), "is damaged .of id ''"),
+        (table_with(**{"class": [0, 2]}), "is damaged .of id 'b'"),
+        (table_with(p0=[0.5, 0.9]), "is damaged .of id 'b'"),
     ],
 )
 def test_what_is_no_predictions_file_is_named(table: pa.Table, words: str, tmp_path: Path) -> None:

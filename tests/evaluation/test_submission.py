@@ -24,10 +24,10 @@ from tests.conftest import fastflower, train_arguments, write_dataset, write_fol
 
 def rows(path: Path) -> dict[str, str]:
     with path.open(newline="", encoding="utf-8") as file:
-        header, *found = csv.reader(file)
+        header, *pairs = csv.reader(file)
     assert header == ["id", "label"]
-    assert len({name for name, _ in found}) == len(found)
-    return dict(found)
+    assert len({name for name, _ in pairs}) == len(pairs)
+    return dict(pairs)
 
 
 def made(classes: list[str], seed: int, n: int = 12) -> Predictions:
@@ -65,13 +65,13 @@ def test_a_label_is_the_class_that_is_called_so(
     write_predictions(folder / "p.parquet", wanted)
     notes = hand_in(read_predictions(folder / "p.parquet"), submission=folder / "s.csv")
     likeliest = [classes[row.argmax()] for row in wanted.probabilities]
-    found = rows(folder / "s.csv")
-    assert list(found) == wanted.ids.tolist()
+    labels = rows(folder / "s.csv")
+    assert list(labels) == wanted.ids.tolist()
     if any(map(is_numeric, classes)):
-        assert list(found.values()) == likeliest
+        assert list(labels.values()) == likeliest
         assert len(notes) == 1
     else:
-        assert [classes[int(label)] for label in found.values()] == likeliest
+        assert [classes[int(label)] for label in labels.values()] == likeliest
         assert f"0 = {classes[0]}, 1 = {classes[1]}" in notes[1]
 
 
@@ -83,15 +83,15 @@ def test_members_whose_classes_are_in_other_orders_hand_in_the_same(
     rng = np.random.default_rng(seed)
     members = [made(classes, seed + k) for k in range(3)]
     shuffled = []
-    for each in members:
+    for member in members:
         order = rng.permutation(len(classes))
-        names, columns = [classes[k] for k in order], each.probabilities[:, order]
-        shuffled.append(replace(each, classes=names, probabilities=columns))
-    found = []
+        names, columns = [classes[k] for k in order], member.probabilities[:, order]
+        shuffled.append(replace(member, classes=names, probabilities=columns))
+    answers = []
     for group in (members, shuffled, shuffled[::-1]):
-        combined = combine([Member(str(each.source["seed"]), each) for each in group], method)
-        found.append([combined.classes[k] for k in combined.likeliest])
-    assert found[0] == found[1] == found[2]
+        combined = combine([Member(str(member.source["seed"]), member) for member in group], method)
+        answers.append([combined.classes[k] for k in combined.likeliest])
+    assert answers[0] == answers[1] == answers[2]
 
 
 def sample(path: Path, labels: Sequence[object]) -> Path:
@@ -206,18 +206,21 @@ def test_numbered_folders_are_handed_in_and_combined_by_their_numbers(tmp_path: 
     assert fastflower(*train_arguments(root, run), "--train.epochs", 2).code == 0
     result = fastflower("predict", run, "--split", "val", "--submission", tmp_path / "s.csv")
     assert result.code == 0, result.err
-    found = read_predictions(run / "predictions-val.parquet")
-    assert found.classes == ["0", "1", "10", "2"]
-    assert [found.classes[k] for k in found.labels] == [name.partition("/")[0] for name in found.ids]
-    wanted = {name: found.classes[row.argmax()] for name, row in zip(found.ids, found.probabilities, strict=True)}
+    predictions = read_predictions(run / "predictions-val.parquet")
+    assert predictions.classes == ["0", "1", "10", "2"]
+    assert [predictions.classes[k] for k in predictions.labels] == [name.partition("/")[0] for name in predictions.ids]
+    wanted = {
+        name: predictions.classes[row.argmax()]
+        for name, row in zip(predictions.ids, predictions.probabilities, strict=True)
+    }
     assert rows(tmp_path / "s.csv") == wanted
     # a run on TFRecords of the numbers 0 to 10 takes the folders by their names, and the run on folders the TFRecords
     records = write_dataset(tmp_path / "records", {"train": 33, "val": 11, "test": 3}, classes=11)
     assert fastflower(*train_arguments(records, tmp_path / "numbers"), "--train.epochs", 1).code == 0
     out = tmp_path / "p.parquet"
     assert fastflower("predict", tmp_path / "numbers", "--split", "val", "--data.root", root, "--out", out).code == 0
-    found = read_predictions(out)
-    assert [found.classes[k] for k in found.labels] == [name.partition("/")[0] for name in found.ids]
+    predictions = read_predictions(out)
+    assert [predictions.classes[k] for k in predictions.labels] == [name.partition("/")[0] for name in predictions.ids]
     refused = fastflower("eval", run, "--data.root", records)
     assert refused.code == 2
     assert "has pictures of class '3' in val" in refused.err

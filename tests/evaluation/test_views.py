@@ -54,9 +54,9 @@ def pictures(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
 def test_all_positions_of_a_picture_of_the_training_size_is_the_ordinary_forward(name: str, crop: int) -> None:
     net = network(name)
     images = pictures(2, crop, crop)
-    found = Views(scales=(crop,)).scorer(net, crop)(images)
+    scores = Views(scales=(crop,)).scorer(net, crop)(images)
     wanted = (net(images).softmax(1) + net(images.flip(3)).softmax(1)) / 2
-    torch.testing.assert_close(found.exp(), wanted, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores.exp(), wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (64, 101), (130, 97), (160, 96)])
@@ -74,8 +74,8 @@ def test_all_positions_average_every_window_of_the_map(height: int, width: int) 
                 pooled = features[:, :, top : top + window, left : left + window].mean((2, 3))
                 probabilities.append(net.fc(pooled).softmax(1))  # type: ignore[operator]
     wanted = torch.stack(probabilities).mean(0)
-    found = Views(scales=(64,)).scorer(net, 64)(images)
-    torch.testing.assert_close(found.exp(), wanted, atol=1e-5, rtol=0)
+    scores = Views(scales=(64,)).scorer(net, 64)(images)
+    torch.testing.assert_close(scores.exp(), wanted, atol=1e-5, rtol=0)
     assert len(probabilities) == 2 * (math.ceil(height / 32) - 1) * (math.ceil(width / 32) - 1)
 
 
@@ -84,9 +84,9 @@ def test_all_positions_average_every_window_of_the_map(height: int, width: int) 
 def test_ten_crops_are_torchvisions(height: int, width: int) -> None:
     net = network("tiny")
     images = pictures(3, height, width)
-    found = Views(crops=10).scorer(net, 32)(images)
+    scores = Views(crops=10).scorer(net, 32)(images)
     wanted = torch.stack([net(crop).softmax(1) for crop in tv.TenCrop(32)(images)]).mean(0)
-    torch.testing.assert_close(found.exp(), wanted, atol=1e-6, rtol=0)
+    torch.testing.assert_close(scores.exp(), wanted, atol=1e-6, rtol=0)
 
 
 def test_views_that_would_degenerate_are_refused() -> None:
@@ -134,9 +134,9 @@ def test_whole_pictures_are_resized_as_torchvision_does(tmp_path: Path) -> None:
     for batch in whole.once():
         for index, image in zip(batch.indices, batch.images, strict=True):
             wanted = np.asarray(tv.functional.resize(Image.open(paths[index]), [45], antialias=True))
-            found = image.permute(1, 2, 0).numpy()
-            assert found.shape == wanted.shape
-            assert np.abs(found - wanted).max() <= 1
+            resized = image.permute(1, 2, 0).numpy()
+            assert resized.shape == wanted.shape
+            assert np.abs(resized - wanted).max() <= 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -145,10 +145,10 @@ def test_a_view_that_is_not_finite_is_not_averaged_away(value: float, shape: tup
     views = [torch.randn(shape) for _ in range(3)]
     sound = log_mean_probabilities(views)
     views[1][2, 4] = value
-    found = log_mean_probabilities(views)
-    assert found[2].isnan().all()
+    mean = log_mean_probabilities(views)
+    assert mean[2].isnan().all()
     others = [0, 1, 3]
-    assert torch.equal(found[others], sound[others])
+    assert torch.equal(mean[others], sound[others])
 
 
 @pytest.fixture(scope="module")

@@ -78,10 +78,10 @@ def test_networks_on_the_kernels_equal_float64(name: str, monkeypatch: pytest.Mo
     for output in outputs:
         F.cross_entropy(output, labels).backward()
     assert (outputs[0] - outputs[1]).norm() / outputs[1].norm() < 1e-3
-    for (key, found), expected in zip(network.named_parameters(), reference.parameters(), strict=True):
-        assert found.grad is not None
+    for (key, parameter), expected in zip(network.named_parameters(), reference.parameters(), strict=True):
+        assert parameter.grad is not None
         assert expected.grad is not None
-        assert (found.grad - expected.grad).norm() / expected.grad.norm() < 0.05, key
+        assert (parameter.grad - expected.grad).norm() / expected.grad.norm() < 0.05, key
 
 
 def test_statistics_over_ranks_by_nccl(tmp_path: Path) -> None:
@@ -92,12 +92,12 @@ def test_statistics_over_ranks_by_nccl(tmp_path: Path) -> None:
     dist.init_process_group("nccl", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         leaf = x.clone().requires_grad_()
-        found = bn_relu(leaf, synced, sync=True)
-        assert isinstance(found, torch.Tensor)
-        found.sum().backward()
+        output = bn_relu(leaf, synced, sync=True)
+        assert isinstance(output, torch.Tensor)
+        output.sum().backward()
     finally:
         dist.destroy_process_group()
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(output, expected)
     torch.testing.assert_close(synced.running_var, alone.running_var)
     assert leaf.grad is not None
     assert leaf.grad.isfinite().all()
@@ -113,8 +113,8 @@ def test_a_short_run_learns(tmp_path: Path) -> None:
     assert ", compiled" in result.out
     last = rows(run)[-1]
     assert last["val_accuracy"] > 0.3  # 0.54 on a CPU; one class in twelve by chance
-    figures = json.loads(fastflower("eval", run, "--json").out)
+    metrics = json.loads(fastflower("eval", run, "--json").out)
     best = min(rows(run), key=lambda row: row["val_loss"])
-    assert figures["loss"] == pytest.approx(best["val_loss"], rel=1e-3)
+    assert metrics["loss"] == pytest.approx(best["val_loss"], rel=1e-3)
     assert fastflower("train", "--resume", run, "--train.epochs", 4).code == 0
     assert len(rows(run)) == 4

@@ -55,14 +55,14 @@ def check_operation(form: str, sizes: list[int], height: int) -> None:
     assert isinstance(y, torch.Tensor)
     y.backward(dy)
     shares = {"x": (mine.grad, x.grad)} | ({} if form == "plain" else {"r": (mine_r.grad, r.grad)})
-    for name, (found, expected) in shares.items():
-        assert found is not None
+    for name, (grad, expected) in shares.items():
+        assert grad is not None
         assert expected is not None
-        torch.testing.assert_close(found.double(), expected.split(sizes)[rank], rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(grad.double(), expected.split(sizes)[rank], rtol=1e-5, atol=1e-5, msg=name)
     for norm, double in zip(norms[: 2 if form == "dual" else 1], doubles, strict=False):
         for buffer in ("running_mean", "running_var", "num_batches_tracked"):
-            found = getattr(norm, buffer)
-            torch.testing.assert_close(found.double(), getattr(double, buffer).double(), rtol=1e-6, atol=1e-6)
+            statistic = getattr(norm, buffer)
+            torch.testing.assert_close(statistic.double(), getattr(double, buffer).double(), rtol=1e-6, atol=1e-6)
         for name in ("weight", "bias"):  # a rank's own share, as of any parameter
             gradient = getattr(norm, name).grad
             dist.all_reduce(gradient)
@@ -96,8 +96,8 @@ def check_network(compiled: bool) -> None:
         F.cross_entropy(wrapped(images[part].float()), labels[part]).backward()
         for optimizer in optimizers:
             optimizer.step()
-    for (name, expected), found in zip(double.state_dict().items(), network.state_dict().values(), strict=True):
-        error = (found.double() - expected).norm() / expected.double().norm()
+    for (name, expected), tensor in zip(double.state_dict().items(), network.state_dict().values(), strict=True):
+        error = (tensor.double() - expected).norm() / expected.double().norm()
         assert error < 0.05, f"{name}: {error}"  # with local statistics the worst is above 1
 
 

@@ -85,10 +85,10 @@ def test_all_forms_compile_without_spills_and_with_wide_accesses(
         assert {row["narrowest_bits"] for row in rows} == {"32", ""}
     # the committed table is of these kernels and tiles; registers may differ with Triton's version
     forms = ("sm", "dtype", "channels", "kernel", "given", "tile", "warps")
-    known = {tuple(row[name] for name in forms) for row in read(TABLE)}
+    committed = {tuple(row[name] for name in forms) for row in read(TABLE)}
     listed = {row["channels"] for row in read(TABLE)}
     compiled = {tuple(row[name] for name in forms) for row in rows if row["channels"] in listed}
-    assert compiled <= known, "bench/results/registers.csv is out of date: python bench/registers.py --out <it>"
+    assert compiled <= committed, "bench/results/registers.csv is out of date: python bench/registers.py --out <it>"
 
 
 def test_accesses_are_followed_back_to_the_kernels_arguments() -> None:

@@ -91,7 +91,7 @@ def test_no_less_accurate_than_torch(form: Form, dtype: torch.dtype, device: tor
     for key in ("y", "dx", "dr", "norm.dweight", "norm.dbias", "norm.running_mean", "norm.running_var"):
         if key in ours:
             value = exact[key].value
-            error, peer = ((found[key].double() - value).norm() / value.norm() for found in (ours, theirs))
+            error, peer = ((outputs[key].double() - value).norm() / value.norm() for outputs in (ours, theirs))
             assert error <= max(1.25 * peer.item(), 4 * torch.finfo(ours[key].dtype).eps), key
 
 

@@ -22,19 +22,19 @@ from fastflower.training.schedule import learning_rate
 BATCH = 64
 
 
-def row(epoch: int, **figures: float | None) -> dict[str, float | None]:
+def row(epoch: int, **values: float | None) -> dict[str, float | None]:
     """A line of metrics.jsonl: 10 steps of 64 pictures in 8 s, 2 s of validation, 1 s of waiting."""
-    known: dict[str, float | None] = {"epoch": epoch, "step": 10 * epoch, "lr": 0.1}
+    progress: dict[str, float | None] = {"epoch": epoch, "step": 10 * epoch, "lr": 0.1}
     losses: dict[str, float | None] = {"train_loss": 2.0, "train_accuracy": 0.4, "val_loss": 3.0, "val_accuracy": 0.3}
     times: dict[str, float | None] = {"images_per_s": 80.0, "epoch_s": 10.0, "data_wait": 0.1}
-    return known | losses | {"val_top5": 0.6, "val_macro_f1": 0.2} | times | figures
+    return progress | losses | {"val_top5": 0.6, "val_macro_f1": 0.2} | times | values
 
 
 def write_run(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     """A run folder without checkpoints."""
     path.mkdir(parents=True)
     RunFolder(path).config.write_text(to_yaml(resolve(build({"train": {"batch_size": BATCH}}, "test"))))
-    RunFolder(path).metrics.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    RunFolder(path).metrics.write_text("".join(json.dumps(fields) + "\n" for fields in rows))
     return path
 
 
@@ -102,10 +102,10 @@ def test_lines_that_are_no_rows_are_left_out(line: str, tmp_path: Path) -> None:
 def test_figures_that_a_row_lacks_or_has_as_nan_were_not_measured(tmp_path: Path) -> None:
     folder = RunFolder(write_run(tmp_path / "run", [row(1, val_loss=math.nan), {"epoch": 2, "step": 20}]))
     assert read_rows(folder.metrics) == [row(1, val_loss=None), {"epoch": 2, "step": 20}]
-    found = read_history(folder.path, "run")
-    for figures in (found.val_loss, found.lr[1:], found.waited_s[1:], found.epoch_s[1:]):
-        assert np.isnan(figures).all()
-    assert found.waited_s[0] == 1
+    history = read_history(folder.path, "run")
+    for series in (history.val_loss, history.lr[1:], history.waited_s[1:], history.epoch_s[1:]):
+        assert np.isnan(series).all()
+    assert history.waited_s[0] == 1
 
 
 def learning_rates(tmp_path: Path, lrs: Sequence[float]) -> History:

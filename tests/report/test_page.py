@@ -52,7 +52,7 @@ class Page(HTMLParser):
     def pictures(self) -> list[str]:
         """The SVG texts."""
         sources = [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]
-        return [base64.b64decode(each.removeprefix("data:image/svg+xml;base64,")).decode() for each in sources]
+        return [base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode() for source in sources]
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +63,12 @@ def seed_report(seed_curves: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.mark.parametrize("name", SEED)
 def test_the_seeds_runs_have_their_figures(name: str, seed_report: Report) -> None:
     best, epoch, *reached, seconds = SEED[name]
-    found = seed_report.rows[name]
-    assert found["best val accuracy"] == pytest.approx(best, abs=0.0005)
-    assert found["at epoch"] == epoch
-    assert [found[f"epochs to {level}%"] for level in (50, 60, 70)] == reached
-    assert found["seconds an epoch"] == pytest.approx(seconds, abs=1)
-    assert found["images/s"] is found["MACs (G)"] is None  # the events do not say
+    cells = seed_report.rows[name]
+    assert cells["best val accuracy"] == pytest.approx(best, abs=0.0005)
+    assert cells["at epoch"] == epoch
+    assert [cells[f"epochs to {level}%"] for level in (50, 60, 70)] == reached
+    assert cells["seconds an epoch"] == pytest.approx(seconds, abs=1)
+    assert cells["images/s"] is cells["MACs (G)"] is None  # the events do not say
 
 
 def test_the_seeds_runs_are_compared_in_sentences(seed_report: Report, seed_curves: Path) -> None:
@@ -157,15 +157,15 @@ def test_a_trained_run_is_reported_with_its_cost(small: Path, tmp_path: Path, ti
     result = fastflower("report", run, "--out", out)
     assert (result.code, result.err) == (0, "")
     assert str(out / "report.html") in result.out.replace("\n", "")
-    found = write_report([run], out).rows["run"]
+    cells = write_report([run], out).rows["run"]
     # the convolutions of resnet18 at 32 pixels, and its last layer for 3 classes
     stages = (
         64 * 64 * 9 * 64 * 4,
         *[(c * c // 2 * 9 + 3 * c * c * 9 + c * c // 2) * (512 // c) ** 2 for c in (128, 256, 512)],
     )
     macs = 64 * 3 * 49 * 16**2 + sum(stages) + 3 * 512
-    assert found["MACs (G)"] == macs / 1e9
-    assert found["params (M)"] == 11_178_051 / 1e6
+    assert cells["MACs (G)"] == macs / 1e9
+    assert cells["params (M)"] == 11_178_051 / 1e6
     names = {path.stem for path in out.glob("*.png")}
     assert names == {"curves", "accuracy", "accuracy_macs", "accuracy_speed", "epoch_time"}
     (run / "checkpoints" / "best.pt").write_text("damaged")
@@ -273,9 +273,9 @@ def test_a_browser_shows_the_pictures_and_sorts_the_table(tmp_path: Path) -> Non
         timeout=120,
         check=True,
     )
-    found = re.search(r'data-seen="([^"]*)"', result.stdout)
-    assert found, result.stderr
-    seen = json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&"))
+    match = re.search(r'data-seen="([^"]*)"', result.stdout)
+    assert match, result.stderr
+    seen = json.loads(match[1].replace("&quot;", '"').replace("&amp;", "&"))
     assert len(seen["widths"]) == 3
     assert min(seen["widths"]) > 0
     up, down = "ascending", "descending"

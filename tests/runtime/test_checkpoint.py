@@ -139,14 +139,14 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(
-    ("options", "each"),
+    ("options", "all_kinds"),
     [
         ((), False),
         *(pytest.param(options, True, marks=pytest.mark.slow) for options in ((), ("--amp", "--amp_dtype", "fp16"))),
     ],
 )
 def test_entries_of_other_kinds_are_never_a_traceback(
-    small: Path, tmp_path: Path, options: tuple[str, ...], each: bool
+    small: Path, tmp_path: Path, options: tuple[str, ...], all_kinds: bool
 ) -> None:
     """Every entry, in turn, becomes something else: it is refused with a sentence, or makes no difference."""
     run = tmp_path / "run"
@@ -157,7 +157,7 @@ def test_entries_of_other_kinds_are_never_a_traceback(
     named = []
     for number, place in enumerate(spots):
         one = OTHERS[1 + number // 2 % (len(OTHERS) - 1)] if number % 2 else places
-        for new in OTHERS if each else (one,):
+        for new in OTHERS if all_kinds else (one,):
             torch.save(changed(state, place, new), file)
             result = fastflower("train", "--resume", file, "--train.epochs", "2")
             assert "Traceback" not in result.err, (place, new)

@@ -46,9 +46,9 @@ def test_all_that_start_in_one_second_have_folders_of_their_own(
 
 
 def test_a_folder_stays_where_something_was_written_or_where_it_was(tmp_path: Path) -> None:
-    there = tmp_path / "there"
-    there.mkdir()
-    for path, file in ((there, None), (tmp_path / "new", "config.yaml")):
+    existing = tmp_path / "there"
+    existing.mkdir()
+    for path, file in ((existing, None), (tmp_path / "new", "config.yaml")):
         with claimed(path) as folder:
             assert folder.path == path
             if file:

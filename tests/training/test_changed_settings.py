@@ -194,7 +194,7 @@ def test_settings_that_do_not_matter_leave_the_run_as_it_was(
     whole, run = begin("", "").folder, tmp_path / "run"
     assert go_on(begin(place, ""), run, options)[0].code == 0
     if "compile" in options or "best" in options:
-        pictures = [load_checkpoint(each / "checkpoints/last.pt")["model"] for each in (whole, run)]
+        pictures = [load_checkpoint(folder / "checkpoints/last.pt")["model"] for folder in (whole, run)]
         for name, tensor in pictures[0].items():
             np.testing.assert_allclose(pictures[1][name], tensor, rtol=1e-4, atol=1e-5)
     else:

@@ -67,10 +67,10 @@ def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_pa
     best = min(rows(whole), key=lambda row: row["val_loss"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastflower.training.network.create_model", TinyNet)
-        figures = json.loads(fastflower("eval", whole, "--json").out)
-    assert figures["n"] == 21
+        metrics = json.loads(fastflower("eval", whole, "--json").out)
+    assert metrics["n"] == 21
     for key in ("loss", "accuracy", "top5", "macro_f1"):
-        assert figures[key] == pytest.approx(best[f"val_{key}"], abs=1e-5)
+        assert metrics[key] == pytest.approx(best[f"val_{key}"], abs=1e-5)
 
     # a signal to one rank stops both at the same step
     result = train_by_torchrun(*train_arguments(uneven, stopped), *options, TINY_SIGNAL="1:8:10")

@@ -85,10 +85,10 @@ def assert_whole(run: Path, other: Path) -> None:
     """The run is as the other one in all that it leaves."""
     assert_same_run(run, other)
     for name in ("best.pt", "last.pt"):
-        a, b = (load_checkpoint(each / "checkpoints" / name) for each in (run, other))
+        a, b = (load_checkpoint(folder / "checkpoints" / name) for folder in (run, other))
         assert (a["step"], a["best"]) == (b["step"], b["best"])
         assert all(torch.equal(tensor, b["model"][key]) for key, tensor in a["model"].items())
-    a, b = (load_file(each / "checkpoints/best.safetensors") for each in (run, other))
+    a, b = (load_file(folder / "checkpoints/best.safetensors") for folder in (run, other))
     assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
     events = EventAccumulator(str(run))
     events.Reload()

@@ -43,7 +43,7 @@ class Case:
     world_size: int
     batch: int
 
-    def figures(self) -> Evaluation:
+    def evaluation(self) -> Evaluation:
         together = Together()
         for rank in range(self.world_size):
             sums = EvaluationSums(self.scores.shape[1], CPU)
@@ -51,8 +51,8 @@ class Case:
             for start in range(0, len(mine), self.batch):
                 part = mine[start : start + self.batch]
                 sums.add(torch.from_numpy(self.scores[part]), torch.from_numpy(self.labels[part]))
-            found = sums.result(cast(Ranks, together))
-        return found
+            evaluation = sums.result(cast(Ranks, together))
+        return evaluation
 
 
 @st.composite
@@ -97,12 +97,12 @@ def of_all(scores: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 @given(cases())
 def test_figures_are_those_of_all_records_whatever_batches_and_ranks(case: Case) -> None:
     expected = of_all(case.scores, case.labels)
-    found = case.figures()
-    assert asdict(found) == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    evaluation = case.evaluation()
+    assert asdict(evaluation) == pytest.approx(expected, rel=1e-12, abs=1e-12)
     at_once = metrics(case.scores, case.labels)
     for count in ("n", "accuracy", "top5", "macro_f1"):
-        assert getattr(found, count) == getattr(at_once, count), count
-    assert found.loss == pytest.approx(at_once.loss, rel=1e-13)
+        assert getattr(evaluation, count) == getattr(at_once, count), count
+    assert evaluation.loss == pytest.approx(at_once.loss, rel=1e-13)
 
 
 @settings(max_examples=100, deadline=None)
@@ -112,17 +112,17 @@ def test_the_analysis_counts_what_the_figures_count(case: Case) -> None:
     n, classes = case.scores.shape
     given_out = softmax(case.scores)
     np.testing.assert_allclose(given_out, exact_softmax(case.scores), rtol=1e-6, atol=1e-37)
-    found = analyse(case.labels, given_out, np.arange(n).astype(str), [str(k) for k in range(classes)])
+    analysis = analyse(case.labels, given_out, np.arange(n).astype(str), [str(k) for k in range(classes)])
     evaluation = metrics(case.scores, case.labels)
-    assert found.confusion.sum() == n
-    assert found.confusion.trace() / n == evaluation.accuracy
-    counts = ClassCounts.of_confusion(torch.from_numpy(found.confusion))
+    assert analysis.confusion.sum() == n
+    assert analysis.confusion.trace() / n == evaluation.accuracy
+    counts = ClassCounts.of_confusion(torch.from_numpy(analysis.confusion))
     assert (float(counts.accuracy), float(counts.macro_f1)) == (evaluation.accuracy, evaluation.macro_f1)
-    either = found.confusion.sum(axis=0) + found.support > 0
-    assert found.f1[either].mean() == pytest.approx(evaluation.macro_f1, rel=1e-12)
+    either = analysis.confusion.sum(axis=0) + analysis.support > 0
+    assert analysis.f1[either].mean() == pytest.approx(evaluation.macro_f1, rel=1e-12)
     confidence = given_out.max(axis=1).astype(np.float64)
     correct = case.scores.argmax(axis=1) == case.labels
-    assert found.ece == pytest.approx(binned_gaps(confidence, correct), abs=1e-12)
+    assert analysis.ece == pytest.approx(binned_gaps(confidence, correct), abs=1e-12)
 
 
 @settings(max_examples=50, deadline=None)
@@ -141,13 +141,13 @@ def test_training_figures_are_those_of_all_pictures_also_over_a_change_of_ranks(
 
     everyone, before = np.arange(len(case.labels)), [TrainingSums(CPU) for _ in range(case.world_size)]
     train(before, everyone[:stop])
-    state = [each.state(Ranks())[0] for each in before]
+    state = [rank_sums.state(Ranks())[0] for rank_sums in before]
     after = [TrainingSums(CPU) for _ in range(then)]
     for rank, sums in enumerate(after):
         sums.load_state(state, Ranks(rank, then))
     train(after, everyone[stop:])
     total = TrainingSums(CPU)
-    total.load_state([each.state(Ranks())[0] for each in after], Ranks())
+    total.load_state([rank_sums.state(Ranks())[0] for rank_sums in after], Ranks())
     expected = of_all(case.scores, case.labels)
     assert total.means() == pytest.approx((expected["loss"], expected["accuracy"]), rel=1e-6, abs=1e-7)
 

@@ -56,9 +56,9 @@ def config_of(batch_size: int, accumulate: int, crop: int, *, name: Any = "resne
 
 def batches_of(config: Config, records: int, ranks: Ranks) -> TrainingBatches:
     """A rank's training batches of so many records, which nobody reads."""
-    table: Any = range(records)
+    dataset: Any = range(records)
     loading = Loading(Normalization((0.5,) * 3, (0.5,) * 3), Engine(threads=1), CPU, ranks)
-    return training_batches(config.data, table, loading, batch_size=config.train.batch_size, seed=0)
+    return training_batches(config.data, dataset, loading, batch_size=config.train.batch_size, seed=0)
 
 
 def train_a_step(config: Config, pictures: int) -> list[int]:

@@ -57,10 +57,10 @@ def resumed(state: State, configs: Sequence[Config], epochs: Sequence[tuple[floa
         "step": 0,
     }
     setup: Any = SimpleNamespace(config=now, provenance=second, val=1)
-    figures = [
+    logged = [
         {"epoch": e + 1} | {f"val_{k}": v for k, v in zip(FIGURES, row, strict=True)} for e, row in enumerate(epochs)
     ]
-    adapted, sentences = adapt(saved, setup, figures, (state.best_epoch, 0))
+    adapted, sentences = adapt(saved, setup, logged, (state.best_epoch, 0))
     for name in names:
         setattr(state, name, adapted[name])
     return sentences
@@ -118,10 +118,10 @@ def test_on_other_records_what_is_best_begins_anew(
 
 @pytest.mark.parametrize("data", [DataConfig(val_resize=240), DataConfig(crop=192)])
 def test_another_view_of_the_same_records_is_not_compared(data: DataConfig) -> None:
-    state, figures = new_state(), [(0.1, 0.2, 0.3)]
-    see(state, figures, "loss")
+    state, epochs = new_state(), [(0.1, 0.2, 0.3)]
+    see(state, epochs, "loss")
     train = TrainConfig(lr=0.1)
-    (sentence,) = resumed(state, (Config(train=train), Config(train=train, data=data)), figures, "first")
+    (sentence,) = resumed(state, (Config(train=train), Config(train=train, data=data)), epochs, "first")
     assert "Validation is of another data.crop or data.val_resize" in sentence
     assert (state.best, state.best_epoch) == (None, -1)
 
@@ -137,7 +137,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         return evaluation(*coming.pop(0))
 
     monkeypatch.setattr(step, "evaluate", evaluate)
-    return lambda *figures: coming.extend(figures)
+    return lambda *validations: coming.extend(validations)
 
 
 @pytest.mark.usefixtures("tiny_net")

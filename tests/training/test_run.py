@@ -127,18 +127,18 @@ def test_the_network_learns(tmp_path: Path) -> None:
 def test_eval_gives_the_logged_figures(finished: Path) -> None:
     best = min(rows(finished), key=lambda row: row["val_loss"])
     result = fastflower("eval", finished, "--json")
-    figures = json.loads(result.out)
-    assert list(figures) == ["split", "n", "loss", "accuracy", "top5", "macro_f1"]
-    assert (figures["split"], figures["n"]) == ("val", 20)
+    metrics = json.loads(result.out)
+    assert list(metrics) == ["split", "n", "loss", "accuracy", "top5", "macro_f1"]
+    assert (metrics["split"], metrics["n"]) == ("val", 20)
     for key in ("loss", "accuracy", "top5", "macro_f1"):
-        assert figures[key] == pytest.approx(best[f"val_{key}"], abs=1e-5)
+        assert metrics[key] == pytest.approx(best[f"val_{key}"], abs=1e-5)
     assert "accuracy" in fastflower("eval", finished).out
 
 
 def test_eval_on_other_data_and_what_it_refuses(finished: Path, tmp_path: Path) -> None:
     other = write_dataset(tmp_path / "other", {"train": 6, "val": 7, "test": 4})
-    figures = json.loads(fastflower("eval", finished, "--data.root", other, "--json").out)
-    assert figures["n"] == 7
+    metrics = json.loads(fastflower("eval", finished, "--data.root", other, "--json").out)
+    assert metrics["n"] == 7
     refused = fastflower("eval", finished, "--data.root", other, "--split", "test")
     assert refused.code == 2
     assert "no feature 'class'" in refused.err

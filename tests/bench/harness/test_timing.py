@@ -168,9 +168,9 @@ def test_missing_ones_say_why() -> None:
     def make(batch: int) -> Contender:
         raise MissingError("not installed (pip install it)")
 
-    missing, there = measure({"missing": make, "there": even}, Plan(), CPU, Ranks())
+    missing, row = measure({"missing": make, "there": even}, Plan(), CPU, Ranks())
     assert missing == {"name": "missing", "missing": "not installed (pip install it)"}
-    assert there["pictures"] == 3 * 3 * 8
+    assert row["pictures"] == 3 * 3 * 8
 
 
 def test_all_take_turns_until_each_has_enough() -> None:

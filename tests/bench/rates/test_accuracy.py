@@ -49,9 +49,9 @@ def test_the_latest_run_that_has_an_accuracy_is_named(tmp_path: Path, monkeypatc
     write_run(tmp_path / "runs" / "b", "plain18", [0.25, 0.75, None, 0.5], logged_at=2000)
     write_run(tmp_path / "runs" / "a", "resnet18", [0.5], logged_at=1500)
     write_run(tmp_path / "runs" / "still without one", "resnet18", [None], logged_at=3000)
-    found, said = latest()
-    assert (found["val_accuracy"], found["accuracy_of"], said) == (0.75, "latest run", [])
-    assert found["accuracy_source"].endswith(", runs/b (plain18 on roses)")
+    fields, said = latest()
+    assert (fields["val_accuracy"], fields["accuracy_of"], said) == (0.75, "latest run", [])
+    assert fields["accuracy_source"].endswith(", runs/b (plain18 on roses)")
     os.utime(tmp_path / "runs" / "cv" / "fold-0" / "metrics.jsonl", (4000, 4000))
     assert latest()[0]["accuracy_source"].endswith(", runs/cv/fold-0 (resnet34 on roses)")
 
@@ -78,8 +78,8 @@ def test_what_cannot_be_read_is_passed_over_and_named(
     if content is not None:
         path.write_text(content, encoding="latin-1")
     os.utime(tmp_path / "runs" / "damaged" / "metrics.jsonl", (2000, 2000))
-    found, said = latest()
-    assert found["val_accuracy"] == 0.5
+    fields, said = latest()
+    assert fields["val_accuracy"] == 0.5
     assert len(said) == 1
     assert f"runs/damaged/{file}" in said[0]
 
@@ -88,7 +88,7 @@ def test_a_named_run_counts_and_not_the_latest(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     write_run(tmp_path / "runs" / "latest", "resnet18", [0.75], logged_at=2000)
     write_run(tmp_path / "mine", "resnet18", [0.5], logged_at=1000)
-    found = accuracy_of_a_run(tmp_path / "mine", "resnet18", print)
-    assert (found["val_accuracy"], found["accuracy_of"]) == (0.5, "the run")
-    assert found["accuracy_source"].endswith("in mine")  # no paths of one machine
+    fields = accuracy_of_a_run(tmp_path / "mine", "resnet18", print)
+    assert (fields["val_accuracy"], fields["accuracy_of"]) == (0.5, "the run")
+    assert fields["accuracy_source"].endswith("in mine")  # no paths of one machine
     assert accuracy_of_a_run(tmp_path / "mine", "resnet50", print) == {}

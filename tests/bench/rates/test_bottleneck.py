@@ -27,9 +27,9 @@ def test_the_longest_part_of_the_loader(whole: float, decode: float, transfer_s:
     assert bottleneck.of_loader(rows, transfer_s).startswith(wanted)
 
 
-@pytest.mark.parametrize(("wait", "found"), [(0.1, False), (0.2, False), (0.21, True)])
-def test_waiting_much_points_to_the_loader(wait: float, found: bool) -> None:
-    assert bottleneck.is_loader({"data_wait": wait}) is found
+@pytest.mark.parametrize(("wait", "expected"), [(0.1, False), (0.2, False), (0.21, True)])
+def test_waiting_much_points_to_the_loader(wait: float, expected: bool) -> None:
+    assert bottleneck.is_loader({"data_wait": wait}) is expected
 
 
 def row(*, compiled: bool = False) -> dict[str, Any]:
