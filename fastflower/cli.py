@@ -142,13 +142,13 @@ def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
     settings: dict[str, Any] = {}
     source, checkpoint = "defaults", None
     if given.resume:
-        from fastflower.runtime.checkpoint import load_checkpoint
+        from fastflower.runtime.checkpoint import load_trained
         from fastflower.runtime.run_folder import find_checkpoint
 
         run = Path(given.run) if given.run else None
         checkpoint = find_checkpoint(given.resume, run, run_name(given.config, given.root))
         if checkpoint:
-            source, settings = str(checkpoint), load_checkpoint(checkpoint)["config"]
+            source, settings = str(checkpoint), load_trained(checkpoint)["config"]
     if given.config or not (given.root or settings):
         path = configuration.find_config(given.config or "demo")
         source = str(path)

@@ -6,20 +6,11 @@ Whatever is kept for some records (a checkpoint, predictions, folds) goes by thi
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from fastflower.data.contents import content_digests
 from fastflower.data.records import Progress, Records
 from fastflower.files import digest
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What tells a table of records from others, wherever it is stored."""
-
-    count: int
-    names: str  # digest of the ids and classes, in their order
-    content: str  # digest of the encoded pictures, in the same order
+from fastflower.runtime.entries import Identity
 
 
 def identity(records: Records, progress: Progress | None = None) -> Identity:
@@ -33,7 +24,7 @@ def identity(records: Records, progress: Progress | None = None) -> Identity:
         UserError: a record cannot be read.
     """
     content = digest(content_digests(records, progress).tobytes())
-    return Identity(len(records), names_digest(records), content.hex())
+    return {"count": len(records), "names": names_digest(records), "content": content.hex()}
 
 
 def names_digest(records: Records) -> str:

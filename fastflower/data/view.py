@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from fastflower.runtime.entries import MeanAndStd
 
 
 @dataclass(frozen=True)
@@ -15,10 +16,14 @@ class Normalization:
     std: tuple[float, float, float]
 
     @classmethod
-    def of(cls, plain: Mapping[str, Sequence[float]]) -> Normalization:
-        """From what a checkpoint or its safetensors file says, {"mean": [R, G, B], "std": [R, G, B]}."""
+    def of(cls, plain: MeanAndStd) -> Normalization:
+        """From what a checkpoint or its safetensors file says."""
         (r, g, b), (r_std, g_std, b_std) = plain["mean"], plain["std"]
         return cls((r, g, b), (r_std, g_std, b_std))
+
+    def to_dict(self) -> MeanAndStd:
+        """For a checkpoint."""
+        return {"mean": list(self.mean), "std": list(self.std)}
 
 
 # Of the ImageNet training set, as torchvision's pretrained models expect it.

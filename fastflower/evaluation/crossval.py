@@ -32,7 +32,7 @@ from fastflower.evaluation.session import SHOWN, EvaluationSettings, Session
 from fastflower.evaluation.trained_run import Planned, Trained, open_trained
 from fastflower.evaluation.views import Views
 from fastflower.files import atomic_write, remove_temporaries, require_writable, to_json
-from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.runtime.checkpoint import load_checkpoint, load_trained
 from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import Ranks, processes
 from fastflower.runtime.launcher import local_rank
@@ -178,7 +178,7 @@ def _checkpoint(folder: RunFolder, settings: Config) -> Path | None:
     """
     if not folder.checkpoint:
         return None
-    before = load_checkpoint(folder.checkpoint)["config"]
+    before = load_trained(folder.checkpoint)["config"]
     if changed := [change for change in changes(before, settings) if change.split()[0] not in HARMLESS]:
         raise UserError(
             f"{folder.path} was trained with other settings ({', '.join(changed)}): give the same, --overwrite or "
@@ -249,7 +249,7 @@ def _require_trainable(settings: Config, checkpoint: Path | None, session: Sessi
         UserError: see `prepare`; or the training would end without a network to predict by.
     """
     settings = replace(settings, data=replace(settings.data, cache="off"))
-    saved = load_checkpoint(checkpoint, resumed=True) if checkpoint else None
+    saved = load_checkpoint(checkpoint) if checkpoint else None
     setup, _ = prepare(settings, session.device, session.ranks, session.display, saved)
     steps = settings.train.max_steps
     if steps is not None and steps < setup.train.steps:
@@ -278,7 +278,7 @@ def _look_at(config: Config, display: Display) -> dict[str, Any]:
     if len(pictures) > SHOWN:
         display.say(f"  … and {len(pictures) - SHOWN} more (fastflower data check names them).")
     # with what data.skip lists, which may grow on the way
-    return {"classes": classes, "records": asdict(identity(records))}
+    return {"classes": classes, "records": identity(records)}
 
 
 def _validate(

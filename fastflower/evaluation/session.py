@@ -120,7 +120,7 @@ def source(
     contents, config = None, trained.config
     with session.ranks.together():
         if session.ranks.is_main:
-            contents = asdict(identity(records, session.display.follow("read the pictures")))
+            contents = identity(records, session.display.follow("read the pictures"))
     made_from = {
         "run": trained.folder.name,
         "weights": weights_digest(trained),

@@ -12,7 +12,7 @@ from fastflower.config import Config, DataConfig, build
 from fastflower.data.view import Normalization
 from fastflower.errors import UserError
 from fastflower.files import digest
-from fastflower.runtime.checkpoint import load_checkpoint, weights_of
+from fastflower.runtime.checkpoint import load_trained, weights_of
 from fastflower.runtime.run_folder import RunFolder
 
 StoredSizes = Literal["all"] | tuple[int, ...]
@@ -72,7 +72,7 @@ def open_trained(run: Path) -> Trained:
     path = run if run.is_file() else RunFolder(run).best
     if not path.is_file():
         raise UserError(f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file.")
-    saved = load_checkpoint(path)
+    saved = load_trained(path)
     config = build(saved["config"], str(path))
     return Trained(config, saved["classes"], path, Normalization.of(saved["normalization"]), weights_of(saved))
 

@@ -12,12 +12,12 @@ from safetensors.torch import save as to_safetensors
 from fastflower.config import build, to_plain
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, to_json
-from fastflower.runtime.entries import require_resumable, require_trained
+from fastflower.runtime.entries import Checkpoint, TrainedNetwork, as_checkpoint, as_trained
 
 FORMAT = 2  # goes up when an older checkpoint cannot be gone on from
 
 
-def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+def save_checkpoint(path: Path, state: Mapping[str, object]) -> None:
     """Write `state` to `path`, atomically.
 
     Raises:
@@ -32,19 +32,34 @@ def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
             raise
 
 
-def load_checkpoint(path: Path, *, resumed: bool = False) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote, onto the CPU.
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read what `save_checkpoint` wrote, onto the CPU, to go on from it.
 
-    Weights have plain names, whatever wrapped the network that they were saved from, and the configuration has all
-    settings, those that are newer than the checkpoint at their defaults.
-
-    Args:
-        path: the file.
-        resumed: it must hold what going on needs, beside the trained network.
+    Weights have plain names, whatever wrapped the network that they were saved from; the configuration has all
+    settings, those that are newer than the checkpoint at their defaults; and the records that trained have all that can
+    be told of them where an earlier version noted less.
 
     Raises:
         UserError: the file is missing, damaged or of another kind.
     """
+    saved = as_checkpoint(_with_newer_entries(_read(path)), path)
+    network, records = _with_plain_names(saved, path), saved["train_records"]
+    if "left_out" not in records and not network["config"]["data"]["skip"]:  # then none was left out
+        records = {**records, "whole": records["names"], "left_out": []}
+    return {**saved, **network, "train_records": records}
+
+
+def load_trained(path: Path) -> TrainedNetwork:
+    """Read the trained network alone of what `save_checkpoint` wrote, as `load_checkpoint` does."""
+    return trained_network(_read(path), path)
+
+
+def trained_network(state: Mapping[str, Any], path: Path) -> TrainedNetwork:
+    """That of a checkpoint of ours, as `load_trained` gives it; raises UserError unless it is whole."""
+    return _with_plain_names(as_trained(state, path), path)
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         file = path.open("rb")
     except OSError as error:
@@ -65,15 +80,16 @@ def load_checkpoint(path: Path, *, resumed: bool = False) -> dict[str, Any]:
             f"{path} was written by another version of fastflower (format {state['format']}, this one reads {FORMAT}): "
             "use that version, or train again."
         )
-    return checked(state, path, resumed=resumed)
+    return state
 
 
-def checked(state: Mapping[str, Any], path: Path, *, resumed: bool = False) -> dict[str, Any]:
-    """What a checkpoint of ours holds, as `load_checkpoint` gives it; raises UserError unless it is whole."""
-    state = _with_newer_entries(state)
-    (require_resumable if resumed else require_trained)(state, path)
-    named = {key: plain_names(state[key], path) for key in ("model", "ema") if state[key] is not None}
-    return {**state, **named, "config": to_plain(build(state["config"], str(path)))}
+def _with_plain_names(saved: TrainedNetwork, path: Path) -> TrainedNetwork:
+    return {
+        **saved,
+        "model": plain_names(saved["model"], path),
+        "ema": None if saved["ema"] is None else plain_names(saved["ema"], path),
+        "config": to_plain(build(saved["config"], str(path))),
+    }
 
 
 def _with_newer_entries(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,10 +140,9 @@ def _first_ten(names: list[str]) -> str:
     return ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
 
 
-def weights_of(saved: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def weights_of(saved: TrainedNetwork) -> dict[str, torch.Tensor]:
     """The state_dict that a checkpoint's figures are about: the average's, where one was kept."""
-    weights: dict[str, torch.Tensor] = saved["ema"] or saved["model"]
-    return weights
+    return saved["ema"] or saved["model"]
 
 
 def save_weights(path: Path, model: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:

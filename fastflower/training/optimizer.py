@@ -11,6 +11,7 @@ from fastflower.config import TrainConfig
 from fastflower.environment import find_apex
 from fastflower.errors import UserError
 from fastflower.models.layers import head_prefix
+from fastflower.runtime.entries import OptimizerState
 
 LR_SCALE = "lr_scale"  # of a group: what the schedule's rate is multiplied by
 
@@ -77,13 +78,13 @@ def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     return optimizer
 
 
-def require_fitting_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: Path) -> None:
+def require_fitting_state(optimizer: torch.optim.Optimizer, saved: OptimizerState, source: Path) -> None:
     """Raise UserError unless what a checkpoint holds of the optimizer is about this network's parameters."""
     numbered = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shapes = dict(zip((number for group in numbered for number in group), (p.shape for p in parameters), strict=True))
     needed = ("step", "exp_avg", "exp_avg_sq") if isinstance(optimizer, torch.optim.AdamW) else ()
-    state: dict[int, dict[str, Any]] = saved["state"]
+    state = saved["state"]
     fits = [group["params"] for group in saved["param_groups"]] == numbered and all(
         number in shapes
         and all(remembered.get(name) is not None for name in needed)
@@ -100,13 +101,13 @@ def require_fitting_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any
         )
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], *, keep_lr: bool) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: OptimizerState, *, keep_lr: bool) -> None:
     """Restore what the optimizer remembers of each parameter; its options stay those of the configuration.
 
     With `keep_lr` the learning rates are the saved ones.
     """
     configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(saved)
+    optimizer.load_state_dict({**saved})
     for group, options in zip(optimizer.param_groups, configured, strict=True):
         if keep_lr:
             del options["lr"]

@@ -19,13 +19,13 @@ from fastflower.models import NETWORKS, architecture
 from fastflower.models.layers import head_prefix
 from fastflower.runtime.checkpoint import (
     FORMAT,
-    checked,
     first_non_finite,
     misfit,
     plain_names,
+    trained_network,
     weights_of,
 )
-from fastflower.runtime.entries import is_weights, require_entries
+from fastflower.runtime.entries import About, as_about, is_weights
 from fastflower.runtime.run_folder import RunFolder
 
 # Where torchvision publishes weights (torchvision.models.ResNet50_Weights and its like). A file's name ends with the
@@ -71,7 +71,6 @@ def open_pretrained(model: ModelConfig, say: Callable[[str], None]) -> Pretraine
         _refuse_other_architecture(path, about["architecture"], model)
     normalization = IMAGENET
     if "normalization" in about:
-        require_entries(about, ("normalization.mean", "normalization.std"), path)
         normalization = Normalization.of(about["normalization"])
     return Pretrained(path, plain_names(weights, path), normalization)
 
@@ -137,7 +136,7 @@ def _torchvision_file(model: ModelConfig, files: Mapping[str, str], say: Callabl
     return path
 
 
-def _read(path: Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
+def _read(path: Path) -> tuple[Mapping[str, torch.Tensor], About]:
     """A file's state_dict, and what a file of ours says about it: architecture, normalization.
 
     Raises:
@@ -157,21 +156,21 @@ def _read(path: Path) -> tuple[Mapping[str, torch.Tensor], dict[str, Any]]:
     return weights, about
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], About]:
     with safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         ours = {key: json.loads(metadata[key]) for key in ("architecture", "normalization") if key in metadata}
-        return {name: file.get_tensor(name) for name in file.keys()}, ours  # noqa: SIM118 - it is no dict
+        return {name: file.get_tensor(name) for name in file.keys()}, as_about(ours, path)  # noqa: SIM118 - it is no dict
 
 
-def _read_pickle(path: Path) -> tuple[Any, dict[str, Any]]:
+def _read_pickle(path: Path) -> tuple[Any, About]:
     saved = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(saved, Mapping):
         return saved, {}
     if saved.get("format") == FORMAT:  # a checkpoint of ours
-        saved = checked(saved, path)
-        about = {"architecture": saved["config"]["model"], "normalization": saved["normalization"]}
-        return weights_of(saved), about
+        trained = trained_network(saved, path)
+        about: About = {"architecture": trained["config"]["model"], "normalization": trained["normalization"]}
+        return weights_of(trained), about
     return saved.get("state_dict", saved.get("model", saved)), {}
 
 

@@ -14,16 +14,16 @@ from fastflower.data.sampler import moved_position
 from fastflower.errors import UserError
 from fastflower.models import architecture
 from fastflower.runtime.checkpoint import load_checkpoint, require_fit
+from fastflower.runtime.entries import Checkpoint
 from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import RunFolder, changes, read_rows
 from fastflower.training.optimizer import require_fitting_state
-from fastflower.training.provenance import Provenance
 from fastflower.training.state import Setup, State, is_better, makes_best
 
-Saved = dict[str, Any]  # a checkpoint's content, or some keys of it
 
-
-def restore(state: State, setup: Setup, folder: RunFolder, checkpoint: Path, saved: Saved, display: Display) -> str:
+def restore(
+    state: State, setup: Setup, folder: RunFolder, checkpoint: Path, saved: Checkpoint, display: Display
+) -> str:
     """Go on from a checkpoint that `load_checkpoint` read; the note to record beside the configuration.
 
     Raises:
@@ -47,8 +47,8 @@ def restore(state: State, setup: Setup, folder: RunFolder, checkpoint: Path, sav
 
 
 def adapt(
-    saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]], best: tuple[int, int] | None
-) -> tuple[Saved, list[str]]:
+    saved: Checkpoint, setup: Setup, rows: Sequence[Mapping[str, Any]], best: tuple[int, int] | None
+) -> tuple[Checkpoint, list[str]]:
     """What the present data and settings make of a checkpoint, and a sentence for each thing that is not as it was.
 
     Args:
@@ -58,32 +58,31 @@ def adapt(
         best: the epoch, from 0, that the run's best checkpoint is of, and its step; None where there is none.
     """
     sentences: list[str] = []
-    saved = saved | _follow_best(saved, best, sentences)
-    saved = saved | _follow_records(saved, setup, sentences)
-    saved = saved | _follow_validation(saved, setup, sentences)
-    saved = saved | _follow_figure(saved, setup, rows, sentences)
+    saved = _follow_best(saved, best, sentences)
+    saved = _follow_records(saved, setup, sentences)
+    saved = _follow_validation(saved, setup, sentences)
+    saved = _follow_figure(saved, setup, rows, sentences)
     return saved, sentences
 
 
 def _kept_best(folder: RunFolder) -> tuple[int, int] | None:
     with contextlib.suppress(UserError):  # damaged or not there
-        best = load_checkpoint(folder.best, resumed=True)
+        best = load_checkpoint(folder.best)
         return best["epoch"] - 1, best["step"]
     return None
 
 
-def _refuse_another(saved: Saved, setup: Setup, checkpoint: Path) -> None:
+def _refuse_another(saved: Checkpoint, setup: Setup, checkpoint: Path) -> None:
     """Raise UserError where what was trained cannot be trained on."""
     config, before = setup.config, saved["config"]
     model, its = asdict(config.model), before["model"]
     if architecture(its) != architecture(model) or its["zero_init_gamma"] != model["zero_init_gamma"]:
         raise UserError(f"{checkpoint} holds another network ({its}): a resumed run keeps its model settings.")
-    old, now = Provenance.of(saved), setup.provenance
-    train, its_train = now.train_records, old.train_records
-    noted = its_train.whole is not None  # an earlier version noted only the records that trained
-    same_train = its_train.whole == train.whole if noted else its_train.names == train.names
+    old, now = saved["train_records"], setup.provenance.train_records
+    noted = "whole" in old  # an earlier version noted only the records that trained
+    same_train = old["whole"] == now["whole"] if noted else old["names"] == now["names"]
     skip = "" if noted else "data.skip, "
-    for what, same in (("classes", old.classes == now.classes), ("training records", same_train)):
+    for what, same in (("classes", saved["classes"] == setup.provenance.classes), ("training records", same_train)):
         if not same:
             raise UserError(
                 f"{checkpoint} was trained on other {what} than this would be: keep its data.root, data.sizes, "
@@ -95,55 +94,59 @@ def _refuse_another(saved: Saved, setup: Setup, checkpoint: Path) -> None:
         )
 
 
-def _follow_best(saved: Saved, best: tuple[int, int] | None, sentences: list[str]) -> Saved:
+def _follow_best(saved: Checkpoint, best: tuple[int, int] | None, sentences: list[str]) -> Checkpoint:
     """Without what is best, where neither the best checkpoint nor this one is of that epoch: it was removed, or is of a
     later epoch than an older checkpoint that is gone on from.
     """
     epoch = saved["best_epoch"]
     if epoch < 0 or makes_best(saved) or (best and best[0] == epoch and best[1] <= saved["step"]):
-        return {}
+        return saved
     sentences.append(f"The best checkpoint is not of epoch {epoch + 1}, which was the best: what is best begins anew.")
     return _anew(saved)
 
 
-def _follow_records(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
+def _follow_records(saved: Checkpoint, setup: Setup, sentences: list[str]) -> Checkpoint:
     """Where the epoch in progress goes on, if other records are left out than before or its order is another one."""
     config, before = setup.config, saved["config"]
-    old, now = Provenance.of(saved).train_records, setup.provenance.train_records
-    if old.content and old.names == now.names and old.content != now.content:
+    old, now = saved["train_records"], setup.provenance.train_records
+    if old.get("content") and old["names"] == now["names"] and old["content"] != now["content"]:
         sentences.append("The training records have other bytes than before, under the same names.")
     position, epoch = saved["position"], saved["epoch"]
     same_order = (before["seed"], before["data"]["sampling"]) == (config.seed, config.data.sampling)
-    if same_order and old.left_out is not None:
-        if old.left_out == now.left_out:
-            return {}
-        sentences.append(f"Trains on {now.count} records; there were {old.count} before.")
-        kept = ~np.isin(np.arange(len(setup.train.kept)), old.left_out)
-        return {"position": moved_position(position, kept, setup.train.kept, seed=config.seed, epoch=epoch)}
+    if same_order and "left_out" in old:
+        if old["left_out"] == now["left_out"]:
+            return saved
+        sentences.append(f"Trains on {now['count']} records; there were {old['count']} before.")
+        kept = ~np.isin(np.arange(len(setup.train.kept)), old["left_out"])
+        moved = moved_position(position, kept, setup.train.kept, seed=config.seed, epoch=epoch)
+        return {**saved, "position": moved}
     if not position or not setup.train.left(position):
-        return {}
+        return saved
     sentences.append(f"Epoch {epoch + 1} begins anew, since its records come in another order than before.")
-    return {"position": 0, "sums": None}
+    return {**saved, "position": 0, "sums": []}
 
 
-def _follow_validation(saved: Saved, setup: Setup, sentences: list[str]) -> Saved:
+def _follow_validation(saved: Checkpoint, setup: Setup, sentences: list[str]) -> Checkpoint:
     """Without what earlier epochs' figures decided, if they are not comparable with those to come."""
     data, before = setup.config.data, saved["config"]["data"]
-    old, now = Provenance.of(saved).val_records, setup.provenance.val_records
+    old, now = saved["val_records"], setup.provenance.val_records
+    same_records = not old or (now is not None and now.items() <= old.items())  # a later version may note more
     same_view = (before["crop"], before["val_resize"]) == (data.crop, data.val_resize)
-    if (not old or old == now) and same_view:  # an earlier version did not save it
-        return {}
+    if same_records and same_view:  # an earlier version did not save it
+        return saved
     if saved["best_epoch"] >= 0:
         what = "is of another data.crop or data.val_resize" if not same_view else "is on other records"
         sentences.append(f"Validation {what} than before: what is best, train.early_stop and plateau begin anew.")
-    return _anew(saved) | {"schedule": {}, "comparable_from": saved["epoch"]}
+    return {**_anew(saved), "schedule": {}, "comparable_from": saved["epoch"]}
 
 
-def _follow_figure(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]], sentences: list[str]) -> Saved:
+def _follow_figure(
+    saved: Checkpoint, setup: Setup, rows: Sequence[Mapping[str, Any]], sentences: list[str]
+) -> Checkpoint:
     """What later epochs have to beat, if another figure decides than before: the kept best's, by metrics.jsonl."""
     figure, epoch = setup.config.train.best, saved["best_epoch"]
     if saved["config"]["train"]["best"] == figure or epoch < 0 or not setup.val:
-        return {}
+        return saved
     name = f"val_{figure}"
     values = {row["epoch"] - 1: row[name] for row in rows if row.get(name) is not None}
     comparable = range(saved["comparable_from"], saved["epoch"])
@@ -155,8 +158,8 @@ def _follow_figure(saved: Saved, setup: Setup, rows: Sequence[Mapping[str, Any]]
     for number in comparable:
         if is_better(values[number], values[improved], figure):
             improved = number
-    return {"best": values[epoch], "improved_epoch": improved}
+    return {**saved, "best": values[epoch], "improved_epoch": improved}
 
 
-def _anew(saved: Saved) -> Saved:
-    return {"best": None, "best_epoch": -1, "improved_epoch": saved["epoch"] - 1}
+def _anew(saved: Checkpoint) -> Checkpoint:
+    return {**saved, "best": None, "best_epoch": -1, "improved_epoch": saved["epoch"] - 1}

@@ -86,7 +86,7 @@ def train_into(
         Stopped: a signal came, and all steps until then are saved.
     """
     display = Display(console, shown=ranks.is_main)
-    saved = load_checkpoint(checkpoint, resumed=True) if checkpoint else None
+    saved = load_checkpoint(checkpoint) if checkpoint else None
     with display:
         setup, state = prepare(config, device, ranks, display, saved)
     note = restore(state, setup, folder, checkpoint, saved, display) if checkpoint and saved else None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from fastflower.config import to_plain
 from fastflower.errors import UserError
 from fastflower.runtime.checkpoint import first_non_finite, load_checkpoint, save_checkpoint, save_weights, weights_of
+from fastflower.runtime.entries import Checkpoint
 from fastflower.runtime.run_folder import RunFolder, RunLog
 from fastflower.runtime.signals import Stopped
 from fastflower.training.state import Setup, State, makes_best
@@ -65,7 +64,7 @@ def save(
 
     A run goes on from last: a kill before it is there takes the row back, and after it best is made from it.
     """
-    saved = state.to_dict(setup.ranks) | setup.provenance.to_dict() | {"config": to_plain(setup.config)}
+    saved = state.to_dict(setup)
     with setup.ranks.together():
         weights = {"model": saved["model"], "ema": saved["ema"] or {}}
         if name := first_non_finite(weights | {"optimizer": saved["optimizer"]["state"]}):
@@ -83,7 +82,7 @@ def save(
                 keep_best(folder, saved)
 
 
-def settle(folder: RunFolder, checkpoint: Path, saved: Mapping[str, Any], *, goes_on: bool) -> None:
+def settle(folder: RunFolder, checkpoint: Path, saved: Checkpoint, *, goes_on: bool) -> None:
     """Make last of an older checkpoint that is gone on from, before anything of the later epochs is taken back; and
     best of a last that is of the best epoch, where best is of another one, as a kill between the two leaves it.
     """
@@ -94,16 +93,21 @@ def settle(folder: RunFolder, checkpoint: Path, saved: Mapping[str, Any], *, goe
     if not makes_best(saved):
         return
     with contextlib.suppress(UserError):  # damaged or not there
-        best = load_checkpoint(folder.best, resumed=True)
+        best = load_checkpoint(folder.best)
         if (best["step"], best["best"]) == (saved["step"], saved["best"]) and folder.best_weights.is_file():
             return
     keep_best(folder, saved)
 
 
-def keep_best(folder: RunFolder, saved: Mapping[str, Any]) -> None:
+def keep_best(folder: RunFolder, saved: Checkpoint) -> None:
     """Write best, all of a checkpoint and its weights alone; OSError where that fails."""
-    metadata = {key: saved[key] for key in ("classes", "normalization", "train_records")}
-    save_weights(folder.best_weights, weights_of(saved), {"architecture": saved["config"]["model"]} | metadata)
+    metadata = {
+        "architecture": saved["config"]["model"],
+        "classes": saved["classes"],
+        "normalization": saved["normalization"],
+        "train_records": saved["train_records"],
+    }
+    save_weights(folder.best_weights, weights_of(saved), metadata)
     save_checkpoint(folder.best, saved)
 
 

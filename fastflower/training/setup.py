@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -17,6 +15,7 @@ from fastflower.models import find_network
 from fastflower.models.layers import uses_kernels
 from fastflower.runtime.device import choose_precision
 from fastflower.runtime.distributed import Ranks
+from fastflower.runtime.entries import Checkpoint
 from fastflower.runtime.progress import Display
 from fastflower.training.loss import Criterion, balanced_weights
 from fastflower.training.network import build_network
@@ -26,7 +25,7 @@ from fastflower.training.state import Setup, State, new_state
 
 
 def prepare(
-    config: Config, device: torch.device, ranks: Ranks, display: Display, resumed: Mapping[str, Any] | None = None
+    config: Config, device: torch.device, ranks: Ranks, display: Display, resumed: Checkpoint | None = None
 ) -> tuple[Setup, State]:
     """Index the data, measure it where needed, build the network: all that a run needs before its first step.
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fastflower.config import Config, TrainConfig
+from fastflower.config import Config, TrainConfig, to_plain
 from fastflower.data.batches import EvaluationBatches, TrainingBatches
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
+from fastflower.runtime.entries import Checkpoint
 from fastflower.training.ema import Ema
 from fastflower.training.loss import Criterion
 from fastflower.training.metrics import Evaluation, TrainingSums
@@ -71,16 +71,17 @@ class State:
             self.best, self.best_epoch, self.improved_epoch = value, self.epoch, self.epoch
         return better
 
-    def to_dict(self, ranks: Ranks) -> dict[str, Any]:
-        """For `save_checkpoint`; every rank must ask."""
+    def to_dict(self, setup: Setup) -> Checkpoint:
+        """For `save_checkpoint`, with what the state was trained by; every rank must ask."""
+        optimizer, provenance = self.optimizer.state_dict(), setup.provenance
         return {
             "model": _to_cpu(self.network),
             "ema": _to_cpu(self.ema.network) if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {"state": optimizer["state"], "param_groups": optimizer["param_groups"]},
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": {"cpu": torch.get_rng_state(), "cuda": _cuda_rng_states()},
-            "sums": self.sums.state(ranks),
+            "sums": self.sums.state(setup.ranks),
             "epoch": self.epoch,
             "position": self.position,
             "step": self.step,
@@ -88,9 +89,14 @@ class State:
             "best_epoch": self.best_epoch,
             "improved_epoch": self.improved_epoch,
             "comparable_from": self.comparable_from,
+            "classes": provenance.classes,
+            "normalization": provenance.normalization.to_dict(),
+            "train_records": provenance.train_records,
+            "val_records": provenance.val_records,
+            "config": to_plain(setup.config),
         }
 
-    def load(self, saved: dict[str, Any], ranks: Ranks, config: Config) -> None:
+    def load(self, saved: Checkpoint, ranks: Ranks, config: Config) -> None:
         """Go on from what `fastflower.training.resume.adapt` makes of a checkpoint."""
         self.network.load_state_dict(saved["model"])
         if self.ema:
@@ -98,7 +104,7 @@ class State:
         load_optimizer(self.optimizer, saved["optimizer"], keep_lr=_keeps_lr(saved["config"]["train"], config.train))
         self.schedule.load_state_dict(saved["schedule"])
         if saved["scaler"]:  # it is empty of a run that was not in fp16
-            self.scaler.load_state_dict(saved["scaler"])
+            self.scaler.load_state_dict({**saved["scaler"]})
         if saved["sums"]:
             self.sums.load_state(saved["sums"], ranks)
         torch.set_rng_state(saved["rng"]["cpu"])
@@ -114,11 +120,9 @@ def is_better(value: float, other: float, figure: str) -> bool:
     return value < other if figure == "loss" else value > other
 
 
-def makes_best(saved: Mapping[str, Any]) -> bool:
+def makes_best(saved: Checkpoint) -> bool:
     """Whether a checkpoint is of the best epoch's end, so that the best one can be made from it."""
-    position: int = saved["position"]
-    best_epoch: int = saved["best_epoch"]
-    return position == 0 and 0 <= best_epoch == saved["epoch"] - 1
+    return saved["position"] == 0 and 0 <= saved["best_epoch"] == saved["epoch"] - 1
 
 
 def new_state(network: torch.nn.Module, config: Config, device: torch.device, precision: Precision) -> State:

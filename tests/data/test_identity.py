@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastflower.data.identity import Identity, identity
+from fastflower.data.identity import identity
 from fastflower.data.records import Records
 from fastflower.data.sources.kaggle import load_files
 from fastflower.data.sources.tfrecord import write_tfrecord
+from fastflower.runtime.entries import Identity
 
 Row = tuple[str, int, bytes]
 
@@ -47,12 +48,12 @@ def test_it_changes_with_any_id_class_byte_order_or_count(
         del rows[place]
     before, after = identity(stored(folder / "a.tfrec", ROWS)), identity(stored(folder / "b.tfrec", rows))
     assert before != after
-    assert (before.names == after.names) == (change == "content")
-    assert (before.content == after.content) == (change in ("id", "class"))
+    assert (before["names"] == after["names"]) == (change == "content")
+    assert (before["content"] == after["content"]) == (change in ("id", "class"))
 
 
 def test_it_is_the_same_wherever_the_records_are_stored(tmp_path: Path) -> None:
     one = identity(stored(tmp_path / "a.tfrec", ROWS))
     stored(tmp_path / "b/1.tfrec", ROWS[:3]), stored(tmp_path / "b/2.tfrec", ROWS[3:])
     assert identity(load_files([tmp_path / "b/1.tfrec", tmp_path / "b/2.tfrec"])) == one
-    assert one == Identity(7, one.names, one.content)
+    assert one == Identity(count=7, names=one["names"], content=one["content"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def test_alexnet_trains_resumes_and_is_evaluated_as_commands(small: Path, tmp_pa
     train(whole, "--train.epochs", 2, "--train.freeze_epochs", 1)
     train(stopped, "--train.epochs", 2, "--train.freeze_epochs", 1, "--train.max_steps", 4)  # within the second epoch
     assert fastflower("train", "--resume", stopped, "--train.max_steps", 6).code == 0
-    saved = [load_checkpoint(run / "checkpoints/last.pt") for run in (whole, stopped)]
+    saved: list[Any] = [load_checkpoint(run / "checkpoints/last.pt") for run in (whole, stopped)]
     for kind in ("model", "ema"):
         for name, tensor in saved[0][kind].items():
             assert torch.equal(tensor, saved[1][kind][name]), name

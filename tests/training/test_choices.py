@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -37,8 +38,9 @@ EVERYTHING = (
 )
 
 
-def weights(run: Path, name: str = "last", key: str = "model") -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = load_checkpoint(run / f"checkpoints/{name}.pt")[key]
+def weights(run: Path, name: str = "last", key: Literal["model", "ema"] = "model") -> dict[str, torch.Tensor]:
+    state = load_checkpoint(run / f"checkpoints/{name}.pt")[key]
+    assert state
     return state
 
 

@@ -88,8 +88,8 @@ def assert_whole(run: Path, other: Path) -> None:
         a, b = (load_checkpoint(folder / "checkpoints" / name) for folder in (run, other))
         assert (a["step"], a["best"]) == (b["step"], b["best"])
         assert all(torch.equal(tensor, b["model"][key]) for key, tensor in a["model"].items())
-    a, b = (load_file(folder / "checkpoints/best.safetensors") for folder in (run, other))
-    assert all(torch.equal(tensor, b[key]) for key, tensor in a.items())
+    one, two = (load_file(folder / "checkpoints/best.safetensors") for folder in (run, other))
+    assert all(torch.equal(tensor, two[key]) for key, tensor in one.items())
     events = EventAccumulator(str(run))
     events.Reload()
     assert [scalar.step for scalar in events.Scalars("loss/val")] == [row["epoch"] for row in rows(run)]

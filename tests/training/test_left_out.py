@@ -12,6 +12,7 @@ from fastflower.data.decoding import decodable, has_header, is_cut_off
 from fastflower.data.sampler import permutation
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.runtime.checkpoint import load_checkpoint, save_checkpoint
+from fastflower.runtime.entries import Checkpoint
 from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset
 from tests.training.test_changed_settings import record
 from tests.training.test_run import assert_same_run, rows
@@ -54,7 +55,7 @@ def checked(root: Path, file: Path) -> Path:
     return file
 
 
-def last(run: Path) -> dict[str, object]:
+def last(run: Path) -> Checkpoint:
     return load_checkpoint(run / "checkpoints/last.pt")
 
 
@@ -175,7 +176,6 @@ def test_checkpoints_of_earlier_versions_go_on(small: Path, tmp_path: Path, step
     assert fastflower(*train_arguments(small, run), "--train.epochs", 2, "--train.max_steps", steps, *options).code == 0
     saved = last(run)
     records = saved["train_records"]
-    assert isinstance(records, dict)
     older = {"train_records": {"count": records["count"], "digest": records["names"]}}
     new = ("val_records", "improved_epoch", "comparable_from", "format")
     save_checkpoint(run / "checkpoints/last.pt", {k: v for k, v in saved.items() if k not in new} | older)

@@ -85,7 +85,7 @@ def test_step_lowers_the_rate_after_its_milestones() -> None:
 
 def test_restored_options_are_those_of_the_configuration_and_rates_as_wanted() -> None:
     network = TinyNet("", 3)
-    saved = new_optimizer(network, TrainConfig(lr=0.2, momentum=0.5, weight_decay=0.1), CPU).state_dict()
+    saved: Any = new_optimizer(network, TrainConfig(lr=0.2, momentum=0.5, weight_decay=0.1), CPU).state_dict()
     for group in saved["param_groups"]:
         group["lr"] = 0.02  # as plateau left it
     now = TrainConfig(lr=0.2, momentum=0.9, weight_decay=0.0, nesterov=True)

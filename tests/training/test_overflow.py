@@ -148,7 +148,7 @@ def test_without_overflow_a_momentum_of_zeros_is_torchs_own_bit_for_bit(
 def test_what_a_checkpoint_lacks_is_zero_and_what_it_has_is_kept() -> None:
     """Of a frozen backbone, or of a run without momentum; a momentum from before it was off is not taken up again."""
     network, train = network_of(2), TrainConfig(lr=0.1)
-    saved = new_optimizer(network, train, CPU).state_dict()
+    saved: Any = new_optimizer(network, train, CPU).state_dict()
     parameters = [p for group in parameter_groups(network, train) for p in group["params"]]
     saved["state"] = {k: {"momentum_buffer": torch.randn_like(p)} for k, p in enumerate(parameters)}
     for lacks in (set(), {0, 1}, set(saved["state"])):

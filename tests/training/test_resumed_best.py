@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fastflower.config import Config, DataConfig, TrainConfig, to_plain
-from fastflower.data.identity import Identity
 from fastflower.data.view import IMAGENET
 from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.runtime.entries import Identity, TrainRecords
 from fastflower.training import step
 from fastflower.training.metrics import Evaluation
-from fastflower.training.provenance import Provenance, TrainRecords
+from fastflower.training.provenance import Provenance
 from fastflower.training.resume import adapt
 from fastflower.training.state import State
 from tests.conftest import fastflower, train_arguments, write_dataset
@@ -47,22 +47,21 @@ def resumed(state: State, configs: Sequence[Config], epochs: Sequence[tuple[floa
     """Let `adapt` follow the second settings after the first, and validation records; its sentences."""
     before, now = configs
     names = ("position", "epoch", "best", "best_epoch", "improved_epoch", "comparable_from")
-    first, second = (
-        Provenance(["rose"], IMAGENET, TrainRecords(8, "a", "b", "a", []), Identity(4, names, "b"))
-        for names in ("first", val)
-    )
-    saved = {name: getattr(state, name) for name in names} | {
+    train = TrainRecords(count=8, names="a", content="b", whole="a", left_out=[])
+    first, second = (Identity(count=4, names=names, content="b") for names in ("first", val))
+    saved: Any = {name: getattr(state, name) for name in names} | {
         "config": to_plain(before),
-        **first.to_dict(),
+        "train_records": train,
+        "val_records": {**first, "of a later version": 1},  # which notes more
         "step": 0,
     }
-    setup: Any = SimpleNamespace(config=now, provenance=second, val=1)
+    setup: Any = SimpleNamespace(config=now, provenance=Provenance(["rose"], IMAGENET, train, second), val=1)
     logged = [
         {"epoch": e + 1} | {f"val_{k}": v for k, v in zip(FIGURES, row, strict=True)} for e, row in enumerate(epochs)
     ]
     adapted, sentences = adapt(saved, setup, logged, (state.best_epoch, 0))
     for name in names:
-        setattr(state, name, adapted[name])
+        setattr(state, name, adapted[name])  # type: ignore[literal-required]
     return sentences
 
 
@@ -196,6 +195,7 @@ def test_other_validation_records_are_said_and_best_begins_anew(
     last = load_checkpoint(run / "checkpoints/last.pt")
     assert last["schedule"]["best"] == 0.9
     assert rows(run)[3]["lr"] == 0.02  # the rate is lowered after two worse epochs, of the same records
+    assert last["val_records"]
     assert last["val_records"]["count"] == 20
     scripted((0.95, 0.1))
     result = fastflower("train", "--resume", run, "--train.epochs", 5)

@@ -45,7 +45,8 @@ def without_times(run: Path) -> list[dict[str, Any]]:
 
 def assert_same_run(a: Path, b: Path) -> None:
     """Weights, optimizer and figures, bit for bit."""
-    left, right = load_checkpoint(a / "checkpoints/last.pt"), load_checkpoint(b / "checkpoints/last.pt")
+    left: Any = load_checkpoint(a / "checkpoints/last.pt")
+    right: Any = load_checkpoint(b / "checkpoints/last.pt")
     for name, tensor in left["model"].items():
         assert torch.equal(tensor, right["model"][name]), name
     assert left["optimizer"]["state"].keys() == right["optimizer"]["state"].keys()
