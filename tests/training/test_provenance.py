@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fastflower.config import Config, DataConfig
+from fastflower.config import Config, DataConfig, TrainConfig
 from fastflower.data.dataset import open_dataset
 from fastflower.data.identity import identity, names_digest
 from fastflower.data.view import IMAGENET, Normalization
@@ -47,7 +47,7 @@ skips = st.sampled_from([None, Path("bad.json")])
 
 def state_of(provenance: Provenance, skip: Path | None = None) -> Checkpoint:
     """All that a checkpoint holds at the start of a run."""
-    config = Config(data=DataConfig(skip=skip))
+    config = Config(data=DataConfig(skip=skip), train=TrainConfig(lr=0.1))
     state = new_state(TinyNet("", 3), config, torch.device("cpu"), Precision(None))
     setup: Any = SimpleNamespace(config=config, provenance=provenance, ranks=Ranks())
     return state.to_dict(setup)
