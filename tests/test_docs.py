@@ -85,7 +85,7 @@ def fastflower_fault(
         shown = help_of(*arguments)
         return None if f"usage: {' '.join(['fastflower', *arguments])} " in shown else "there is no such command"
     patch.chdir(folder)
-    patch.setattr("fastflower.runtime.checkpoint.load_checkpoint", lambda _: {"config": to_plain(Config())})
+    patch.setattr("fastflower.runtime.checkpoint.load_trained", lambda _: {"config": to_plain(Config())})
     for option, value in itertools.pairwise(arguments):
         if option == "--resume" and value != "auto":
             checkpoint = folder / value / "checkpoints/last.pt"

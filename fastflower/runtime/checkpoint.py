@@ -43,7 +43,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         UserError: the file is missing, damaged or of another kind.
     """
     saved = as_checkpoint(_with_newer_entries(_read(path)), path)
-    network, records = _with_plain_names(saved, path), saved["train_records"]
+    network, records = _as_used(saved, path), saved["train_records"]
     if "left_out" not in records and not network["config"]["data"]["skip"]:  # then none was left out
         records = {**records, "whole": records["names"], "left_out": []}
     return {**saved, **network, "train_records": records}
@@ -56,10 +56,11 @@ def load_trained(path: Path) -> TrainedNetwork:
 
 def trained_network(state: Mapping[str, Any], path: Path) -> TrainedNetwork:
     """That of a checkpoint of ours, as `load_trained` gives it; raises UserError unless it is whole."""
-    return _with_plain_names(as_trained(state, path), path)
+    return _as_used(as_trained(state, path), path)
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """A file's content, which says to be a checkpoint of ours; UserError unless it does."""
     try:
         file = path.open("rb")
     except OSError as error:
@@ -83,7 +84,8 @@ def _read(path: Path) -> dict[str, Any]:
     return state
 
 
-def _with_plain_names(saved: TrainedNetwork, path: Path) -> TrainedNetwork:
+def _as_used(saved: TrainedNetwork, path: Path) -> TrainedNetwork:
+    """With plain names of the weights, and all settings."""
     return {
         **saved,
         "model": plain_names(saved["model"], path),

@@ -130,9 +130,10 @@ def _follow_validation(saved: Checkpoint, setup: Setup, sentences: list[str]) ->
     """Without what earlier epochs' figures decided, if they are not comparable with those to come."""
     data, before = setup.config.data, saved["config"]["data"]
     old, now = saved["val_records"], setup.provenance.val_records
-    same_records = not old or (now is not None and now.items() <= old.items())  # a later version may note more
+    # an earlier version may not have noted them, and a later one may have noted more of them
+    same_records = not old or (now is not None and now.items() <= old.items())
     same_view = (before["crop"], before["val_resize"]) == (data.crop, data.val_resize)
-    if same_records and same_view:  # an earlier version did not save it
+    if same_records and same_view:
         return saved
     if saved["best_epoch"] >= 0:
         what = "is of another data.crop or data.val_resize" if not same_view else "is on other records"
