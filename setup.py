@@ -42,6 +42,7 @@ setup(
         "rich>=13",
         "tyro>=1.0",
         "pydantic>=2.7",
+        "typing-extensions>=4.6",  # TypedDict in the form that pydantic reads
         "pyyaml>=6",
         "pillow>=10",
         "pyarrow>=15",
