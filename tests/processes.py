@@ -25,7 +25,7 @@ GRACE_S = 30  # what torchrun leaves the others when one has failed
 
 @dataclass(frozen=True)
 class Result:
-    """What a command left behind."""
+    """What a command left behind; what several processes write comes one after the other."""
 
     code: int
     out: str
@@ -68,12 +68,12 @@ def torchrun(
 def _run(main: Callable[[], object], words: Sequence[object], environments: Sequence[Mapping[str, str]]) -> Result:
     _start_server()
     with TemporaryDirectory() as folder:
-        files = [Path(folder, name) for name in ("out", "err")]
+        streams = [[Path(folder, f"{name}{number}") for name in ("out", "err")] for number in range(len(environments))]
         processes = [
             get_context("forkserver").Process(
                 target=_child, args=(main, list(map(str, words)), os.environ | environment, files)
             )
-            for environment in environments
+            for environment, files in zip(environments, streams, strict=True)
         ]
         try:
             for process in processes:
@@ -88,7 +88,11 @@ def _run(main: Callable[[], object], words: Sequence[object], environments: Sequ
                     process.kill()
                     process.join()
         codes = [process.exitcode for process in processes if process.exitcode]
-        return Result(codes[0] if codes else 0, *(path.read_text(errors="replace") for path in files))
+        out, err = (
+            "".join(path.read_text(errors="replace") for path in files if path.is_file())
+            for files in zip(*streams, strict=True)
+        )
+        return Result(codes[0] if codes else 0, out, err)
 
 
 def _start_server() -> None:
