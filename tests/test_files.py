@@ -311,7 +311,7 @@ def test_other_libraries_get_a_place_where_home_has_none(no_home: Path, monkeypa
     assert not set(variables) & set(os.environ)
 
 
-@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("named", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_commands_work_where_no_home_can_be_written(named: bool, no_home: Path, small: Path, tmp_path: Path) -> None:
     """As in a container whose user has no home: with a cache folder, or with one that cannot be written either."""
     (tmp_path / "here").mkdir()

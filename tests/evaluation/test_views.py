@@ -33,6 +33,12 @@ from tests.training import tiny_worker
 
 CPU = torch.device("cpu")
 
+# Of the options of eval; the slow tier has each, the fast one the most that is made of a picture.
+EACH_VIEW = [
+    *(pytest.param(views, marks=pytest.mark.slow) for views in ((), ("--crops", 10))),
+    ("--scales", "32,48"),
+]
+
 
 def network(name: str = "resnet18") -> nn.Module:
     torch.manual_seed(0)
@@ -178,7 +184,7 @@ def numbers(out: str) -> dict[str, Any]:
     return {key: value for key, value in json.loads(out.splitlines()[-1]).items() if key != "split"}
 
 
-@pytest.mark.parametrize("views", [(), ("--crops", 10), ("--scales", "32,48")])
+@pytest.mark.parametrize("views", EACH_VIEW)
 def test_figures_do_not_depend_on_the_batch_or_the_compiler(run: Path, views: tuple[object, ...]) -> None:
     whole = evaluated(run, *views)
     assert whole["n"] == 6
@@ -188,7 +194,9 @@ def test_figures_do_not_depend_on_the_batch_or_the_compiler(run: Path, views: tu
     assert whole["loss"] != evaluated(run, *(() if views else ("--crops", 10)))["loss"]
 
 
-@pytest.mark.parametrize(("views", "most"), [(Views(10), 3), (Views(scales=(32,)), 5)])
+@pytest.mark.parametrize(
+    ("views", "most"), [pytest.param(Views(10), 3, marks=pytest.mark.slow), (Views(scales=(32,)), 5)]
+)
 def test_compiling_is_bounded_whatever_shapes_come(views: Views, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of many shapes few make a graph of their own: batches of one, squares, and sizes that a CPU treats otherwise."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
@@ -234,7 +242,7 @@ def test_bad_options_are_sentences(run: Path) -> None:
     assert fastflower("eval", run, "--scales", "a,b").code == 2
 
 
-@pytest.mark.parametrize("views", [(), ("--crops", 10), ("--scales", "32,48")])
+@pytest.mark.parametrize("views", EACH_VIEW)
 def test_two_processes_give_one_processes_figures(run: Path, views: tuple[object, ...]) -> None:
     done = in_ranks(tiny_worker.main, "eval", run, *views, "--json")
     assert done.code == 0, done.err

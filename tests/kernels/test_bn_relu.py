@@ -73,7 +73,9 @@ def name(value: object) -> str | None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "mode"), [*ONCE, *WIDE, *(pytest.param(*case, marks=pytest.mark.slow) for case in AGAIN)], ids=name
+    ("shape", "mode"),
+    [*ONCE, *WIDE[:2], *(pytest.param(*case, marks=pytest.mark.slow) for case in [*AGAIN, *WIDE[2:]])],
+    ids=name,
 )
 def test_every_result_is_exact_to_rounding(shape: Shape, mode: Mode, device: torch.device) -> None:
     problem = make_problem(shape, mode.dtype, mode.form, training=mode.training, fork=mode.fork, device=device)

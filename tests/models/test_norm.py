@@ -72,7 +72,7 @@ def forward_by_signs(network: nn.Module, images: torch.Tensor, positive: list[to
     return logits
 
 
-@pytest.mark.parametrize("name", ["resnet18", "plain18"])
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("plain18", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "interpreted", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain torch", "interpreter"]
 )
@@ -99,7 +99,9 @@ def test_five_steps_equal_float64(name: str, interpreted: bool, monkeypatch: pyt
             assert ours == STEPS
 
 
-@pytest.mark.parametrize("name", ["resnet18", "plain18", pytest.param("resnet50", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["resnet18", *(pytest.param(name, marks=pytest.mark.slow) for name in ("plain18", "resnet50"))]
+)
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_equals_eager_without_a_graph_break(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

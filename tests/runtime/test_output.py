@@ -121,7 +121,7 @@ def closed_from_the_start(closing: str, *words: object) -> subprocess.CompletedP
     return subprocess.run(shell, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120)
 
 
-@pytest.mark.parametrize("closing", CLOSING)
+@pytest.mark.parametrize("closing", [*(pytest.param(one, marks=pytest.mark.slow) for one in CLOSING[:2]), CLOSING[2]])
 def test_standard_streams_may_be_closed_from_the_start(closing: str, small: Path) -> None:
     for words, code in ((["data", "check", small], 0), (["train", "--help"], 0), (["train", "--nonsense"], 2)):
         done = closed_from_the_start(closing, "-m", "fastflower", *words)

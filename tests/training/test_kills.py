@@ -98,7 +98,7 @@ def assert_whole(run: Path, other: Path) -> None:
     assert list(run.rglob("*.tmp")) == []
 
 
-@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_instant_a_run_comes_to_the_same_end(data: Path, tmp_path: Path, every: int) -> None:
     whole, moments = tmp_path / "whole", random.Random(0)
     instants = killed(arguments(data, whole), whole, None)
