@@ -178,6 +178,12 @@ def train_arguments(root: Path, run: Path | None) -> list[object]:
     return ["train", "--data.root", root, *folder, *geometry, *training]
 
 
+def train_settings(root: Path, *, epochs: int) -> dict[str, Any]:
+    """Settings for the same pictures, as Python is given them."""
+    data = {"root": str(root), "crop": 32, "scale": [36, 48], "val_resize": 36}
+    return {"data": data, "train": {"epochs": epochs, "batch_size": 8}}
+
+
 class TinyNet(nn.Module):
     """A residual network of a few thousand weights, in place of the real ones where the loop is tested."""
 

@@ -262,9 +262,8 @@ def evaluation_batches(
     decoded: Decoded | None = None,
 ) -> EvaluationBatches:
     """Center crop of the resized (or stored) picture; `batch_size` is over all ranks."""
-    share = max(1, min(batch_size, len(records)) // loading.ranks.world_size)
-    view = View(data.crop, "center")
-    return EvaluationBatches(Loader(records, view, share, loading, decoded), data.val_resize)
+    share = _share_of_pass(batch_size, records, loading)
+    return EvaluationBatches(Loader(records, View(data.crop, "center"), share, loading, decoded), data.val_resize)
 
 
 def whole_pictures(
@@ -276,6 +275,10 @@ def whole_pictures(
     batch_size: int,
 ) -> WholePictures:
     """The resized (or stored) picture without a crop; `batch_size` is of crops, over all ranks."""
-    share = max(1, min(batch_size, len(records)) // loading.ranks.world_size)
-    view = View(data.crop, "whole")
-    return WholePictures(Loader(records, view, share, loading), shapes, data.val_resize)
+    share = _share_of_pass(batch_size, records, loading)
+    return WholePictures(Loader(records, View(data.crop, "whole"), share, loading), shapes, data.val_resize)
+
+
+def _share_of_pass(batch_size: int, records: Records, loading: Loading) -> int:
+    """A rank's part of a batch of `batch_size` where each record comes once: at least one picture."""
+    return max(1, min(batch_size, len(records)) // loading.ranks.world_size)

@@ -16,7 +16,7 @@ import pytest
 import fastflower as api
 from fastflower import cli
 from fastflower.runtime.output import Console, Tolerant, tolerant_output
-from tests.conftest import ROOT, train_arguments
+from tests.conftest import ROOT, train_arguments, train_settings
 from tests.processes import in_process
 
 ENCODINGS = ("ascii", "latin-1", "cp1252", "koi8-r", "shift_jis", "utf-8", "utf-16")
@@ -73,11 +73,7 @@ def test_training_goes_on_in_it(small: Path, tmp_path: Path, tiny_net: None, mon
             with pytest.raises(SystemExit) as end:
                 cli.main()
             assert not end.value.code
-            settings = {
-                "data": {"root": str(small), "crop": 32, "scale": [36, 48], "val_resize": 36},
-                "train": {"epochs": 2, "batch_size": 8},
-            }
-            api.train(api.load_config(settings=settings), tmp_path / f"{encoding}-python")
+            api.train(api.load_config(settings=train_settings(small, epochs=2)), tmp_path / f"{encoding}-python")
             sys.stdout.flush()
         assert raw.getvalue().decode(encoding).count("Done. Best validation loss") == 2
         for folder in (run, tmp_path / f"{encoding}-python"):

@@ -23,7 +23,7 @@ from fastflower.data.decoding import read_picture
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.lock import LOCK
 from fastflower.runtime.signals import ASKING, Interrupted, Signals, Stopped, handling, interrupt
-from tests.conftest import ROOT, fastflower, train_arguments
+from tests.conftest import ROOT, fastflower, train_arguments, train_settings
 from tests.processes import in_process
 from tests.training import tiny_worker
 
@@ -161,15 +161,11 @@ def test_a_second_ctrl_c_interrupts_at_once() -> None:
 def test_outside_the_main_thread_everything_works_without_them(
     small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {
-        "data": {"root": str(small), "crop": 32, "scale": [36, 48], "val_resize": 36},
-        "train": {"epochs": 1, "batch_size": 8},
-    }
     evaluations: list[Any] = []
 
     def work() -> None:
         with handling(interrupt), Signals():
-            run = api.train(api.load_config(settings=settings), tmp_path / "run", quiet=True)
+            run = api.train(api.load_config(settings=train_settings(small, epochs=1)), tmp_path / "run", quiet=True)
             evaluations.append(api.evaluate(run))
 
     before = [signal.getsignal(number) for number in ASKING]
@@ -183,12 +179,8 @@ def test_outside_the_main_thread_everything_works_without_them(
 def test_training_from_python_says_which(
     small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {
-        "data": {"root": str(small), "crop": 32, "scale": [36, 48], "val_resize": 36},
-        "train": {"epochs": 1, "batch_size": 8},
-    }
     monkeypatch.setattr("fastflower.data.loader.read_picture", sending(signal.SIGUSR1, read_picture))
     with pytest.raises(Interrupted) as error:
-        api.train(api.load_config(settings=settings), tmp_path / "run", quiet=True)
+        api.train(api.load_config(settings=train_settings(small, epochs=1)), tmp_path / "run", quiet=True)
     assert error.value.number == signal.SIGUSR1
     assert (tmp_path / "run/checkpoints/last.pt").is_file()
