@@ -29,6 +29,19 @@ class Plan:
     repeats: int = 3
 
 
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time that passes only where somebody sleeps, so that no load of the machine has a say in it."""
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+
+
 def even(batch: int, **more: Any) -> Contender:
     """Steps of a hundredth of a second."""
 
@@ -40,6 +53,7 @@ def even(batch: int, **more: Any) -> Contender:
     return Contender(start, **more)
 
 
+@pytest.mark.usefixtures("clock")
 def test_only_the_steps_between_warmup_and_work_ahead_are_timed() -> None:
     done: list[int] = []
 
@@ -52,10 +66,11 @@ def test_only_the_steps_between_warmup_and_work_ahead_are_timed() -> None:
     timing = time_steps(Contender(start, ahead=4), warmup=2, steps=6, device=CPU, ranks=Ranks())
     assert done == list(range(4 + 6 + 4))  # warm-up grows to the work ahead, and that is waited for at the end
     assert timing.pictures == sum(3 + step for step in range(4, 10))  # counted, not batch x steps
-    assert timing.first_s >= 0.2
-    assert 0.06 <= timing.seconds < 0.1 + 0.06  # one slow step more would pass it
+    assert timing.first_s == pytest.approx(0.2)
+    assert timing.seconds == pytest.approx(0.06)
 
 
+@pytest.mark.usefixtures("clock")
 def test_waiting_counts_within_the_timed_steps_only() -> None:
     watch = Stopwatch()
 
@@ -70,9 +85,10 @@ def test_waiting_counts_within_the_timed_steps_only() -> None:
             yield item
 
     (row,) = measure({"stub": lambda batch: Contender(start, watch=watch)}, Plan(), CPU, Ranks())
-    assert 0.15 < row["data_wait"] < 0.45  # 0.01 of 0.04 s
+    assert row["data_wait"] == pytest.approx(0.25)  # 0.01 of 0.04 s
 
 
+@pytest.mark.usefixtures("clock")
 def test_figures_are_consistent() -> None:
     (row,) = measure({"stub": lambda batch: even(batch, macs=1000, passes=3)}, Plan(), CPU, Ranks(), ceiling=1e9)
     assert row["images_per_s"] * row["ms_per_step"] / 1000 == pytest.approx(8)
@@ -85,6 +101,7 @@ def test_figures_are_consistent() -> None:
     assert "data_wait" not in row
 
 
+@pytest.mark.usefixtures("clock")
 def test_processes_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     # the other process delivered as much, in twice the time, and waited for half of it
     monkeypatch.setattr(Ranks, "gather", lambda self, mine: [mine, (mine[0], 2 * mine[1], mine[1])])
