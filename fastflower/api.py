@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from fastflower import config as configuration
-from fastflower.config import Config, find_config
+from fastflower.config import Config, resolve
 from fastflower.data.batches import Batches, open_batches
 from fastflower.data.dataset import with_folders
 from fastflower.evaluation.evaluate import evaluate_run
@@ -23,6 +22,7 @@ from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.output import Console, Tolerant
 from fastflower.runtime.progress import Display
+from fastflower.settings import build, find_config, load_yaml, merge
 from fastflower.training.metrics import Evaluation
 from fastflower.training.network import build_network
 from fastflower.training.pretrained import load_pretrained, open_pretrained
@@ -41,8 +41,8 @@ def load_config(source: str | Path | None = None, settings: Mapping[str, Any] | 
         UserError: no such file, an unknown key, or a bad value.
     """
     path = find_config(source) if source else None
-    merged = configuration.merge(configuration.load_yaml(path) if path else {}, settings or {})
-    return configuration.resolve(configuration.build(merged, str(path or "settings")))
+    merged = merge(load_yaml(path) if path else {}, settings or {})
+    return resolve(build(merged, str(path or "settings")))
 
 
 def load_data(config: Config) -> Batches:

@@ -17,9 +17,8 @@ import tyro
 from rich.text import Text
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
-from fastflower import config as configuration
 from fastflower.commands import carry_out, run_name
-from fastflower.config import Config
+from fastflower.config import Config, resolve
 from fastflower.environment import versions
 from fastflower.errors import UserError
 from fastflower.options import (
@@ -36,6 +35,7 @@ from fastflower.options import (
 )
 from fastflower.runtime.output import Console, discard, tolerant_output
 from fastflower.runtime.signals import Interrupted, handling, interrupt
+from fastflower.settings import build, find_config, load_yaml, merge
 
 DESCRIPTION = (
     "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs.\n\n"
@@ -126,7 +126,7 @@ def parse(argv: Sequence[str]) -> Options:
 
 
 def _checked(settings: Config) -> Config:
-    return configuration.resolve(configuration.build(asdict(settings), "command line"))
+    return resolve(build(asdict(settings), "command line"))
 
 
 def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
@@ -150,7 +150,7 @@ def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
         if checkpoint:
             source, settings = str(checkpoint), load_trained(checkpoint)["config"]
     if given.config or not (given.root or settings):
-        path = configuration.find_config(given.config or "demo")
+        path = find_config(given.config or "demo")
         source = str(path)
-        settings = configuration.merge(settings, configuration.load_yaml(path))
-    return configuration.build(settings, source), checkpoint
+        settings = merge(settings, load_yaml(path))
+    return build(settings, source), checkpoint

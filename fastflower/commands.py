@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fastflower import config as configuration
 from fastflower import machine
+from fastflower.config import DataConfig
 from fastflower.errors import UserError
 from fastflower.files import to_json
 from fastflower.options import (
@@ -34,6 +34,7 @@ from fastflower.options import (
 )
 from fastflower.runtime.launcher import is_main
 from fastflower.runtime.output import Console, without_decoders
+from fastflower.settings import to_yaml
 
 if TYPE_CHECKING:
     from fastflower.evaluation.session import EvaluationSettings
@@ -53,7 +54,7 @@ def run_name(config: str | Path | None, root: object) -> str:
 
 def _train(command: TrainCommand) -> int:
     if command.print_config:
-        print(configuration.to_yaml(command.settings), end="")
+        print(to_yaml(command.settings), end="")
         return 0
     from fastflower.training.run import dry_run, train_run
 
@@ -234,7 +235,7 @@ def _stats(command: StatsCommand) -> int:
     from fastflower.data.stats import pixel_statistics
     from fastflower.data.view import Engine
 
-    data = configuration.DataConfig(root=command.root, sizes=command.sizes)
+    data = DataConfig(root=command.root, sizes=command.sizes)
     records = load_pictures(data, command.split.split("+"), seed=0)
     statistics = pixel_statistics(records, Engine(threads=machine.cpus()))
     mean, std = statistics.normalization.mean, statistics.normalization.std

@@ -19,9 +19,10 @@ from torch.distributed.run import get_args_parser
 
 from bench.harness.common import start
 from fastflower import cli
-from fastflower.config import Config, find_config, to_plain
+from fastflower.config import Config
 from fastflower.data.dataset import builtin_root
 from fastflower.errors import UserError
+from fastflower.settings import find_config, to_plain
 from tests.conftest import ROOT, write_dataset
 from tests.markdown import Block, commands, mentioned_commands, read, spans
 

@@ -141,7 +141,7 @@ def test_a_wheel_holds_what_git_has_and_runs(tmp_path: Path) -> None:
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in held)
     code = (
         "import fastflower.cli, fastflower.kernels.batch_norm, pathlib\n"
-        "from fastflower.config import find_config\n"
+        "from fastflower.settings import find_config\n"
         "print(fastflower.__file__, fastflower.kernels.__file__, pathlib.Path(find_config('demo')).is_file())"
     )
     installation = installed / "fastflower"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.contenders import loops
-from fastflower.config import build, load_yaml
 from fastflower.errors import UserError
 from fastflower.runtime.run_folder import RUNS, RunFolder
+from fastflower.settings import build, load_yaml
 from fastflower.training.state import Setup, State
 
 Row = dict[str, Any]

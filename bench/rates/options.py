@@ -10,10 +10,11 @@ from typing import Annotated, Any, Literal, TypeVar
 from tyro.conf import arg
 
 from bench.harness.common import require_positive
-from fastflower.config import Config, build, find_config, load_yaml, merge, resolve
+from fastflower.config import Config, resolve
 from fastflower.errors import UserError
 from fastflower.models import NormChoice
 from fastflower.runtime.run_folder import RunFolder
+from fastflower.settings import build, find_config, load_yaml, merge
 
 Output = Literal["float32", "uint8"]
 Dtype = Literal["fp32", "bf16", "fp16"]

@@ -8,12 +8,13 @@ from typing import Literal
 
 import torch
 
-from fastflower.config import Config, DataConfig, build
+from fastflower.config import Config, DataConfig
 from fastflower.data.view import Normalization
 from fastflower.errors import UserError
 from fastflower.files import digest
 from fastflower.runtime.checkpoint import load_trained, weights_of
 from fastflower.runtime.run_folder import RunFolder
+from fastflower.settings import build
 
 StoredSizes = Literal["all"] | tuple[int, ...]
 

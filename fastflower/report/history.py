@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from fastflower.arrays import Floats, Ints
-from fastflower.config import build, load_yaml
 from fastflower.errors import UserError
 from fastflower.runtime.run_folder import TAGS, RunFolder, read_rows
+from fastflower.settings import build, load_yaml
 
 REQUIRED = [tag for tag in TAGS if tag.startswith(("loss/", "accuracy/"))]  # one of them makes events those of a run
 DROP = 2  # the learning rate drops where it is divided by at least this

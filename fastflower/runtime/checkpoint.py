@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import save as to_safetensors
 
-from fastflower.config import build, to_plain
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, to_json
 from fastflower.runtime.entries import Checkpoint, TrainedNetwork, as_checkpoint, as_trained
+from fastflower.settings import build, to_plain
 
 FORMAT = 2  # goes up when an older checkpoint cannot be gone on from
 

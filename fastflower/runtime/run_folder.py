@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastflower.config import SPLITS, Config, to_plain, to_yaml
+from fastflower.config import SPLITS, Config
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, remove_temporaries, to_json
 from fastflower.runtime.events import EventFile
+from fastflower.settings import to_plain, to_yaml
 
 RUNS = Path("runs")
 STAMP = "%Y%m%d-%H%M%S"  # in the name of a new folder, after the run's

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from fastflower.config import Config, TrainConfig, to_plain
+from fastflower.config import Config, TrainConfig
 from fastflower.data.batches import EvaluationBatches, TrainingBatches
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.entries import Checkpoint
+from fastflower.settings import to_plain
 from fastflower.training.ema import Ema
 from fastflower.training.loss import Criterion
 from fastflower.training.metrics import Evaluation, TrainingSums

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fastflower.config import ModelConfig, build, resolve
+from fastflower.config import ModelConfig, resolve
 from fastflower.errors import UserError
 from fastflower.flops import count, variants
 from fastflower.models import NETWORKS, Network, architecture, create_model, find_network
 from fastflower.models.layers import BNReLU
 from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.settings import build
 from tests.conftest import fastflower, train_arguments
 
 SMALL = Network(name="small", built_by=f"{__name__}:Small", depths=(4, 6), min_size=30, lr=0.03)

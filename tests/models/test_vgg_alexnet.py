@@ -13,12 +13,13 @@ import torchvision
 import yaml
 from torch import nn
 
-from fastflower.config import Config, TrainConfig, build, resolve
+from fastflower.config import Config, TrainConfig, resolve
 from fastflower.errors import UserError
 from fastflower.models import create_model, find_network
 from fastflower.models.layers import head_prefix
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.distributed import Ranks
+from fastflower.settings import build
 from fastflower.training.network import build_network
 from fastflower.training.optimizer import LR_SCALE, freeze, parameter_groups
 from fastflower.training.pretrained import load_pretrained

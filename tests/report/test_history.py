@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from fastflower.config import build, resolve, to_yaml
+from fastflower.config import resolve
 from fastflower.errors import UserError
 from fastflower.report.history import History, last, median, read_histories, read_history
 from fastflower.runtime.run_folder import RunFolder, RunLog, read_rows
+from fastflower.settings import build, to_yaml
 from fastflower.training.schedule import learning_rate
 
 BATCH = 64

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastflower.config import Config, DataConfig, TrainConfig, to_plain
+from fastflower.config import Config, DataConfig, TrainConfig
 from fastflower.data.view import IMAGENET
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.entries import Identity, TrainRecords
+from fastflower.settings import to_plain
 from fastflower.training import step
 from fastflower.training.metrics import Evaluation
 from fastflower.training.provenance import Provenance

@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fastflower import config as configuration
 from fastflower.data.sources.kaggle import load_split
 from fastflower.models import create_model
 from fastflower.runtime.checkpoint import load_checkpoint, save_checkpoint
+from fastflower.settings import build, to_plain
 from fastflower.training import saving, step
 from fastflower.training.ema import Ema
 from fastflower.training.validate import evaluate
@@ -70,9 +70,9 @@ def test_a_run_leaves_what_later_commands_need(finished: Path, shared_finished: 
     assert all(0 <= row["data_wait"] <= 1 and row["images_per_s"] > 0 for row in written)
 
     settings = yaml.safe_load((finished / "config.yaml").read_text())
-    rebuilt = configuration.build(settings, "config.yaml")
+    rebuilt = build(settings, "config.yaml")
     assert rebuilt.data.root == (shared_finished.parent / "data",)
-    assert configuration.to_plain(rebuilt) == settings
+    assert to_plain(rebuilt) == settings
 
     saved = torch.load(finished / "checkpoints/last.pt", weights_only=True)
     assert saved["epoch"] == 2

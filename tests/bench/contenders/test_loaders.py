@@ -16,11 +16,11 @@ import torch
 from bench.contenders import loaders
 from bench.contenders.loaders import DECODE, LIMIT, OURS, Work
 from bench.harness.common import MissingError
-from fastflower.config import build
 from fastflower.data.splits import load_pictures
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
+from fastflower.settings import build
 from tests.bench import fake_timm
 
 pytestmark = pytest.mark.usefixtures("on_a_small_cpu")

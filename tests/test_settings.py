@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastflower import config as configuration
 from fastflower.cli import parse
-from fastflower.config import Config
+from fastflower.config import Config, resolve
 from fastflower.errors import UserError
 from fastflower.options import TrainCommand
+from fastflower.settings import build, load_yaml, to_yaml
 from tests.conftest import fastflower
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
@@ -32,14 +32,14 @@ def test_command_line_wins_over_file_wins_over_defaults(tmp_path: Path) -> None:
 
 
 def test_without_configuration_and_data_the_demos_settings_are_the_defaults(tmp_path: Path) -> None:
-    demo = configuration.build(configuration.load_yaml(CONFIGS[0].with_name("demo.yaml")), "demo.yaml")
+    demo = build(load_yaml(CONFIGS[0].with_name("demo.yaml")), "demo.yaml")
     assert settings() == demo
-    assert settings("--data.root", tmp_path).train == configuration.resolve(Config()).train
+    assert settings("--data.root", tmp_path).train == resolve(Config()).train
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_that_ships_is_valid_and_found_by_name(file: Path) -> None:
-    direct = configuration.build(configuration.load_yaml(file), str(file))
+    direct = build(load_yaml(file), str(file))
     assert settings("--config", file) == direct
     assert settings("--config", file.stem) == direct
 
@@ -78,7 +78,7 @@ def test_help_names_every_configuration_that_ships() -> None:
 
 def test_yaml_reads_back_to_the_same() -> None:
     original = settings("--data.sizes", "all", "--data.val_resize", "None", "--train.compile", "--train.lr", "1e-5")
-    again = configuration.build(yaml.safe_load(configuration.to_yaml(original)), "again")
+    again = build(yaml.safe_load(to_yaml(original)), "again")
     assert again == original
 
 
@@ -87,7 +87,7 @@ def test_print_config_prints_what_would_run() -> None:
     printed = yaml.safe_load(result.out)
     assert printed["train"]["lr"] == 0.2
     assert printed["model"]["name"] == "resnet50"
-    assert configuration.build(printed, "printed") == settings("--config", "resnet50", "--train.lr", "0.2")
+    assert build(printed, "printed") == settings("--config", "resnet50", "--train.lr", "0.2")
 
 
 @pytest.mark.parametrize(
