@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +25,10 @@ from fastflower.data.view import Engine, Normalization, View
 
 Pictures = TensorListCPU | TensorListGPU
 Images = Sequence[Bytes | torch.Tensor]
+Numbers = tuple[Int32s, Singles, Int32s]
 Inputs = tuple[Images, Int32s, Singles, Int32s]
 Source = Callable[[], Inputs]
+Half = TypeVar("Half")
 
 
 def inputs(images: Images, request: Request) -> Inputs:
@@ -52,8 +54,8 @@ def build_pipeline(
         engine: device and resources.
         batch: most pictures in a batch.
         normalization: None gives uint8; else float16, normalized.
-        decoded: where the source's images are pixels already, uint8 [H, W, 3], whose memory stays as it is until the
-            source has ended; None = they are encoded.
+        decoded: where the source's images are pixels already, uint8 [H, W, 3], whose memory stays as it is for as long
+            as the pipeline is used; None = they are encoded.
     """
     return _built(_definition(source, view, engine, normalization, decoded, **_resources(engine, batch)))
 
@@ -127,22 +129,49 @@ def _decoder(source: Source, view: View, engine: Engine) -> tuple[DataNode, Data
 
 
 def _inputs(source: Source, decoded: Literal["cpu", "gpu"] | None) -> Sequence[DataNode]:
-    """The source's four outputs. Pixels are not copied; on a GPU they come apart from the numbers, which stay on the
-    host.
+    """The source's four outputs. Pixels in host memory are not copied.
+
+    Those on a GPU come apart from the numbers, which stay on the host. DALI copies them there, on torch's current
+    stream, into one piece: memory it takes as it is only if pictures lie one behind another in all batches.
     """
     if decoded is None:
         return fn.external_source(source=source, num_outputs=4, batch=True)
     if decoded == "cpu":
         return fn.external_source(source=source, num_outputs=4, batch=True, layout=["HWC", "", "", ""], no_copy=True)
-    numbers: deque[tuple[Int32s, Singles, Int32s]] = deque()
+    images, numbers = in_two(source)
+    pixels = fn.external_source(source=images, batch=True, device="gpu", layout="HWC")
+    return [pixels, *fn.external_source(source=numbers, num_outputs=3, batch=True)]
 
-    def pixels() -> Images:
-        images, shorter, crop_yx, mirror = source()
-        numbers.append((shorter, crop_yx, mirror))
-        return images
 
-    images = fn.external_source(source=pixels, batch=True, device="gpu", layout="HWC", no_copy=True)
-    return [images, *fn.external_source(source=numbers.popleft, num_outputs=3, batch=True)]
+def in_two(source: Source) -> tuple[Callable[[], Images], Callable[[], Numbers]]:
+    """A source as two, of its images and of its numbers, which end with it.
+
+    Of a pipeline with several sources DALI asks each once a batch, in no certain order, and all of them also where one
+    has ended: only then has the batch been asked for, and the next to be asked is that of another epoch.
+    """
+    images: deque[Images | None] = deque()  # asked for by the other; None: at the end
+    numbers: deque[Numbers | None] = deque()
+
+    def ask() -> None:
+        try:
+            made, shorter, crop_yx, mirror = source()
+        except StopIteration:
+            images.append(None)
+            numbers.append(None)
+        else:
+            images.append(made)
+            numbers.append((shorter, crop_yx, mirror))
+
+    return lambda: _next(images, ask), lambda: _next(numbers, ask)
+
+
+def _next(waiting: deque[Half | None], ask: Callable[[], None]) -> Half:
+    if not waiting:
+        ask()
+    half = waiting.popleft()
+    if half is None:
+        raise StopIteration
+    return half
 
 
 def decode_region(
