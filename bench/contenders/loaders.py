@@ -28,7 +28,7 @@ from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded
 from fastflower.data.decoding import decode
 from fastflower.data.loader import Loader, Loading
-from fastflower.data.pipeline import Inputs, decode_region, inputs
+from fastflower.data.pipeline import Inputs, inputs, take_region
 from fastflower.data.records import Records, read_image
 from fastflower.data.sampler import Request, training_requests
 from fastflower.data.view import IMAGENET, Engine, View
@@ -158,13 +158,11 @@ def by_dali(
 
 
 def decode_only(work: Work, batch: int) -> Contender:
-    """The part of our pipeline that tells how much of its time is decoding: on a CPU of the regions that are kept."""
+    """The part of our pipeline that tells how much of its time is decoding."""
     view = View(work.data.crop, "random")
 
     def definition(encoded: DataNode, shorter: DataNode, crop_yx: DataNode, mirror: DataNode) -> DataNode:
-        if work.engine.device == "gpu":
-            return decode(encoded, work.engine)
-        return decode_region(encoded, shorter, crop_yx, view, work.engine)[0]
+        return take_region(encoded, shorter, crop_yx, view, work.engine)[0]
 
     return replace(by_dali(work, batch, definition, hand_over=lambda pictures: pictures), role="decoder")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,16 +91,27 @@ def shapes_of(records: Records) -> Ints:
 
 
 def decode(encoded: DataNode, engine: Engine) -> DataNode:
-    """Encoded bytes to RGB uint8 [H, W, C], turned upright by EXIF."""
-    if engine.device == "cpu":
-        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB)
-    return fn.decoders.image(
-        encoded,
-        device="mixed",
-        output_type=types.RGB,
-        hw_decoder_load=engine.hw_decoder_load,
-        jpeg_fancy_upsampling=True,  # as CPU decoders do; without it chroma differs visibly
+    """Encoded bytes to RGB uint8 [H, W, 3], turned upright by EXIF."""
+    return fn.decoders.image(encoded, output_type=types.RGB, **_by(engine))
+
+
+def decode_region(encoded: DataNode, corner: DataNode, extent: DataNode, engine: Engine) -> DataNode:
+    """The part of `extent` (height and width, [2] int32) at a corner (row and column, [2] int32) of what `decode` makes
+    of pictures; on a CPU the same pixels.
+    """
+    return fn.decoders.image_slice(
+        encoded, output_type=types.RGB, start=corner, shape=extent, axis_names="HW", **_by(engine)
     )
+
+
+def _by(engine: Engine) -> dict[str, Any]:
+    if engine.device == "cpu":
+        return {"device": "cpu"}
+    return {
+        "device": "mixed",
+        "hw_decoder_load": engine.hw_decoder_load,
+        "jpeg_fancy_upsampling": True,  # as CPU decoders do; without it chroma differs visibly
+    }
 
 
 def decodable(encoded: Bytes) -> bool:

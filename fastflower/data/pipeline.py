@@ -1,7 +1,7 @@
 """The DALI graph: encoded bytes in, cropped (or whole) pictures out. One definition for GPU and CPU.
 
 Resizing, cropping and flipping are one operator that computes only the region that is kept. On a CPU the graph ends
-after decoding that region, since `fastflower.data.resample` does the rest several times as fast there.
+after decoding, since `fastflower.data.resample` does the rest several times as fast there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nvidia.dali.backend import TensorListCPU, TensorListGPU
 from nvidia.dali.pipeline import DataNode, Pipeline
 
 from fastflower.arrays import Bytes, Int32s, Singles
-from fastflower.data.decoding import decode
+from fastflower.data.decoding import decode, decode_region
 from fastflower.data.geometry import centered
 from fastflower.data.sampler import Request
 from fastflower.data.view import Engine, Normalization, View
@@ -61,11 +61,7 @@ def build_pipeline(
 
 
 def build_decoder(source: Source, view: View, engine: Engine, batch: int) -> Pipeline:
-    """A built pipeline whose outputs are what a view needs of RGB pictures, decoded on the CPU.
-
-    They are the regions [h, w, 3], their corners (row and column in the picture, [2] int32) and the pictures' shapes
-    (height and width, [2] int32); for the arguments see `build_pipeline`.
-    """
+    """A built pipeline whose outputs are what `take_region` takes of pictures; see `build_pipeline` for arguments."""
     return _built(_decoder(source, view, engine, **_resources(engine, batch)))
 
 
@@ -94,21 +90,21 @@ def _definition(
     decoded: Literal["cpu", "gpu"] | None = None,
 ) -> DataNode:
     images, shorter, crop_yx, mirror = _inputs(source, decoded)
-    pictures = images if decoded else decode(images, engine)
+    pixels, corner, shape = take_region(images, shorter, crop_yx, view, engine, decoded=decoded is not None)
     if decoded == "cpu" and engine.device == "gpu":
-        pictures = pictures.gpu()
-    size, start = size_and_start(fn.cast(pictures.shape()[0:2], dtype=types.INT32), shorter, crop_yx, view)
-    resampling = {"size": _float(size), "interp_type": types.INTERP_LINEAR, "antialias": True}
+        pixels = pixels.gpu()
+    size, start = size_and_start(shape, shorter, crop_yx, view)
+    resampling = {"interp_type": types.INTERP_LINEAR, "antialias": True}
     if view.place == "whole":
-        pictures = fn.resize(pictures, **resampling)
+        pictures = fn.resize(pixels, size=_float(size), **resampling)
     else:
-        position = _float(start) / _float(math.max(size - view.crop, 1))  # DALI takes a share of the free pixels
-        pictures = fn.resize_crop_mirror(
-            pictures,
-            crop=(view.crop, view.crop),
-            crop_pos_y=position[0],
-            crop_pos_x=position[1],
-            mirror=mirror,
+        begin, end = _place(pixels, corner, shape, size, start, view)
+        flip = _float(mirror) * types.Constant(np.array([0, 1], np.float32), device="cpu")
+        pictures = fn.resize(
+            pixels,
+            size=(view.crop, view.crop),
+            roi_start=begin * (1 - flip) + end * flip,  # a place that ends where it begins is flipped
+            roi_end=end * (1 - flip) + begin * flip,
             **resampling,
         )
     if normalization is None:
@@ -125,7 +121,7 @@ def _definition(
 @pipeline_def
 def _decoder(source: Source, view: View, engine: Engine) -> tuple[DataNode, DataNode, DataNode]:
     encoded, shorter, crop_yx, _ = fn.external_source(source=source, num_outputs=4, batch=True)
-    return decode_region(encoded, shorter, crop_yx, view, engine)
+    return take_region(encoded, shorter, crop_yx, view, engine)
 
 
 def _inputs(source: Source, decoded: Literal["cpu", "gpu"] | None) -> Sequence[DataNode]:
@@ -174,30 +170,51 @@ def _next(waiting: deque[Half | None], ask: Callable[[], None]) -> Half:
     return half
 
 
-def decode_region(
-    encoded: DataNode, shorter: DataNode, crop_yx: DataNode, view: View, engine: Engine
+def take_region(
+    images: DataNode, shorter: DataNode, crop_yx: DataNode, view: View, engine: Engine, *, decoded: bool = False
 ) -> tuple[DataNode, DataNode, DataNode]:
-    """What a view needs of pictures, the same pixels as if all were decoded; see `build_decoder` for the outputs.
+    """The region of pictures that a view needs, or all of them if the engine decodes whole ones.
 
-    Of a JPEG picture, what lies beyond is neither transformed nor converted, and the rows below it are not read.
+    Of a JPEG picture, what lies beyond a region is neither transformed nor converted, and the rows below it are not
+    read.
+
+    Args:
+        images: encoded bytes, or pixels [H, W, 3] if they are `decoded`.
+        shorter: what their shorter sides become.
+        crop_yx: where their crops are.
+        view: geometry.
+        engine: what decodes.
+        decoded: whether that has been done.
+
+    Returns:
+        The regions [h, w, 3], their corners (row and column in the picture, [2] int32) and the pictures' shapes (height
+        and width, [2] int32).
     """
-    shape = fn.cast(fn.peek_image_shape(encoded)[0:2], dtype=types.INT32)
-    if view.place == "whole":
-        return decode(encoded, engine), shape * 0, shape
+    if view.place == "whole" or engine.decode == "whole":
+        pixels = images if decoded else decode(images, engine)
+        shape = _shape(pixels)
+        return pixels, shape * 0, shape
+    shape = _shape(images) if decoded else fn.cast(fn.peek_image_shape(images)[0:2], dtype=types.INT32)
     size, start = size_and_start(shape, shorter, crop_yx, view)
     scale = _float(shape) / _float(size)
     reach = math.max(scale, 1.0) + 1  # of the filter, in pixels of the picture; one more, since this is rounded
     corner = fn.cast(math.max(math.floor(_float(start) * scale - reach), 0.0), dtype=types.INT32)
     end = fn.cast(math.ceil(_float(start + view.crop) * scale + reach), dtype=types.INT32)
-    pixels = fn.decoders.image_slice(
-        encoded,
-        device="cpu",
-        output_type=types.RGB,
-        start=corner,
-        shape=math.min(end, shape) - corner,
-        axis_names="HW",
-    )
-    return pixels, corner, shape
+    extent = math.min(end, shape) - corner
+    if decoded:
+        return fn.slice(images, start=corner, shape=extent, axis_names="HW"), corner, shape
+    return decode_region(images, corner, extent, engine), corner, shape
+
+
+def _place(
+    pixels: DataNode, corner: DataNode, shape: DataNode, size: DataNode, start: DataNode, view: View
+) -> tuple[DataNode, DataNode]:
+    """Where the crop begins and ends in a region's pixels, [2] each, before they are resized; not beyond them, where
+    DALI would read whatever is there.
+    """
+    scale = _float(shape) / _float(size)
+    end = _float(start + view.crop) * scale - _float(corner)
+    return _float(start) * scale - _float(corner), math.min(end, _float(_shape(pixels)))
 
 
 def size_and_start(shape: DataNode, shorter: DataNode, crop_yx: DataNode, view: View) -> tuple[DataNode, DataNode]:
@@ -214,6 +231,10 @@ def size_and_start(shape: DataNode, shorter: DataNode, crop_yx: DataNode, view: 
     else:
         start = math.min(fn.cast(math.floor(crop_yx * (free + 1)), dtype=types.INT32), free)
     return size, start
+
+
+def _shape(pixels: DataNode) -> DataNode:
+    return fn.cast(pixels.shape()[0:2], dtype=types.INT32)
 
 
 def _float(numbers: DataNode) -> DataNode:

@@ -44,6 +44,7 @@ class Engine:
 
     device: Literal["cpu", "gpu"] = "cpu"
     device_id: int | None = None  # the GPU's number; None on a CPU
+    decode: Literal["region", "whole"] = "region"  # what of a picture a crop is made of
     threads: int = 2
     prefetch: int = 2  # batches that DALI keeps in work, and as many finished ones that wait for the consumer
     hw_decoder_load: float = 0.65  # share of the pictures for the hardware JPEG decoder, on GPUs that have one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +14,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageOps
+from PIL.ExifTags import Base
 
+from fastflower.arrays import Bytes
 from fastflower.data import pipeline as graph
 from fastflower.data.cache import Decoded, open_cache
 from fastflower.data.loader import Batch, Loader, Loading
-from fastflower.data.pipeline import in_two
+from fastflower.data.pipeline import build_pipeline, in_two, inputs
 from fastflower.data.records import Records
-from fastflower.data.sampler import training_requests
+from fastflower.data.sampler import Request, training_requests
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.view import IMAGENET, Engine, Normalization, View
@@ -28,8 +32,18 @@ from fastflower.runtime.distributed import Ranks
 from tests.conftest import example, jpeg
 from tests.data.on_the_cpu import run_on_the_cpu
 
+Memory = Literal["cpu", "gpu"]
 CPU = torch.device("cpu")
 COUNT, BATCH = 22, 4
+
+
+def combinations(test: Any) -> Any:
+    """All that a graph is defined by."""
+    test = pytest.mark.filterwarnings("ignore:The external source node")(test)  # not all have a use for all numbers
+    test = pytest.mark.parametrize("decoded", [None, "cpu", "gpu"])(test)
+    test = pytest.mark.parametrize("normalization", [None, IMAGENET], ids=["levels", "normalized"])(test)
+    test = pytest.mark.parametrize("place", ["random", "center", "whole"])(test)
+    return pytest.mark.parametrize("decode", ["region", "whole"])(test)
 
 
 @pytest.fixture
@@ -61,17 +75,14 @@ def epoch(loader: Loader, number: int) -> Iterator[Batch]:
     return loader.batches(requests)
 
 
-@pytest.mark.filterwarnings("ignore:The external source node")  # only a random crop has a use for all numbers
-@pytest.mark.parametrize("decoded", [None, "cpu", "gpu"])
-@pytest.mark.parametrize("normalization", [None, IMAGENET], ids=["levels", "normalized"])
-@pytest.mark.parametrize("place", ["random", "center", "whole"])
-def test_every_graph_is_defined_and_serialized(
-    place: Any, normalization: Normalization | None, decoded: Literal["cpu", "gpu"] | None
-) -> None:
+def operators(
+    view: View, engine: Engine, normalization: Normalization | None = IMAGENET, decoded: Memory | None = None
+) -> list[tuple[str, str]]:
+    """Names and devices in the graph, which is defined and serialized, and not run, so that it needs no GPU."""
     pipeline = graph._definition(
         lambda: None,
-        View(224, place),
-        Engine("gpu", None),
+        view,
+        engine,
         normalization,
         decoded,
         batch_size=4,
@@ -80,6 +91,104 @@ def test_every_graph_is_defined_and_serialized(
         prefetch_queue_depth=2,
     )
     assert len(pipeline.serialize()) > 1000
+    return [(type(instance._op).__name__, instance._op.device) for instance in pipeline._ops]
+
+
+@combinations
+def test_every_graph_is_defined_and_works_on_the_gpu(
+    decode: Any, place: Any, normalization: Normalization | None, decoded: Memory | None
+) -> None:
+    made = operators(View(224, place), Engine("gpu", None, decode=decode), normalization, decoded)
+    devices, names = set(made), {name for name, _ in made}
+    region = decode == "region" and place != "whole"
+    decoder = "ImageSlice" if region else "Image"
+    assert [name for name, device in made if device == "mixed"] == ([] if decoded else [decoder])
+    pixels = {"Resize", "CropMirrorNormalize", "Slice", "ImageSlice", "Image"}
+    at_work = {operator for operator in devices if operator[0] in pixels and operator[1] != "mixed"}
+    wanted = {("Resize", "gpu")}
+    if normalization:
+        wanted.add(("CropMirrorNormalize", "gpu"))
+    if region and decoded:
+        wanted.add(("Slice", decoded))  # what is in host memory is cut out before it is sent
+    assert at_work == wanted
+    assert ("PeekImageShape" in names) == (region and not decoded)
+    assert (("ExternalSource", "gpu") in devices) == (decoded == "gpu")
+
+
+@pytest.mark.filterwarnings("ignore:The external source node")
+def test_a_graph_is_the_same_for_both_devices_but_for_devices_and_normalization() -> None:
+    for decode in ("region", "whole"):
+        for place in ("random", "center", "whole"):
+            view = View(224, place)
+            on_gpu, on_cpu = (Engine(device, decode=decode) for device in ("gpu", "cpu"))
+            wanted = [*operators(view, on_cpu, None), ("CropMirrorNormalize", "gpu")]
+            assert [name for name, _ in operators(view, on_gpu)] == [name for name, _ in wanted]
+
+
+def upright(width: int, height: int, orientation: int, seed: int) -> tuple[bytes, Bytes]:
+    """A JPEG file that says how it is turned, and its pixels as they are meant, by PIL."""
+    stored = Image.open(BytesIO(jpeg(width, height, seed)))
+    exif = stored.getexif()
+    exif[Base.Orientation] = orientation
+    buffer = BytesIO()
+    stored.save(buffer, "JPEG", quality=90, exif=exif)
+    return buffer.getvalue(), np.asarray(ImageOps.exif_transpose(Image.open(buffer)))
+
+
+def reference(pixels: Bytes, shorter: int, place: tuple[float, float], mirror: int, view: View) -> Bytes:
+    """By PIL: resize, crop and flip."""
+    height, width = pixels.shape[:2]
+    rows, columns = (side * shorter // min(height, width) for side in (height, width))
+    resized = Image.fromarray(pixels).resize((columns, rows), Image.Resampling.BILINEAR)
+    if view.place == "whole":
+        return np.asarray(resized)
+    free = rows - view.crop, columns - view.crop
+    top, left = (round(side / 2) for side in free)  # to the even number
+    if view.place == "random":
+        top, left = (
+            min(int(np.float32(share) * np.float32(side + 1)), side) for share, side in zip(place, free, strict=True)
+        )
+    crop = resized.crop((left, top, left + view.crop, top + view.crop))
+    return np.asarray(ImageOps.mirror(crop) if mirror else crop)
+
+
+@combinations
+def test_every_graph_makes_the_pictures_of_the_reference(
+    decode: Any,
+    place: Any,
+    normalization: Normalization | None,
+    decoded: Memory | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_on_the_cpu(monkeypatch)
+    rng, n = np.random.default_rng(5), 40
+    drawn = np.hstack([rng.integers(1, 90, (n, 2)), rng.integers(1, 9, (n, 1))]).tolist()
+    pictures = [upright(width, height, turned, seed) for seed, (width, height, turned) in enumerate(drawn)]
+    request = Request(
+        np.arange(n),
+        rng.integers(32, 70, n).astype(np.int32),
+        rng.random((n, 2)).astype(np.float32),
+        rng.integers(0, 2, n).astype(np.int32) * (place == "random"),
+    )
+    images: Any = {
+        None: [np.frombuffer(encoded, np.uint8) for encoded, _ in pictures],
+        "cpu": [pixels for _, pixels in pictures],
+        "gpu": [torch.from_numpy(pixels.copy()) for _, pixels in pictures],
+    }[decoded]
+    view = View(32, place)
+    given = inputs(images, request)
+    engine = Engine("gpu", None, prefetch=1, decode=decode)
+    (made,) = build_pipeline(lambda: given, view, engine, n, normalization, decoded=decoded).run()
+    assert request.shorter is not None
+    for i, (_, pixels) in enumerate(pictures):
+        wanted = reference(pixels, int(request.shorter[i]), tuple(request.crop_yx[i]), request.mirror[i], view)
+        levels = np.asarray(made[i]).astype(np.float64)
+        if normalization:
+            levels = 255 * (levels * normalization.std + normalization.mean)
+        assert levels.shape == wanted.shape
+        difference = np.abs(levels - wanted)
+        assert difference.max() < (1.2 if normalization else 1.01), (i, difference.max())  # half a step of fp16 more
+        assert difference.mean() < 0.3
 
 
 @dataclass

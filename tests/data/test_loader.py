@@ -20,6 +20,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.ExifTags import Base
 
 from fastflower.arrays import Bytes
 from fastflower.data import pipeline as graph
@@ -100,6 +101,27 @@ def test_pixels_do_not_depend_on_threads_prefetch_or_where_the_epoch_starts(
     for a, b in zip(whole[2:], other, strict=True):
         assert torch.equal(a.images, b.images)
         assert a.indices.tolist() == b.indices.tolist()
+
+
+@pytest.mark.parametrize("place", ["random", "center", "whole"])
+def test_pixels_do_not_depend_on_what_of_a_picture_is_decoded(tmp_path: Path, place: Any) -> None:
+    """Of drawn shapes, turned by EXIF in all ways, with subsampled chroma."""
+    rng, images = np.random.default_rng(0), []
+    for seed in range(24):
+        width, height, turned = rng.integers([20, 20, 1], [120, 120, 9]).tolist()
+        picture = Image.open(BytesIO(jpeg(width, height, seed)))
+        exif, buffer = picture.getexif(), BytesIO()
+        exif[Base.Orientation] = turned
+        picture.save(buffer, "JPEG", exif=exif)
+        images.append(buffer.getvalue())
+    write_tfrecord(tmp_path / "train" / "a.tfrec", [example(i, 0, image) for i, image in enumerate(images)])
+    records = load_split(tmp_path, "train")
+    of_regions, of_whole = (
+        epoch(Loader(records, View(32, place), 8, Loading(PLAIN, Engine(decode=decode), CPU)))
+        for decode in ("region", "whole")
+    )
+    for one, other in zip(of_regions, of_whole, strict=True):
+        assert torch.equal(one.images, other.images)
 
 
 def test_two_ranks_see_the_pixels_of_one(small: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from io import BytesIO
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torchvision.transforms.v2.functional as tv
 from PIL import Image, ImageOps
 
 from fastflower.arrays import Bytes, Floats
-from fastflower.data import pipeline as graph
 from fastflower.data.loader import normalize
 from fastflower.data.pipeline import build_pipeline, inputs
 from fastflower.data.records import read_image
@@ -21,6 +19,9 @@ from fastflower.data.sampler import Request
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.view import IMAGENET, Engine, Normalization, View
 from tests.conftest import READABLE, jpeg
+
+WHOLE = Engine(prefetch=1, decode="whole")
+both = pytest.mark.parametrize("engine", [WHOLE, Engine(prefetch=1, decode="region")], ids=["whole", "region"])
 
 
 def run(
@@ -30,6 +31,7 @@ def run(
     crop_yx: Floats | None = None,
     mirror: list[int] | None = None,
     normalization: Normalization | None = None,
+    engine: Engine = WHOLE,
 ) -> Bytes:
     """One batch through the CPU pipeline: [N, H, W, C]."""
     n = len(encoded)
@@ -40,7 +42,7 @@ def run(
         np.asarray(mirror or [0] * n, np.int32),
     )
     given = inputs([np.frombuffer(data, np.uint8) for data in encoded], request)
-    (output,) = build_pipeline(lambda: given, view, Engine(prefetch=1), n, normalization).run()
+    (output,) = build_pipeline(lambda: given, view, engine, n, normalization).run()
     pictures: Bytes = output.as_array()
     return pictures
 
@@ -83,18 +85,20 @@ def photographs(root: Path, count: int) -> list[bytes]:
     return encoded
 
 
-def test_random_view_is_resize_then_crop_then_flip_on_photographs(flowers5: Path) -> None:
+@both
+def test_random_view_is_resize_then_crop_then_flip_on_photographs(flowers5: Path, engine: Engine) -> None:
     encoded = photographs(flowers5, 24)
     rng = np.random.default_rng(0)
     shorter, place, mirror = rng.integers(224, 481, 24), rng.random((24, 2)), rng.integers(0, 2, 24)
-    actual = run(encoded, View(224, "random"), shorter.tolist(), place, mirror.tolist())
+    actual = run(encoded, View(224, "random"), shorter.tolist(), place, mirror.tolist(), engine=engine)
     for i, data in enumerate(encoded):
         assert_same_pixels(actual[i], expected(data, 224, int(shorter[i]), tuple(place[i]), int(mirror[i])))
 
 
-def test_center_view_is_torchvisions_resize_and_center_crop_on_photographs(flowers5: Path) -> None:
+@both
+def test_center_view_is_torchvisions_resize_and_center_crop_on_photographs(flowers5: Path, engine: Engine) -> None:
     encoded = photographs(flowers5, 24)
-    actual = run(encoded, View(224), 256)
+    actual = run(encoded, View(224), 256, engine=engine)
     for i, data in enumerate(encoded):
         assert_same_pixels(actual[i], expected(data, 224, 256))
 
@@ -105,51 +109,59 @@ def test_center_crop_rounds_halves_as_torchvision_does(extra: int) -> None:
     assert_same_pixels(run([data], View(40), 40)[0], expected(data, 40, 40))
 
 
+@both
 @pytest.mark.parametrize(("width", "height"), [(40, 60), (97, 61), (300, 17), (17, 300), (1, 1), (41, 40)])
 @pytest.mark.parametrize("shorter", [32, 45])
-def test_odd_shapes(width: int, height: int, shorter: int) -> None:
+def test_odd_shapes(width: int, height: int, shorter: int, engine: Engine) -> None:
     data = jpeg(width, height)
     place = np.array([[0.999, 0.3]])
-    assert_same_pixels(run([data], View(32), shorter)[0], expected(data, 32, shorter))
-    assert_same_pixels(run([data], View(32, "random"), shorter, place)[0], expected(data, 32, shorter, (0.999, 0.3)))
+    assert_same_pixels(run([data], View(32), shorter, engine=engine)[0], expected(data, 32, shorter))
+    assert_same_pixels(
+        run([data], View(32, "random"), shorter, place, engine=engine)[0], expected(data, 32, shorter, (0.999, 0.3))
+    )
 
 
-def test_crop_reaches_both_edges_and_never_leaves_the_picture() -> None:
+@both
+def test_crop_reaches_both_edges_and_never_leaves_the_picture(engine: Engine) -> None:
     data = jpeg(64, 48)
     for u in (0.0, 1 - 2**-24, 1.0):
         place = np.full((1, 2), u)
-        assert_same_pixels(run([data], View(32, "random"), 48, place)[0], expected(data, 32, 48, (u, u)))
+        assert_same_pixels(run([data], View(32, "random"), 48, place, engine=engine)[0], expected(data, 32, 48, (u, u)))
 
 
-def test_without_resizing_the_stored_picture_is_cropped() -> None:
+@both
+def test_without_resizing_the_stored_picture_is_cropped(engine: Engine) -> None:
     data = jpeg(75, 60)
-    assert_same_pixels(run([data], View(56), None)[0], expected(data, 56, None), most=0)
+    assert_same_pixels(run([data], View(56), None, engine=engine)[0], expected(data, 56, None), most=0)
 
 
-def test_without_resizing_a_picture_smaller_than_the_crop_is_enlarged_to_it() -> None:
+@both
+def test_without_resizing_a_picture_smaller_than_the_crop_is_enlarged_to_it(engine: Engine) -> None:
     data = jpeg(50, 30)
-    assert_same_pixels(run([data], View(56), None)[0], expected(data, 56, 56))
+    assert_same_pixels(run([data], View(56), None, engine=engine)[0], expected(data, 56, 56))
 
 
-def test_shrinking_is_antialiased() -> None:
+@both
+def test_shrinking_is_antialiased(engine: Engine) -> None:
     board = np.indices((512, 512)).sum(0) % 2 * 255
     buffer = BytesIO()
     Image.fromarray(np.repeat(board[..., None], 3, 2).astype(np.uint8)).save(buffer, "PNG")
     for view in (View(224), View(224, "random")):
-        pixels = run([buffer.getvalue()], view, 256)[0, 4:-4, 4:-4]
+        pixels = run([buffer.getvalue()], view, 256, engine=engine)[0, 4:-4, 4:-4]
         assert abs(pixels.mean() - 127.5) < 1
         assert pixels.std() < 4  # a filter that only picks pixels gives 127
 
 
+@both
 @pytest.mark.filterwarnings("ignore:Palette images")  # by PIL
 @pytest.mark.parametrize("name", READABLE)
-def test_odd_files_come_out_as_upright_rgb(odd_images: Path, name: str) -> None:
+def test_odd_files_come_out_as_upright_rgb(odd_images: Path, name: str, engine: Engine) -> None:
     """In training and validation; test_stats.py has them in the statistics."""
     data, place = (odd_images / name).read_bytes(), (0.2, 0.7)
-    assert_same_pixels(run([data], View(64), 80)[0], expected(data, 64, 80), most=2)
+    assert_same_pixels(run([data], View(64), 80, engine=engine)[0], expected(data, 64, 80), most=2)
     stored = expected(data, 64, None if min(Image.open(BytesIO(data)).size) >= 64 else 64)
-    assert_same_pixels(run([data], View(64), None)[0], stored, most=2)
-    random = run([data], View(64, "random"), 80, np.array([place]), [1])[0]
+    assert_same_pixels(run([data], View(64), None, engine=engine)[0], stored, most=2)
+    random = run([data], View(64, "random"), 80, np.array([place]), [1], engine=engine)[0]
     assert_same_pixels(random, expected(data, 64, 80, place, 1), most=2)
 
 
@@ -162,45 +174,3 @@ def test_normalizing_in_the_graph_equals_normalizing_after_it() -> None:
     assert inside.dtype == torch.float16
     # values are below 4 in size, where float16 steps are at most 2**-9 wide
     torch.testing.assert_close(inside.permute(0, 3, 1, 2).float(), wanted, rtol=2**-10, atol=2**-11)
-
-
-def test_the_gpu_graph_decodes_mixed_and_works_on_the_gpu() -> None:
-    """Defined, not run, so that it needs no GPU."""
-    pipeline = graph._definition(
-        lambda: None,
-        View(224, "random"),
-        Engine("gpu", None, hw_decoder_load=0.8),
-        IMAGENET,
-        batch_size=4,
-        num_threads=1,
-        device_id=None,
-        prefetch_queue_depth=2,
-    )
-    assert len(pipeline.serialize()) > 1000
-    operators = [instance._op for instance in pipeline._ops]
-    devices = Counter((type(op).__name__, op.device) for op in operators)
-    assert devices["Image", "mixed"] == 1
-    assert devices["ResizeCropMirror", "gpu"] == 1
-    assert devices["CropMirrorNormalize", "gpu"] == 1
-    assert {device for (name, device) in devices if name in ("Resize", "Crop", "Flip", "Normalize")} == set()
-    # what is left on the CPU is arithmetic on shapes and the inputs
-    on_cpu = {name for name, device in devices if device == "cpu"}
-    assert not on_cpu & {"Image", "ResizeCropMirror", "CropMirrorNormalize"}
-
-
-def test_the_graph_is_the_same_for_both_devices_but_for_devices_and_normalization() -> None:
-    def names(engine: Engine, normalization: Normalization | None) -> list[str]:
-        pipeline = graph._definition(
-            lambda: None,
-            View(224, "random"),
-            engine,
-            normalization,
-            batch_size=4,
-            num_threads=1,
-            device_id=None,
-            prefetch_queue_depth=2,
-        )
-        pipeline.serialize()
-        return [type(instance._op).__name__ for instance in pipeline._ops]
-
-    assert names(Engine("gpu"), IMAGENET) == [*names(Engine("cpu"), None), "CropMirrorNormalize"]

@@ -43,7 +43,7 @@ def arrays(encoded: list[bytes]) -> list[Bytes]:
 
 def by_dali(encoded: list[bytes], request: Request, view: View) -> list[Bytes]:
     given = inputs(arrays(encoded), request)
-    (pictures,) = build_pipeline(lambda: given, view, Engine(prefetch=1), len(encoded)).run()
+    (pictures,) = build_pipeline(lambda: given, view, Engine(prefetch=1, decode="whole"), len(encoded)).run()
     return [np.array(pictures[i]) for i in range(len(encoded))]
 
 
