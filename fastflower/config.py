@@ -82,6 +82,9 @@ class DataConfig:
     """Standard deviation of R, G, B in [0, 1]; None = as for mean."""
     decoder: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes and augments; auto = on the GPU where there is one."""
+    decode: Literal["auto", "region", "whole"] = "auto"
+    """What of a picture is decoded: region = what its crop needs, with the same pixels on a CPU; whole = all of it;
+    auto = the region on a CPU, all of it on a GPU, where the region has not been measured yet."""
     threads: PositiveInt | None = None
     """CPU threads per process that decode and augment; None = the machine's cores shared by its processes."""
     cache: Literal["off", "ram", "gpu", "auto"] = "off"

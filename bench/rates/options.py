@@ -52,6 +52,8 @@ class Pictures(Common):
     scale: tuple[int, int] | None = None
     """Range of the shorter side before the crop in training (pixels); None = the run's, or 256 480, or 64 96 of the
     built-in ones."""
+    decode: Literal["auto", "region", "whole"] | None = None
+    """What of a picture is decoded, as data.decode; None = the run's, or auto."""
     threads: int | None = None
     """CPU threads of each process that decode and augment; None = the machine's cores shared by its processes."""
 
@@ -155,7 +157,9 @@ def configure(command: Command, world_size: int) -> list[Config]:
         UserError: no such run, or settings that do not fit each other.
     """
     options = vars(command)
-    data = {key: options.get(key) for key in ("root", "sizes", "crop", "scale", "threads", "cache", "val_resize")}
+    data = {
+        key: options.get(key) for key in ("root", "sizes", "crop", "scale", "decode", "threads", "cache", "val_resize")
+    }
     if isinstance(command, ModelCommand):
         data["crop"] = command.size
     if isinstance(command, LoaderCommand):
@@ -194,7 +198,7 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 def settled(command: C, config: Config, dtype: str) -> C:
     """The command with what its options left to the run or to defaults, so that results tell what was measured."""
     data = config.data
-    taken = {key: getattr(data, key) for key in ("root", "sizes", "crop", "scale", "cache", "val_resize")}
+    taken = {key: getattr(data, key) for key in ("root", "sizes", "crop", "scale", "decode", "cache", "val_resize")}
     taken |= {"size": data.crop, "models": (config.model.name,), "norm": config.model.norm, "dtype": dtype}
     open_ = {key: value for key, value in vars(command).items() if key in taken and value in (None, ())}
     return replace(command, **{key: taken[key] for key in open_})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -34,9 +35,12 @@ def choose_engine(data: DataConfig, device: torch.device, ranks: Ranks) -> Engin
     if data.decoder == "gpu" and not gpu:
         raise UserError("data.decoder is gpu, but the network does not run on a GPU that DALI finds: give auto or cpu.")
     on_gpu = gpu and data.decoder != "cpu"
+    # On a GPU a region is another way through nvJPEG and its hardware, of which nothing was measured yet.
+    decode: Literal["region", "whole"] = "whole" if on_gpu else "region"
     return Engine(
         device="gpu" if on_gpu else "cpu",
         device_id=device.index if on_gpu else None,
+        decode=decode if data.decode == "auto" else data.decode,
         threads=data.threads or max(1, machine.cpus() // ranks.local_world_size),
         prefetch=data.prefetch,
         hw_decoder_load=data.hw_decoder_load,

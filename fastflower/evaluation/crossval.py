@@ -49,7 +49,7 @@ METRICS = ("loss", "accuracy", "top5", "macro_f1")
 # that turn out to be bad, and are left out from there on.
 HARMLESS = (
     "data.skip",
-    *("device", "data.decoder", "data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load"),
+    *("device", "data.decoder", "data.decode", "data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load"),
     *("train.compile", "train.compile_mode", "train.log_every", "train.profile"),
 )
 

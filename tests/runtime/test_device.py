@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from nvidia.dali import backend
 
 from fastflower.config import DataConfig
 from fastflower.data.batches import choose_engine
@@ -48,6 +49,15 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("cpu", 1) == CPU
     with pytest.raises(UserError, match="process 2 of this machine finds 2 GPUs"):
         choose_device("auto", 2)
+
+
+def test_regions_are_decoded_on_a_cpu_and_all_on_a_gpu_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "GetCUDADeviceCount", lambda: 1)
+    for device, decoder, auto in ((CPU, "auto", "region"), (GPU, "auto", "whole"), (GPU, "cpu", "region")):
+        for setting, wanted in (("auto", auto), ("region", "region"), ("whole", "whole")):
+            engine = choose_engine(DataConfig(decoder=decoder, decode=setting), device, Ranks())  # type: ignore[arg-type]
+            assert engine.decode == wanted
+            assert engine.device == ("gpu" if device == GPU and decoder == "auto" else "cpu")
 
 
 def test_the_decoder_shares_the_machine_and_refuses_a_gpu_that_is_not_there() -> None:
