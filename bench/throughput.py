@@ -19,6 +19,7 @@ a multiply-add, a backward pass as twice the forward pass. Under torchrun images
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -66,6 +67,7 @@ from fastflower.runtime.device import choose_device, choose_precision
 from fastflower.runtime.distributed import processes
 from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.progress import Display
+from fastflower.runtime.repeatable import repeatable
 from fastflower.training.state import Setup, State
 
 Row = dict[str, Any]
@@ -239,9 +241,10 @@ def run_mode(command: Command, console: Console) -> int:
     check(command)
     device = choose_device("auto", local_rank())
     torch.backends.cudnn.benchmark = True  # as in training
-    with processes(device) as ranks:
+    with processes(device) as ranks, contextlib.ExitStack() as stack:
         configs = configure(command, ranks.world_size)
         config = configs[0]
+        stack.enter_context(repeatable(config.train.deterministic))
         if not isinstance(command, ModelCommand):
             display = Display(Console(stderr=True), shown=ranks.is_main)
             config = replace(config, data=with_folders(config.data, ranks, display))

@@ -90,11 +90,14 @@ class DataConfig:
     cache: Literal["off", "ram", "gpu", "auto"] = "off"
     """Decode each picture once, before the first epoch, and keep its pixels: ram = in host memory, which a machine's
     processes share; gpu = in each GPU's; auto = the GPU's if half of what is free there takes them, else the host's.
-    What does not fit is decoded anew each epoch. The batches are the same."""
+    What does not fit is decoded anew each epoch. The batches are the same; on a GPU with a hardware decoder they are
+    with data.hw_decoder_load 0, and else up to the levels by which the two decoders differ."""
     prefetch: PositiveInt = 2
     """Batches that DALI keeps in work, and as many finished ones that wait for the training step."""
-    hw_decoder_load: Share = 0.65
-    """Share of the JPEGs given to the hardware decoder of GPUs that have one (A100, H100 and later)."""
+    hw_decoder_load: Share | None = None
+    """Share of the JPEGs given to the hardware decoder of GPUs that have one (A100, H100 and later), whose levels may
+    differ from the other decoder's by one; a picture's place in its batch says which it is given to. None = 0.65, or 0
+    with train.deterministic, which needs 0."""
 
     def absolute(self) -> DataConfig:
         """The same folders and files from wherever the run is resumed or evaluated."""
@@ -182,6 +185,10 @@ class TrainConfig:
     """End when the best figure has not improved for so many epochs; None = never."""
     max_steps: PositiveInt | None = None
     """End, and save, after so many optimizer steps; None = after the epochs."""
+    deterministic: bool = False
+    """Compute the same bits each time, on the same kind and number of devices with the same versions, at a cost in
+    speed: only by algorithms that add in one order, none chosen by trying, and without the hardware JPEG decoder. On a
+    CPU runs are so in any case."""
     profile: bool = False
     """Record some steps of the first epoch with torch's profiler: trace.json in the run folder, and a list of the ten
     heaviest operations."""
@@ -218,8 +225,10 @@ class Config:
 
 
 def resolve(config: Config) -> Config:
-    """The configuration with the learning rate that train.lr None stands for."""
-    if config.train.lr is not None:
-        return config
-    lr = 0.01 if config.model.pretrained else find_network(config.model.name).lr
-    return replace(config, train=replace(config.train, lr=lr))
+    """The configuration with the values that None stands for where they follow from other settings."""
+    data, train = config.data, config.train
+    if train.lr is None:
+        train = replace(train, lr=0.01 if config.model.pretrained else find_network(config.model.name).lr)
+    if train.deterministic and data.hw_decoder_load is None:
+        data = replace(data, hw_decoder_load=0.0)
+    return replace(config, data=data, train=train)

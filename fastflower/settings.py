@@ -170,6 +170,10 @@ def _check_together(config: Config, source: str) -> None:
         f"data.fold is {data.fold}, not below data.folds ({data.folds}): the first fold is 0, lower it": (
             data.folds is not None and data.fold >= data.folds
         ),
+        f"data.hw_decoder_load is {data.hw_decoder_load}, but train.deterministic needs 0, or a picture's place "
+        "in its batch says by which decoder its pixels are made: give data.hw_decoder_load 0": (
+            train.deterministic and bool(data.hw_decoder_load)
+        ),
         "train.nesterov needs a train.momentum above 0": train.nesterov and train.momentum == 0,
     }
     for problem, holds in problems.items():

@@ -71,6 +71,16 @@ def test_the_rate_without_one_given_depends_on_pretrained_weights() -> None:
     assert settings("--data.root", "x", "--model.pretrained", "w.pth", "--train.lr", 0.3).train.lr == 0.3
 
 
+def test_a_deterministic_run_leaves_the_hardware_decoder_alone(tmp_path: Path) -> None:
+    assert settings("--data.root", "x").data.hw_decoder_load is None
+    for given in ((), ("--data.hw_decoder_load", 0)):
+        assert settings("--data.root", "x", "--train.deterministic", *given).data.hw_decoder_load == 0
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {deterministic: true}")
+    assert settings("--config", file).data.hw_decoder_load == 0
+    assert settings("--config", file, "--train.no_deterministic").data.hw_decoder_load is None
+
+
 def test_help_names_every_configuration_that_ships() -> None:
     shown = fastflower("train", "--help").out
     assert [file.stem for file in CONFIGS if file.stem not in shown] == []
@@ -139,6 +149,12 @@ def test_amp_is_a_flag_with_its_opposite(tmp_path: Path) -> None:
         ("data: {mean: [0.5, 0.5, 0.5]}", "data.mean and data.std go together"),
         ("data: {mean: [0, 0, 0], std: [1, 1, 0]}", "each value must be above 0"),
         ("train: {schedule: cosine, epochs: 2, warmup_epochs: 2}", "train.warmup_epochs is 2, not below train.epochs"),
+        (
+            "{train: {deterministic: true}, data: {hw_decoder_load: 0.9}}",
+            "data.hw_decoder_load is 0.9, but train.determ",
+        ),
+        ("data: {hw_decoder_load: 1.1}", "data.hw_decoder_load is 1.1: "),
+        ("data: {decode: half}", "data.decode is 'half': "),
         ("- a list", "holds no settings"),
         ("a: [", "is not YAML"),
     ],

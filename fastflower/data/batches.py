@@ -43,7 +43,7 @@ def choose_engine(data: DataConfig, device: torch.device, ranks: Ranks) -> Engin
         decode=decode if data.decode == "auto" else data.decode,
         threads=data.threads or max(1, machine.cpus() // ranks.local_world_size),
         prefetch=data.prefetch,
-        hw_decoder_load=data.hw_decoder_load,
+        hw_decoder_load=Engine.hw_decoder_load if data.hw_decoder_load is None else data.hw_decoder_load,
     )
 
 

@@ -38,6 +38,7 @@ from fastflower.runtime.distributed import Ranks, processes
 from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.lock import own_folder
 from fastflower.runtime.progress import Display
+from fastflower.runtime.repeatable import repeatable
 from fastflower.runtime.run_folder import RunFolder, changes
 from fastflower.runtime.signals import Signals, Stopped
 from fastflower.training.metrics import Evaluation
@@ -50,7 +51,7 @@ METRICS = ("loss", "accuracy", "top5", "macro_f1")
 HARMLESS = (
     "data.skip",
     *("device", "data.decoder", "data.decode", "data.threads", "data.prefetch", "data.cache", "data.hw_decoder_load"),
-    *("train.compile", "train.compile_mode", "train.log_every", "train.profile"),
+    *("train.compile", "train.compile_mode", "train.deterministic", "train.log_every", "train.profile"),
 )
 
 
@@ -118,7 +119,11 @@ def cross_validate(
     """
     config, settings, test = resolve(config), EvaluationSettings(views=views), test or submission is not None
     device = choose_device(config.device, local_rank())
-    with processes(device) as ranks, own_folder(run, name, ranks) as whole:
+    with (
+        repeatable(config.train.deterministic),
+        processes(device) as ranks,
+        own_folder(run, name, ranks) as whole,
+    ):
         display = Display(console, shown=ranks.is_main)
         config = replace(config, data=with_folders(config.data, ranks, display))
         with ranks.main_first():

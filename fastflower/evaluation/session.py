@@ -25,6 +25,7 @@ from fastflower.runtime.device import choose_device, choose_precision
 from fastflower.runtime.distributed import Ranks, processes
 from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.progress import Display
+from fastflower.runtime.repeatable import repeatable
 from fastflower.runtime.signals import Signals
 
 SHOWN = 5  # ids that are there twice, on screen
@@ -62,6 +63,7 @@ def open_session(trained: Trained, settings: EvaluationSettings, console: Consol
     choice = trained.config.device if settings.device == "run" else settings.device
     device = choose_device(choice, local_rank())
     with (
+        repeatable(trained.config.train.deterministic),
         processes(device) as ranks,
         Signals() as signals,
         Display(console, shown=ranks.is_main) as display,

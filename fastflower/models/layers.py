@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -75,6 +76,24 @@ class BNReLU(nn.BatchNorm2d):
         return (output, output) if self.fork else output
 
 
+class AveragePool(nn.AdaptiveAvgPool2d):
+    """To a square of fixed size; by parts on a GPU where torch is to be deterministic, as its own gradient is not."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """[N, C, H, W] to [N, C, output_size, output_size]."""
+        if input.is_cuda and torch.are_deterministic_algorithms_enabled():
+            side = cast(int, self.output_size)
+            return pooled_by_parts(pooled_by_parts(input, 2, side), 3, side)
+        return super().forward(input)
+
+
+def pooled_by_parts(x: torch.Tensor, dim: int, count: int) -> torch.Tensor:
+    """A dimension averaged to `count` values, as adaptive average pooling divides it: parts may overlap."""
+    size = x.shape[dim]
+    places = [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+    return torch.stack([x.narrow(dim, start, end - start).mean(dim) for start, end in places], dim)
+
+
 class Classic(nn.Module):
     """Convolutions, average pooling to a fixed size, and fully connected layers: AlexNet and VGG.
 
@@ -90,7 +109,7 @@ class Classic(nn.Module):
             classifier: [N, C * pooled * pooled] to logits.
         """
         super().__init__()
-        self.features, self.avgpool, self.classifier = features, nn.AdaptiveAvgPool2d(pooled), classifier
+        self.features, self.avgpool, self.classifier = features, AveragePool(pooled), classifier
         for layer in [*features, *classifier[:-1]]:
             if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
                 # He et al. 2015, "Delving Deep into Rectifiers", eq. 10: the activations keep their size, which no

@@ -29,8 +29,8 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> No
         UserError: a record is bad, the loss or a weight is not finite, or a file cannot be written. Checkpoints that
             were written before stay as they are.
     """
-    torch.backends.cudnn.benchmark = True  # shapes do not change, so trying algorithms once pays
     config = setup.config.train
+    torch.backends.cudnn.benchmark = not config.deterministic  # shapes do not change, so trying algorithms once pays
     network, validated = training_network(setup, state), compiled(setup, state.validated)
     with setup.ranks.together(), folder.writing():
         log = RunLog(folder, state.epoch) if setup.ranks.is_main else None

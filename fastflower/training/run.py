@@ -16,6 +16,7 @@ from fastflower.runtime.distributed import Ranks, processes
 from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.lock import own_folder
 from fastflower.runtime.progress import Display
+from fastflower.runtime.repeatable import repeatable
 from fastflower.runtime.run_folder import RunFolder
 from fastflower.runtime.signals import Stopped
 from fastflower.training.dry_run import rehearse
@@ -34,7 +35,11 @@ def dry_run(config: Config, console: Console) -> None:
     """
     config = resolve(config)
     device = choose_device(config.device, local_rank())
-    with processes(device) as ranks, Display(console, shown=ranks.is_main) as display:
+    with (
+        repeatable(config.train.deterministic),
+        processes(device) as ranks,
+        Display(console, shown=ranks.is_main) as display,
+    ):
         rehearse(*prepare(config, device, ranks, display), display)
 
 
@@ -61,7 +66,7 @@ def train_run(
     config = resolve(config)
     device = choose_device(config.device, local_rank())
     given = checkpoint.parents[1] if checkpoint else run
-    with processes(device) as ranks, own_folder(given, name, ranks) as folder:
+    with repeatable(config.train.deterministic), processes(device) as ranks, own_folder(given, name, ranks) as folder:
         with ranks.together():
             if ranks.is_main and folder.exists and not (checkpoint or overwrite):
                 content = "a run" if folder.checkpoint else "a run, but none of its checkpoints"

@@ -184,6 +184,7 @@ def test_an_undisturbed_epochs_times_are_the_middles_of_its_steps(begin: Callabl
         "--data.threads 3 --data.prefetch 1",
         "--data.cache ram",
         "--data.decode whole",
+        "--train.deterministic",
         "--train.log_every 1",
         "--train.best macro_f1 --train.early_stop 9",
         pytest.param("--train.compile on", marks=pytest.mark.slow),
