@@ -90,8 +90,8 @@ class DataConfig:
     cache: Literal["off", "ram", "gpu", "auto"] = "off"
     """Decode each picture once, before the first epoch, and keep its pixels: ram = in host memory, which a machine's
     processes share; gpu = in each GPU's; auto = the GPU's if half of what is free there takes them, else the host's.
-    What does not fit is decoded anew each epoch. The batches are the same; on a GPU bit for bit where whole pictures are
-    decoded (data.decode) and the hardware decoder is left out (data.hw_decoder_load 0)."""
+    What does not fit is decoded anew each epoch. The batches are the same; on a GPU bit for bit if whole pictures are
+    decoded (data.decode) and not by the hardware decoder (data.hw_decoder_load 0)."""
     prefetch: PositiveInt = 2
     """Batches that DALI keeps in work, and as many finished ones that wait for the training step."""
     hw_decoder_load: Share | None = None
