@@ -127,8 +127,8 @@ def _decoder(source: Source, view: View, engine: Engine) -> tuple[DataNode, Data
 def _inputs(source: Source, decoded: Literal["cpu", "gpu"] | None) -> Sequence[DataNode]:
     """The source's four outputs. Pixels in host memory are not copied.
 
-    Those on a GPU come apart from the numbers, which stay on the host. DALI copies them there, on torch's current
-    stream, into one piece: memory it takes as it is only if pictures lie one behind another in all batches.
+    Those on a GPU come apart from the numbers, which stay on the host. DALI copies them within the GPU's memory into
+    one piece, on torch's current stream; it takes memory as it is only where all batches lie in one piece already.
     """
     if decoded is None:
         return fn.external_source(source=source, num_outputs=4, batch=True)
@@ -140,12 +140,12 @@ def _inputs(source: Source, decoded: Literal["cpu", "gpu"] | None) -> Sequence[D
 
 
 def in_two(source: Source) -> tuple[Callable[[], Images], Callable[[], Numbers]]:
-    """A source as two, of its images and of its numbers, which end with it.
+    """A source as two, of its images and of its numbers, which both end where it does.
 
-    Of a pipeline with several sources DALI asks each once a batch, in no certain order, and all of them also where one
-    has ended: only then has the batch been asked for, and the next to be asked is that of another epoch.
+    DALI asks all sources of a pipeline once a batch, in no certain order, and the second one also where the first has
+    ended. So whichever comes first asks the given source, and keeps the other half, or the end, for the other one.
     """
-    images: deque[Images | None] = deque()  # asked for by the other; None: at the end
+    images: deque[Images | None] = deque()  # kept for the one that asks second; None: the end
     numbers: deque[Numbers | None] = deque()
 
     def ask() -> None:
