@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nvidia.dali import fn
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 
@@ -113,6 +114,29 @@ def test_every_graph_is_defined_and_works_on_the_gpu(
     assert at_work == wanted
     assert ("PeekImageShape" in names) == (region and not decoded)
     assert (("ExternalSource", "gpu") in devices) == (decoded == "gpu")
+
+
+@pytest.mark.filterwarnings("ignore:The external source node")
+@pytest.mark.parametrize("load", [0, 0.25, 1])
+@pytest.mark.parametrize("decode", ["region", "whole"])
+def test_decoders_on_the_gpu_share_work_as_asked_and_make_chroma_as_those_of_a_cpu(
+    decode: Any, load: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def noting(operator: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*given: Any, **options: Any) -> Any:
+            asked.append(options)
+            return operator(*given, **options)
+
+        return noted
+
+    for name in ("image", "image_slice"):
+        monkeypatch.setattr(fn.decoders, name, noting(getattr(fn.decoders, name)))
+    operators(View(224, "random"), Engine("gpu", None, decode=decode, hw_decoder_load=load))
+    (options,) = asked
+    wanted = {"device": "mixed", "hw_decoder_load": load, "jpeg_fancy_upsampling": True}
+    assert {name: options[name] for name in wanted} == wanted
 
 
 @pytest.mark.filterwarnings("ignore:The external source node")
