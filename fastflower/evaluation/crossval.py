@@ -120,8 +120,8 @@ def cross_validate(
     config, settings, test = resolve(config), EvaluationSettings(views=views), test or submission is not None
     device = choose_device(config.device, local_rank())
     with (
-        repeatable(config.train.deterministic),
         processes(device) as ranks,
+        repeatable(config.train.deterministic),
         own_folder(run, name, ranks) as whole,
     ):
         display = Display(console, shown=ranks.is_main)

@@ -63,8 +63,8 @@ def open_session(trained: Trained, settings: EvaluationSettings, console: Consol
     choice = trained.config.device if settings.device == "run" else settings.device
     device = choose_device(choice, local_rank())
     with (
-        repeatable(trained.config.train.deterministic),
         processes(device) as ranks,
+        repeatable(trained.config.train.deterministic),
         Signals() as signals,
         Display(console, shown=ranks.is_main) as display,
     ):

@@ -36,8 +36,8 @@ def dry_run(config: Config, console: Console) -> None:
     config = resolve(config)
     device = choose_device(config.device, local_rank())
     with (
-        repeatable(config.train.deterministic),
         processes(device) as ranks,
+        repeatable(config.train.deterministic),
         Display(console, shown=ranks.is_main) as display,
     ):
         rehearse(*prepare(config, device, ranks, display), display)
@@ -66,7 +66,7 @@ def train_run(
     config = resolve(config)
     device = choose_device(config.device, local_rank())
     given = checkpoint.parents[1] if checkpoint else run
-    with repeatable(config.train.deterministic), processes(device) as ranks, own_folder(given, name, ranks) as folder:
+    with processes(device) as ranks, repeatable(config.train.deterministic), own_folder(given, name, ranks) as folder:
         with ranks.together():
             if ranks.is_main and folder.exists and not (checkpoint or overwrite):
                 content = "a run" if folder.checkpoint else "a run, but none of its checkpoints"
