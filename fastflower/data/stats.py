@@ -37,8 +37,8 @@ def pixel_statistics(records: Records, engine: Engine) -> PixelStatistics:
     Raises:
         UserError: a record cannot be decoded; names file and record. Or a channel never varies.
     """
-    # decoders differ by a level, with their version, on a GPU and in its hardware
-    code = code_digest(__file__, decoding.__file__) + dali.__version__ + engine.decoder
+    # decoders differ by a level, with their version and on a GPU
+    code = code_digest(__file__, decoding.__file__) + dali.__version__ + engine.device
     cached = cache_dir() / "statistics" / f"{fingerprint(records, code)}.json"
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         kept = json.loads(cached.read_text())

@@ -48,8 +48,3 @@ class Engine:
     threads: int = 2
     prefetch: int = 2  # batches that DALI keeps in work, and as many finished ones that wait for the consumer
     hw_decoder_load: float = 0.65  # share of the pictures for the hardware JPEG decoder, on GPUs that have one
-
-    @property
-    def decoder(self) -> str:
-        """Tells apart by what whole pictures are decoded, where the levels may differ."""
-        return self.device if self.device == "cpu" else f"{self.device}, {self.hw_decoder_load:g} in hardware"
