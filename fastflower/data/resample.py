@@ -9,28 +9,23 @@ those pixels differ from PIL's by 0.1 to 0.6 levels on average, and by 16 at mos
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from fastflower.arrays import Bytes, Ints, Singles
+from fastflower.data.compiled import compiled, is_tested
 from fastflower.data.geometry import frames
 from fastflower.data.memory import Memory
 from fastflower.data.sampler import Request
 from fastflower.data.view import Normalization, View
-from fastflower.files import cache_dir, is_writable
 
-# Numba's first and last versions for which our vector code is used: with 0.60.0, 0.62.1, 0.65.0 and 0.68.1 it gave what
-# the plain loop gives, to the bit (2026-11-30). Others may build other code of it, or none.
-TESTED = ((0, 60), (0, 68))
 AT_ONCE = 8  # pictures of a task for a thread: few enough to spread a batch, and so many that tasks cost nothing
 
 
@@ -89,28 +84,7 @@ class Resampler:
             yield images, alike
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Compile a function when it is first called; the code is kept where NUMBA_CACHE_DIR says, else in the user's cache
-    folder, or not at all where that cannot be written.
-    """
-
-    def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-        settings: Any = numba.config
-        named = settings.CACHE_DIR
-        folder = Path(named or cache_dir() / "numba")
-        settings.CACHE_DIR = str(folder)
-        try:
-            code: Callable[..., Any] = njit(nogil=True, cache=is_writable(folder), **options)(function)
-        except RuntimeError:  # it could not be written after all
-            code = njit(nogil=True, **options)(function)
-        finally:
-            settings.CACHE_DIR = named  # since it is for all that this process compiles
-        return code
-
-    return compiled
-
-
-@_compiled()
+@compiled()
 def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignore[no-untyped-def]
     """Write a part of a resized picture.
 
@@ -163,7 +137,7 @@ def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignor
 # Rows are passed as arrays and numbers: a view for each would be counted, at a tenth of the time.
 
 
-@_compiled()
+@compiled()
 def _mix_rows(rows, first, weights, row, line):  # type: ignore[no-untyped-def]
     """Sum of rows from the first on by a row of weights, into `line`; two at once, which halves the passes over it."""
     last = len(rows) - 1
@@ -178,7 +152,7 @@ def _mix_rows(rows, first, weights, row, line):  # type: ignore[no-untyped-def]
                 line[0, i] = line[0, i] + a * rows[one, i] + b * rows[other, i]
 
 
-@_compiled()
+@compiled()
 def resize_row(line, first, weights, resized, row):  # type: ignore[no-untyped-def]
     """Row `row` of `resized`: of each column the weighted sum of pixels of `line` from its first on.
 
@@ -196,7 +170,7 @@ def resize_row(line, first, weights, resized, row):  # type: ignore[no-untyped-d
             resized[row, 3 * column + channel] = total
 
 
-@_compiled()
+@compiled()
 def resize_row_by_vectors(line, first, weights, resized, row):  # type: ignore[no-untyped-def]
     """The same, to the bit, in instructions on whole pixels."""
     for column in range(len(first)):
@@ -248,23 +222,17 @@ def _sum_pixels(typing, line, first, weights, resized, row, column):  # type: ig
     return types.void(line, first, weights, resized, row, column), code
 
 
-def has_vectors(version: str) -> bool:
-    """Whether `resize_row_by_vectors` was tested with a version of Numba."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    return numbers is not None and TESTED[0] <= (int(numbers[1]), int(numbers[2])) <= TESTED[1]
+_resize_row = resize_row_by_vectors if is_tested(numba.__version__) else resize_row
 
 
-_resize_row = resize_row_by_vectors if has_vectors(numba.__version__) else resize_row
-
-
-@_compiled(error_model="numpy")  # Python's looks for zeros, one by one
+@compiled(error_model="numpy")  # Python's looks for zeros, one by one
 def _normalize(resized, means, stds, levels, row):  # type: ignore[no-untyped-def]
     """Row `row` of `levels`: those of `resized`, rounded, less their means, by their deviations."""
     for i in range(len(means)):
         levels[row, i] = (np.float32(np.int32(resized[0, i] + np.float32(0.5))) - means[i]) / stds[i]
 
 
-@_compiled(error_model="numpy")
+@compiled(error_model="numpy")
 def _taps(size, resized, start, count):  # type: ignore[no-untyped-def]
     """What `count` pixels from `start` on, of an axis that is resized from `size` pixels, are made of.
 

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from fastflower.arrays import Bytes
 from fastflower.data import resample
+from fastflower.data.compiled import compiled, is_tested
 from fastflower.data.geometry import Frame
-from fastflower.data.resample import _compiled, _taps, has_vectors, resize_row, resize_row_by_vectors
+from fastflower.data.resample import _taps, resize_row, resize_row_by_vectors
 from tests.conftest import ROOT
 from tests.data.test_resample import resize
 
@@ -61,7 +62,7 @@ def test_vectors_are_the_plain_loop_to_the_bit(size: int, resized: int, part: tu
     ],
 )
 def test_vectors_are_for_versions_of_numba_that_they_were_tested_with(version: str, has: bool) -> None:
-    assert has_vectors(version) == has
+    assert is_tested(version) == has
 
 
 def some_pictures() -> list[Bytes]:
@@ -80,11 +81,12 @@ NOWHERE = {"FASTFLOWER_CACHE": "/dev/null/cache", "NUMBA_CACHE_DIR": "/dev/null/
 
 def test_another_version_of_numba_gets_the_plain_loop_and_the_same_pictures(tmp_path: Path) -> None:
     """Where its code cannot be kept: compiled anew in each process."""
-    assert has_vectors(numba.__version__), "then this test sees one of them only"
+    assert is_tested(numba.__version__), "then this test sees one of them only"
     code = f"""
 import numba
 numba.__version__ = "99.0.0"
 from fastflower.data import resample
+from fastflower.data.compiled import compiled, is_tested
 assert resample._resize_row is resample.resize_row
 import numpy as np
 from tests.data.test_resample_code import some_pictures
@@ -118,7 +120,7 @@ def test_its_code_is_kept_in_the_cache_folder(tmp_path: Path, monkeypatch: pytes
     for named in ("", str(tmp_path / "named")):
         monkeypatch.setattr("numba.core.config.CACHE_DIR", named)
         monkeypatch.setenv("FASTFLOWER_CACHE", str(tmp_path / "cache"))
-        assert _compiled()(twice)(3) == 6
+        assert compiled()(twice)(3) == 6
         assert vars(numba.core.config)["CACHE_DIR"] == named, "of all others, where it was"
     assert files(tmp_path / "cache" / "numba") == files(tmp_path / "named") == 2  # an index and the code
     monkeypatch.setattr("numba.core.config.CACHE_DIR", "")
@@ -126,5 +128,5 @@ def test_its_code_is_kept_in_the_cache_folder(tmp_path: Path, monkeypatch: pytes
         shutil.rmtree(place)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FASTFLOWER_CACHE", str(tmp_path / "file"))
-    assert _compiled(error_model="numpy")(twice)(3) == 6
+    assert compiled(error_model="numpy")(twice)(3) == 6
     assert not list(tmp_path.rglob("*.nb*"))
