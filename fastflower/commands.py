@@ -234,10 +234,14 @@ def _stats(command: StatsCommand) -> int:
     from fastflower.data.splits import load_pictures
     from fastflower.data.stats import pixel_statistics
     from fastflower.data.view import Engine
+    from fastflower.runtime.progress import Display
 
     data = DataConfig(root=command.root, sizes=command.sizes)
     records = load_pictures(data, command.split.split("+"), seed=0)
-    statistics = pixel_statistics(records, Engine(threads=machine.cpus()))
+    with Display(Console(stderr=True), shown=True) as display:
+        statistics = pixel_statistics(
+            records, Engine(threads=machine.cpus()), progress=display.follow("measure pixels")
+        )
     mean, std = statistics.normalization.mean, statistics.normalization.std
     settings = {"data": {"mean": list(mean), "std": list(std)}}
     print(yaml.safe_dump(settings, default_flow_style=None, width=120), end="")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Literal
 
 import numpy as np
@@ -18,7 +19,7 @@ from fastflower.data.dataset import Dataset, look_over, open_dataset
 from fastflower.data.loader import Batch, Loader, Loading
 from fastflower.data.records import Records
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
-from fastflower.data.stats import pixel_statistics
+from fastflower.data.stats import PixelStatistics, pixel_statistics
 from fastflower.data.view import Engine, Normalization, View
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
@@ -48,15 +49,15 @@ def choose_engine(data: DataConfig, device: torch.device, ranks: Ranks) -> Engin
 
 
 def choose_normalization(
-    data: DataConfig, train: Records, engine: Engine, inherited: Normalization | None
+    data: DataConfig, inherited: Normalization | None, measured: Callable[[], PixelStatistics]
 ) -> Normalization:
     """The given constants, else those that belong to the weights to start from, else the training split's own."""
     if data.mean and data.std:
         return Normalization(data.mean, data.std)
-    return inherited or pixel_statistics(train, engine).normalization
+    return inherited or measured().normalization
 
 
-def choose_lighting(data: DataConfig, train: Records, engine: Engine) -> Floats | None:
+def choose_lighting(data: DataConfig, measured: Callable[[], PixelStatistics]) -> Floats | None:
     """Directions of the color shift for `fastflower.data.sampler.training_requests`: [3, 3], or None where it is off.
 
     They are the principal components of the training pixels, each times its eigenvalue and data.lighting (Krizhevsky et
@@ -64,7 +65,7 @@ def choose_lighting(data: DataConfig, train: Records, engine: Engine) -> Floats 
     """
     if not data.lighting:
         return None
-    variance, directions = np.linalg.eigh(pixel_statistics(train, engine).covariance)
+    variance, directions = np.linalg.eigh(measured().covariance)
     # an eigenvector is known up to its sign, which must not depend on the library that found it
     directions *= np.sign(directions[np.abs(directions).argmax(axis=0), np.arange(3)])
     axes: Floats = data.lighting * directions * np.maximum(variance, 0)
@@ -201,8 +202,9 @@ def open_batches(
         for note in notes:
             display.say(note)
         engine = choose_engine(data, device, ranks)
-        normalization = choose_normalization(data, dataset.train, engine, inherited)
-        lighting = choose_lighting(data, dataset.train, engine)
+    measured = cache(partial(pixel_statistics, dataset.train, engine, ranks, display.follow("measure pixels")))
+    normalization = choose_normalization(data, inherited, measured)
+    lighting = choose_lighting(data, measured)
     loading = Loading(normalization, engine, device, ranks)
     splits = [records for records in (dataset.train, dataset.val) if records]
     decoded = open_cache(data.cache, splits, engine, ranks, display.say, display.follow)

@@ -162,7 +162,15 @@ class ShapeDecoder:
 def decoded_pictures(
     records: Records, indices: Ints, engine: Engine, finish: Callable[[DataNode], DataNode]
 ) -> Iterator[tuple[int, Bytes | torch.Tensor]]:
-    """The records at `indices` ([n] int64), in that order.
+    """The records at `indices`, in that order, each with its number; see `decoded_batches`."""
+    for batch, pictures in decoded_batches(records, indices, engine, finish):
+        yield from zip(batch.tolist(), pictures, strict=True)
+
+
+def decoded_batches(
+    records: Records, indices: Ints, engine: Engine, finish: Callable[[DataNode], DataNode]
+) -> Iterator[tuple[Ints, list[Bytes | torch.Tensor]]]:
+    """The records at `indices` ([n] int64), in that order, BATCH at once.
 
     Args:
         records: of a split.
@@ -171,7 +179,7 @@ def decoded_pictures(
         finish: the rest of the DALI graph, from decoded pictures, uint8 RGB [H, W, 3] in the engine's memory, on.
 
     Yields:
-        A record's number and what `finish` makes of it, in host memory or on the GPU; valid until the next batch.
+        Records' numbers and what `finish` makes of each, in host memory or on the GPU; valid until the next batch.
 
     Raises:
         UserError: a record cannot be read or decoded; names file and record.
@@ -200,8 +208,7 @@ def decoded_pictures(
         except RuntimeError as error:
             raise first_undecodable(records, batch) or error from error
         on_gpu = isinstance(pictures, TensorListGPU)
-        for i, index in enumerate(batch.tolist()):
-            yield index, from_dlpack(pictures[i]) if on_gpu else np.asarray(pictures[i])
+        yield batch, [from_dlpack(pictures[i]) if on_gpu else np.asarray(pictures[i]) for i in range(len(batch))]
         if on_gpu:  # DALI uses the memory of its pictures again when we drop them
             torch.cuda.synchronize(engine.device_id)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -272,7 +273,8 @@ def test_normalization_is_that_of_the_folds_training_part(small: Path) -> None:
     for fold in range(2):
         data = DataConfig(root=(small,), folds=2, fold=fold)
         dataset = open_dataset(data, 0)
-        normalizations.append(choose_normalization(data, dataset.train, Engine(), None))
+        measured = partial(pixel_statistics, dataset.train, Engine())
+        normalizations.append(choose_normalization(data, None, measured))
         pool = load_pool(data)
         records = join(pool, class_list(pool))
         trains = records.select(assign_folds(records, 2, seed=0) != fold)
