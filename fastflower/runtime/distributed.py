@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
+import stat
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -32,6 +34,14 @@ T = TypeVar("T")
 _END, _GO, _STOP, _FAILED = range(4)
 SAID_WITHIN = timedelta(seconds=5)  # a mistake by the main rank, which all have met
 
+# How long a process waits for the others. On the host it waits while another one works: reads all records, decodes
+# them, downloads weights, writes a checkpoint to a slow disk. A GPU only waits for what all compute at the same time.
+HOST_WITHIN = timedelta(days=1)
+DEVICE_WITHIN = timedelta(minutes=30)
+# A process that dies closes its connections, which ends the waiting; one whose machine has lost power or network does
+# not. So the system asks on each connection that has been silent for so many seconds, so often, until it gives it up.
+KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -41,6 +51,8 @@ class Ranks:
     world_size: int = 1
     local_rank: int = 0
     local_world_size: int = 1
+    # over which the hosts' memory is exchanged; None = the default group, which on GPUs exchanges theirs
+    host: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
 
     @property
     def is_main(self) -> bool:
@@ -72,15 +84,15 @@ class Ranks:
         if self.world_size == 1:
             return value
         tensor = torch.tensor(value)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host)
         return int(tensor)
 
     def gather(self, value: T) -> list[T]:
-        """Everyone's value, by rank."""
+        """Everyone's value, by rank. It waits for the others, however long they work, but not for one that is gone."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.host)
         return values
 
     def broadcast_buffers(self, model: torch.nn.Module) -> None:
@@ -160,7 +172,7 @@ def processes(device: torch.device) -> Iterator[Ranks]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store = _meet("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", ranks)
+    store, ranks = _meet(device, ranks)
     try:
         yield ranks
     except UserError as error:
@@ -172,16 +184,19 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     dist.destroy_process_group()  # but not after a failure, when it could wait for a process that is gone
 
 
-def _meet(backend: str, ranks: Ranks) -> Store:
-    """Join the process group; what the processes find each other by.
+def _meet(device: torch.device, ranks: Ranks) -> tuple[Store, Ranks]:
+    """Join the process groups: what the processes find each other by, and the place of this one with its group.
 
     A signal ends the process, since Python would not hear of it before all are there.
     """
     store: Store
+    on_gpu = device.type == "cuda"
+    backend, within = ("nccl", DEVICE_WITHIN) if on_gpu else ("gloo", HOST_WITHIN)
     try:
         with handling(signal.SIG_DFL):
             store, _, _ = next(rendezvous("env://"))
-            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size)
+            dist.init_process_group(backend, timeout=within, store=store, rank=ranks.rank, world_size=ranks.world_size)
+            host: Any = dist.new_group(backend="gloo", timeout=HOST_WITHIN) if on_gpu else None
     except dist.DistError as error:
         where = ":".join(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT"))
         reason = str(error).partition("\n")[0].rstrip(". ")
@@ -189,7 +204,20 @@ def _meet(backend: str, ranks: Ranks) -> Store:
             f"the processes do not find each other at {where} (MASTER_ADDR and MASTER_PORT): {reason}; start all of "
             "them by torchrun, with a host that each can reach and a port that is free."
         ) from error
-    return store
+    _keep_alive()
+    return store, replace(ranks, host=host)
+
+
+def _keep_alive() -> None:
+    """Have the system watch all connections of this process; see KEEP_ALIVE."""
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # it is closed by now
+            if stat.S_ISSOCK(os.fstat(int(name)).st_mode):
+                with socket.socket(fileno=os.dup(int(name))) as connection:
+                    if connection.family in (socket.AF_INET, socket.AF_INET6):
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                        for option, value in KEEP_ALIVE.items():
+                            connection.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _is_said(sentence: str, store: Store, ranks: Ranks) -> bool:
