@@ -231,17 +231,19 @@ def _check(command: CheckCommand) -> int:
 
 
 def _stats(command: StatsCommand) -> int:
+    import torch
+
+    from fastflower.data.batches import choose_engine
     from fastflower.data.splits import load_pictures
     from fastflower.data.stats import pixel_statistics
-    from fastflower.data.view import Engine
+    from fastflower.runtime.distributed import Ranks
     from fastflower.runtime.progress import Display
 
     data = DataConfig(root=command.root, sizes=command.sizes)
     records = load_pictures(data, command.split.split("+"), seed=0)
+    engine = choose_engine(data, torch.device("cpu"), Ranks())
     with Display(Console(stderr=True), shown=True) as display:
-        statistics = pixel_statistics(
-            records, Engine(threads=machine.cpus()), progress=display.follow("measure pixels")
-        )
+        statistics = pixel_statistics(records, engine, progress=display.follow("measure pixels"))
     mean, std = statistics.normalization.mean, statistics.normalization.std
     settings = {"data": {"mean": list(mean), "std": list(std)}}
     print(yaml.safe_dump(settings, default_flow_style=None, width=120), end="")

@@ -86,7 +86,8 @@ class DataConfig:
     """What of a picture is decoded: region = what its crop needs, with the same pixels on a CPU; whole = all of it;
     auto = the region on a CPU, all of it on a GPU, where the region has not been measured yet."""
     threads: PositiveInt | None = None
-    """CPU threads per process that decode and augment; None = the machine's cores shared by its processes."""
+    """CPU threads per process that decode and augment; None = its share of the cores that it may use, of which there
+    may be fewer beside its GPU (NUMA) or in a container, and at most 32, or 16 where DALI works on a GPU."""
     cache: Literal["off", "ram", "gpu", "auto"] = "off"
     """Decode each picture once, before the first epoch, and keep its pixels: ram = in host memory, which a machine's
     processes share; gpu = in each GPU's; auto = the GPU's if half of what is free there takes them, else the host's.

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +23,9 @@ from fastflower import machine
 from fastflower.config import Config
 from fastflower.errors import UserError
 from fastflower.files import cache_dir, existing_part, home_cache, is_writable
+
+if TYPE_CHECKING:
+    import torch
 
 GIB = 2**30
 LOW_DISK_GIB = 2  # the cached index and synthetic flowers are small; a checkpoint of resnet152 takes 0.5
@@ -98,7 +101,9 @@ def _processor() -> str:
 def _cores(sources: machine.Sources = machine.LINUX) -> str:
     quota = machine.cpu_quota(sources)
     limited = "" if quota is None else f" (affinity {len(os.sched_getaffinity(0))}, quota {quota:g})"
-    return f"{machine.cpus(sources)} of {os.cpu_count()} may be used{limited}"
+    nodes, bound = machine.nodes(sources), ", bound to these" if machine.is_bound(sources) else ""
+    spread = f", {nodes} NUMA nodes" if nodes > 1 else ""
+    return f"{machine.cpus(sources)} of {os.cpu_count()} may be used{limited}{bound}{spread}"
 
 
 def _memory(sources: machine.Sources = machine.LINUX) -> str:
@@ -130,6 +135,8 @@ def _driver() -> str:
 def _gpu() -> str:
     import torch
 
+    from fastflower.runtime.device import node_of_gpu
+
     if not torch.version.cuda:
         raise UserError("This torch is built without CUDA: install one with it, see https://pytorch.org/get-started.")
     if not torch.cuda.is_available():
@@ -140,7 +147,9 @@ def _gpu() -> str:
     gpus = []
     for number in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(number)
-        gpus.append(f"{gpu.name}, {gpu.total_memory / GIB:.1f} GiB, compute capability {gpu.major}.{gpu.minor}")
+        node = node_of_gpu(number)
+        near = "" if node is None else f", NUMA node {node}"
+        gpus.append(f"{gpu.name}, {gpu.total_memory / GIB:.1f} GiB, compute capability {gpu.major}.{gpu.minor}{near}")
     return "\n".join(gpus)
 
 
@@ -254,12 +263,39 @@ def _compile() -> str:
 
 
 def _decoding() -> str:
+    import torch
+
     from fastflower.data.batches import choose_engine
-    from fastflower.runtime.device import choose_device
+    from fastflower.runtime.device import choose_device, near
     from fastflower.runtime.distributed import Ranks
 
-    engine = choose_engine(Config().data, choose_device("auto"), Ranks())
-    return f"DALI on the {engine.device.upper()}, {engine.threads} CPU threads"
+    device = choose_device("auto")
+    with near(device):
+        engine = choose_engine(Config().data, device, Ranks())
+    shared = ""
+    gpus = [torch.device("cuda", number) for number in range(torch.cuda.device_count() if device.type == "cuda" else 0)]
+    if len(gpus) > 1:
+        least = min(_threads(gpus))
+        shared = f"; {least} in each of {len(gpus)} processes, one for each GPU"
+    return f"DALI on the {engine.device.upper()}, {engine.threads} CPU threads{shared}"
+
+
+def _threads(gpus: Sequence[torch.device]) -> list[int]:
+    """What training takes in each of as many processes as there are GPUs."""
+    from fastflower.data.batches import choose_engine
+    from fastflower.runtime.device import near
+    from fastflower.runtime.distributed import Ranks
+
+    processors, threads = [], []
+    for gpu in gpus:
+        with near(gpu):
+            processors.append(os.sched_getaffinity(0))
+    for number, gpu in enumerate(gpus):
+        sharing = sum(not own.isdisjoint(processors[number]) for own in processors)
+        ranks = Ranks(number, len(gpus), number, len(gpus), sharing=sharing)
+        with near(gpu):
+            threads.append(choose_engine(Config().data, gpu, ranks).threads)
+    return threads
 
 
 def _norm() -> str:

@@ -55,7 +55,7 @@ class Pictures(Common):
     decode: Literal["auto", "region", "whole"] | None = None
     """What of a picture is decoded, as data.decode; None = the run's, or auto."""
     threads: int | None = None
-    """CPU threads of each process that decode and augment; None = the machine's cores shared by its processes."""
+    """CPU threads of each process that decode and augment, as data.threads."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from nvidia.dali import backend
 
-from fastflower import machine
 from fastflower.arrays import Bools, Floats, Ints
 from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded, open_cache
@@ -20,7 +19,7 @@ from fastflower.data.loader import Batch, Loader, Loading
 from fastflower.data.records import Records
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
 from fastflower.data.stats import PixelStatistics, pixel_statistics
-from fastflower.data.view import Engine, Normalization, View
+from fastflower.data.view import MOST_THREADS, Engine, Normalization, View
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.progress import Display
@@ -35,14 +34,14 @@ def choose_engine(data: DataConfig, device: torch.device, ranks: Ranks) -> Engin
     gpu = device.type == "cuda" and backend.GetCUDADeviceCount() > 0  # type: ignore[attr-defined]
     if data.decoder == "gpu" and not gpu:
         raise UserError("data.decoder is gpu, but the network does not run on a GPU that DALI finds: give auto or cpu.")
-    on_gpu = gpu and data.decoder != "cpu"
+    place: Literal["cpu", "gpu"] = "gpu" if gpu and data.decoder != "cpu" else "cpu"
     # On a GPU a region is another way through nvJPEG and its hardware, of which nothing was measured yet.
-    decode: Literal["region", "whole"] = "whole" if on_gpu else "region"
+    decode: Literal["region", "whole"] = "whole" if place == "gpu" else "region"
     return Engine(
-        device="gpu" if on_gpu else "cpu",
-        device_id=device.index if on_gpu else None,
+        device=place,
+        device_id=device.index if place == "gpu" else None,
         decode=decode if data.decode == "auto" else data.decode,
-        threads=data.threads or max(1, machine.cpus() // ranks.local_world_size),
+        threads=data.threads or min(ranks.cores, MOST_THREADS[place]),
         prefetch=data.prefetch,
         hw_decoder_load=Engine.hw_decoder_load if data.hw_decoder_load is None else data.hw_decoder_load,
     )

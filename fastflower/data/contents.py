@@ -25,6 +25,7 @@ from fastflower.data import decoding
 from fastflower.data.decoding import is_sound, undecodable
 from fastflower.data.records import Contents, Progress, Records, read_image
 from fastflower.data.stamp import file_keys, require_unchanged
+from fastflower.data.view import MOST_THREADS
 from fastflower.files import atomic_write, cache_dir, code_digest, digest
 
 CHUNK = 256  # records that a thread reads in one go
@@ -116,7 +117,9 @@ def _read(records: Records, indices: Ints, progress: Progress | None) -> tuple[H
 
     digests, sound = np.zeros(len(indices), np.uint64), np.zeros(len(indices), bool)
     done = 0
-    with ThreadPoolExecutor(machine.cpus()) as threads:  # hashing and reading leave Python's lock
+    with ThreadPoolExecutor(
+        min(machine.cpus(), MOST_THREADS["cpu"])
+    ) as threads:  # hashing and reading leave Python's lock
         for part in threads.map(read, range(0, len(indices), CHUNK)):
             for answer in part:
                 digests[done], sound[done] = answer

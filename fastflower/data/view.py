@@ -38,6 +38,11 @@ class View:
     place: Literal["random", "center", "whole"] = "center"  # whole: no crop, so that shapes differ within a batch
 
 
+# Of one process, where the settings name no number: more would find nothing to do, and DALI pins memory for each that
+# works for a GPU. How they were chosen is in docs/performance.md.
+MOST_THREADS = {"cpu": 32, "gpu": 16}
+
+
 @dataclass(frozen=True)
 class Engine:
     """Where and how DALI works."""

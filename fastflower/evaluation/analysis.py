@@ -14,14 +14,15 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from fastflower import machine
 from fastflower.arrays import Bools, Bytes, Floats, Ints, Singles, Strings
+from fastflower.config import DataConfig
+from fastflower.data.batches import choose_engine
 from fastflower.data.decoding import thumbnails
-from fastflower.data.view import Engine
 from fastflower.evaluation.evaluate import Evaluated
 from fastflower.evaluation.plots import contact_sheet, plot_confusion
 from fastflower.evaluation.score import softmax
 from fastflower.files import atomic_write, to_json
+from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.run_folder import RunFolder
 from fastflower.training.metrics import ClassCounts
 
@@ -79,7 +80,8 @@ def write_run(evaluated: Evaluated, analysis: Analysis, folder: Path | None) -> 
     trained = evaluated.trained
     folder = folder or trained.result(RunFolder(trained.folder).evaluation(evaluated.split))
     shown = [mistake.index for mistake in analysis.mistakes[:PICTURES]]
-    pictures = thumbnails(evaluated.records, shown, SIDE, Engine(threads=machine.cpus()))
+    engine = choose_engine(DataConfig(), torch.device("cpu"), Ranks())
+    pictures = thumbnails(evaluated.records, shown, SIDE, engine)
     write_analysis(folder, analysis, {"split": evaluated.split, **asdict(evaluated.metrics)}, pictures)
     with atomic_write(folder / "source.json") as file:
         file.write(to_json(evaluated.source, indent=2).encode() + b"\n")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from fastflower import machine
 from fastflower.errors import UserError
 
 
@@ -43,6 +46,38 @@ def choose_device(setting: Literal["auto", "cpu", "cuda"], local_rank: int = 0) 
             "or give --device cpu."
         )
     return torch.device("cuda", local_rank)
+
+
+def node_of_gpu(number: int, sources: machine.Sources = machine.LINUX) -> int | None:
+    """The NUMA node that a GPU is at; None where that is not known."""
+    gpu = torch.cuda.get_device_properties(number)
+    domain, bus, slot = (
+        getattr(gpu, f"pci_{part}_id") for part in ("domain", "bus", "device")
+    )  # torch's stub lacks them
+    return machine.node_of(f"{domain:04x}:{bus:02x}:{slot:02x}.0", sources)
+
+
+@contextlib.contextmanager
+def near(device: torch.device, sources: machine.Sources = machine.LINUX) -> Iterator[None]:
+    """Keep this process to the processors of its GPU's NUMA node until the block ends.
+
+    There its threads read, decode and take pinned memory: from another node, all that goes to the GPU would cross the
+    link between the processors. A process that somebody has bound already stays so, and so does one whose GPU's node is
+    not known, or of whose processors it may use none.
+    """
+    before = os.sched_getaffinity(0)
+    node = None
+    if device.type == "cuda" and machine.nodes(sources) > 1 and not machine.is_bound(sources):
+        node = node_of_gpu(device.index, sources)
+    processors = before if node is None else before & machine.cpus_of(node, sources)
+    if not processors or processors == before:
+        yield
+        return
+    machine.bind(processors)
+    try:
+        yield
+    finally:
+        machine.bind(before)
 
 
 def choose_precision(amp: bool, dtype: Literal["auto", "bf16", "fp16"], device: torch.device) -> Precision:

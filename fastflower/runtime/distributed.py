@@ -19,6 +19,7 @@ import torch.distributed as dist
 # some parts. Imported after the group, it kept gloo's threads past the group's end, and one could abort the process
 # as Python ended.
 import torch.distributed.nn
+from torch._inductor import config as inductor
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -26,6 +27,7 @@ from fastflower import machine
 from fastflower.errors import UserError
 from fastflower.files import digest
 from fastflower.runtime import launcher
+from fastflower.runtime.device import near
 from fastflower.runtime.signals import Signals, Stopped, handling
 
 T = TypeVar("T")
@@ -53,6 +55,14 @@ class Ranks:
     local_world_size: int = 1
     # over which the hosts' memory is exchanged; None = the default group, which on GPUs exchanges theirs
     host: dist.ProcessGroup | None = field(default=None, compare=False, repr=False)
+    # how many of the machine's processes may use processors of this one's, itself included; None = all of them
+    sharing: int | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def cores(self) -> int:
+        """The process's share of the processors' time, at least 1: how many threads it is to work with."""
+        processes = self.local_world_size
+        return machine.cpus(sharing=self.sharing or processes, processes=processes)
 
     @property
     def is_main(self) -> bool:
@@ -164,24 +174,26 @@ def processes(device: torch.device) -> Iterator[Ranks]:
     Raises:
         UserError: the launcher's variables are not complete, or the others cannot be found by them.
     """
-    place = launcher.place()
-    ranks = Ranks(*place) if place else Ranks()
-    _limit_threads(ranks)
-    if not place:
-        yield ranks
-        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    store, ranks = _meet(device, ranks)
-    try:
-        yield ranks
-    except UserError as error:
-        error.said_elsewhere = _is_said(str(error), store, ranks)
-        raise
-    except Stopped:
-        dist.destroy_process_group()
-        raise
-    dist.destroy_process_group()  # but not after a failure, when it could wait for a process that is gone
+    place = launcher.place()
+    ranks = Ranks(*place) if place else Ranks()
+    with near(device):
+        if not place:
+            _limit_threads(ranks)
+            yield ranks
+            return
+        store, ranks = _meet(device, ranks)
+        _limit_threads(ranks)
+        try:
+            yield ranks
+        except UserError as error:
+            error.said_elsewhere = _is_said(str(error), store, ranks)
+            raise
+        except Stopped:
+            dist.destroy_process_group()
+            raise
+        dist.destroy_process_group()  # but not after a failure, when it could wait for a process that is gone
 
 
 def _meet(device: torch.device, ranks: Ranks) -> tuple[Store, Ranks]:
@@ -205,7 +217,15 @@ def _meet(device: torch.device, ranks: Ranks) -> tuple[Store, Ranks]:
             "them by torchrun, with a host that each can reach and a port that is free."
         ) from error
     _keep_alive()
-    return store, replace(ranks, host=host)
+    ranks = replace(ranks, host=host)
+    return store, replace(ranks, sharing=_sharing(ranks))
+
+
+def _sharing(ranks: Ranks) -> int:
+    """How many processes of this machine may use processors of this one's, itself included."""
+    own, first = os.sched_getaffinity(0), ranks.rank - ranks.local_rank
+    of_machine = ranks.gather(own)[first : first + ranks.local_world_size]
+    return sum(not own.isdisjoint(processors) for processors in of_machine)
 
 
 def _keep_alive() -> None:
@@ -237,7 +257,11 @@ def _is_said(sentence: str, store: Store, ranks: Ranks) -> bool:
 
 
 def _limit_threads(ranks: Ranks) -> None:
-    """Torch takes a thread for each core that it sees; under a smaller quota they would wait for each other."""
-    if machine.cpu_quota() is not None and "OMP_NUM_THREADS" not in os.environ:
-        allowed = max(1, machine.cpus() // ranks.local_world_size)
-        torch.set_num_threads(min(torch.get_num_threads(), allowed))
+    """Keep torch and its compiler, which take a thread for each core that they see, to this process's share.
+
+    More would wait for each other, under a quota or beside other processes. What the user has said stays.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), ranks.cores))
+    if "TORCHINDUCTOR_COMPILE_THREADS" not in os.environ:
+        inductor.compile_threads = min(inductor.decide_compile_threads(), ranks.cores)

@@ -66,3 +66,25 @@ def test_the_decoder_shares_the_machine_and_refuses_a_gpu_that_is_not_there() ->
     assert choose_engine(DataConfig(threads=3, prefetch=5), CPU, Ranks()).threads == 3
     with pytest.raises(UserError, match=r"data\.decoder is gpu"):
         choose_engine(DataConfig(decoder="gpu"), CPU, Ranks())
+
+
+def test_threads_are_a_share_of_the_cores_up_to_what_the_decoder_has_a_use_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("fastflower.data.batches.backend.GetCUDADeviceCount", lambda: 8)
+    gpu = torch.device("cuda", 5)
+    for cores, quota, ranks, on_cpu, on_gpu in (
+        (224, None, Ranks(), 32, 16),
+        (224, None, Ranks(5, 8, 5, 8), 28, 16),
+        (224, None, Ranks(5, 8, 5, 8, sharing=1), 32, 16),  # bound to processors of its own
+        (56, None, Ranks(5, 8, 5, 8, sharing=4), 14, 14),  # beside three others on its GPU's node
+        (224, 8, Ranks(5, 8, 5, 8), 1, 1),
+        (56, 80, Ranks(5, 8, 5, 8, sharing=4), 10, 10),
+        (2, None, Ranks(), 2, 2),
+    ):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        monkeypatch.setattr("fastflower.machine.cpu_quota", lambda _, quota=quota: quota)
+        assert choose_engine(DataConfig(), CPU, ranks).threads == on_cpu
+        assert choose_engine(DataConfig(), gpu, ranks).threads == on_gpu
+        assert choose_engine(DataConfig(decoder="cpu"), gpu, ranks).threads == on_cpu
+        assert choose_engine(DataConfig(threads=100), gpu, ranks).threads == 100

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch._inductor import config as inductor
 
 from fastflower import machine
 from fastflower.data.sources.tfrecord import write_tfrecord
@@ -223,29 +224,37 @@ def test_a_batch_that_cannot_be_split_is_refused_with_what_fits() -> None:
     assert Ranks(world_size=4).share_of(12) == 3
 
 
-def test_torch_keeps_to_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = torch.get_num_threads()
-    monkeypatch.setattr(machine, "cpus", lambda: 3)
-    monkeypatch.setattr(machine, "cpu_quota", lambda: 2.5)
+def test_torch_and_its_compiler_keep_to_the_share_of_the_quota_and_the_processors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, compile_before = torch.get_num_threads(), inductor.compile_threads
+    processors = set(range(12))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(processors))
+    monkeypatch.setattr(machine, "cpu_quota", lambda _: 2.5)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "9")
+    inductor.compile_threads = 9
     try:
         torch.set_num_threads(6)
         _limit_threads(Ranks())
-        assert torch.get_num_threads() == 6, "the user has said how many"
+        assert (torch.get_num_threads(), inductor.compile_threads) == (6, 9), "the user has said how many"
         monkeypatch.delenv("OMP_NUM_THREADS")
+        monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
         for share, expected in ((1, 3), (2, 1), (8, 1)):
             torch.set_num_threads(6)
             _limit_threads(Ranks(world_size=share, local_world_size=share))
-            assert torch.get_num_threads() == expected
+            assert (torch.get_num_threads(), inductor.compile_threads) == (expected, expected)
         torch.set_num_threads(6)
         with processes(torch.device("cpu")):
             assert torch.get_num_threads() == 3
-        monkeypatch.setattr(machine, "cpu_quota", lambda: None)
-        torch.set_num_threads(6)
-        _limit_threads(Ranks())
-        assert torch.get_num_threads() == 6
+        monkeypatch.setattr(machine, "cpu_quota", lambda _: None)
+        for sharing, expected, compiling in ((1, 6, 12), (3, 4, 4), (4, 3, 3), (20, 1, 1)):
+            torch.set_num_threads(6)
+            _limit_threads(Ranks(world_size=4, local_world_size=4, sharing=sharing))
+            assert (torch.get_num_threads(), inductor.compile_threads) == (expected, compiling)
     finally:
         torch.set_num_threads(before)
+        inductor.compile_threads = compile_before
 
 
 @pytest.mark.slow
