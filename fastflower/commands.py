@@ -217,10 +217,11 @@ def _demo(command: DemoCommand) -> int:
 
 def _check(command: CheckCommand) -> int:
     from fastflower.data.check import check, overview, sentences
+    from fastflower.data.view import MOST_THREADS
     from fastflower.runtime.progress import Display
 
     with Display(Console(stderr=command.json), shown=True) as display:
-        report = check(command.root, threads=machine.cpus(), follow=display.follow)
+        report = check(command.root, threads=min(machine.cpus(), MOST_THREADS["cpu"]), follow=display.follow)
     if command.json:
         print(to_json(report.to_plain()))
     else:

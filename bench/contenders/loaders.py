@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.dlpack import from_dlpack
 
 from bench.contenders.pictures import Pictures, decode_by_pil, decode_by_torchvision
-from bench.harness.common import CORES, need
+from bench.harness.common import need
 from bench.harness.timing import Contender, Make, elapsed_ms
 from bench.rates.options import Output
 from fastflower.arrays import Bytes
@@ -54,7 +54,7 @@ class Work:
     @property
     def workers(self) -> int:
         """The cores that are left to each process."""
-        return max(1, CORES // self.ranks.local_world_size)
+        return self.ranks.cores
 
     def requests(self, batch: int, steps: int) -> Iterator[Request]:
         """The first `steps` batches of training that are for this process, epoch after epoch.
