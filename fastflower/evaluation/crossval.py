@@ -124,15 +124,15 @@ def cross_validate(
         repeatable(config.train.deterministic),
         own_folder(run, name, ranks) as whole,
     ):
-        display = Display(console, shown=ranks.is_main)
-        config = replace(config, data=with_folders(config.data, ranks, display))
-        with ranks.main_first():
-            data = _look_at(config, display)
-            folds = _plan(whole, config, data, overwrite)
-            if submission and ranks.is_main:
-                require_writable(submission)
-        silent = Display(console, shown=False)
-        _require_all(folds, data["classes"], test, settings, Session(device, ranks, Signals(), silent))
+        with Display(console, shown=ranks.is_main) as display:
+            config = replace(config, data=with_folders(config.data, ranks, display))
+            with ranks.main_first():
+                data = _look_at(config, display)
+                folds = _plan(whole, config, data, overwrite)
+                if submission and ranks.is_main:
+                    require_writable(submission)
+        with Display(console, shown=ranks.is_main, speaks=False) as silent:
+            _require_all(folds, data["classes"], test, settings, Session(device, ranks, Signals(), silent))
         with ranks.main_first():
             if ranks.is_main:
                 _begin(whole.path, folds, data, overwrite)

@@ -43,8 +43,9 @@ class StepMetrics:
 class Display:
     """Progress of a run on the main rank; silent on the others."""
 
-    def __init__(self, console: Console, *, shown: bool) -> None:
-        self._console, self._shown = console, shown
+    def __init__(self, console: Console, *, shown: bool, speaks: bool = True) -> None:
+        """Prepare; one that does not speak shows the moving line alone."""
+        self._console, self._shown = console, shown and speaks
         self._live = shown and console.is_terminal
         self._header_due = True
         self._progress = Progress(

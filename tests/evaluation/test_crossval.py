@@ -6,21 +6,27 @@ import json
 import shutil
 import signal
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from sklearn.metrics import accuracy_score, f1_score, log_loss
 
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
+from fastflower.errors import UserError
+from fastflower.evaluation.crossval import cross_validate
 from fastflower.evaluation.predictions import read_predictions
+from fastflower.evaluation.views import Views
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.lock import own_folder
+from fastflower.settings import build, merge
 from fastflower.training.metrics import TrainingSums
-from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset
+from tests.conftest import example, fastflower, jpeg, train_arguments, train_settings, write_dataset
 from tests.processes import in_ranks
 from tests.training import tiny_worker
 from tests.training.test_left_out import GIVEN, checked, spoil
@@ -78,6 +84,29 @@ def test_every_picture_is_predicted_by_a_network_that_did_not_train_on_it(
     probabilities = together.probabilities.astype(float)
     probabilities /= probabilities.sum(axis=1, keepdims=True)
     assert results["together"]["loss"] == pytest.approx(log_loss(together.labels, probabilities), rel=1e-5)
+
+
+def test_a_terminal_sees_what_takes_time_before_the_first_fold(data: Path, tmp_path: Path, tiny_net: None) -> None:
+    def stop(*_: object) -> None:
+        raise UserError("far enough")
+
+    screen = StringIO()
+    config = build(merge(train_settings(data, epochs=1), {"data": {"folds": 3}}), "")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="far enough"):
+        patch.setattr("fastflower.evaluation.crossval._begin", stop)
+        cross_validate(
+            config,
+            name="cv",
+            run=tmp_path / "cv",
+            overwrite=False,
+            views=Views(),
+            test=False,
+            submission=None,
+            console=Console(file=screen, force_terminal=True, width=200),
+        )
+    for work in ("read the pictures", "measure pixels"):
+        assert work in screen.getvalue()
+    assert "classes," not in screen.getvalue(), "each fold is built for a try only"
 
 
 def test_each_fold_is_normalized_by_its_own_training_part(data: Path, tmp_path: Path, tiny_net: None) -> None:
