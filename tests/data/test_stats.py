@@ -29,7 +29,7 @@ from fastflower.data.stats import PixelStatistics, pixel_statistics, sums_of, su
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
-from tests.conftest import READABLE, example
+from tests.conftest import READABLE, example, jpeg
 
 T = TypeVar("T")
 
@@ -173,6 +173,21 @@ def test_nothing_on_a_gpu_is_waited_for() -> None:
         assert (sums.device.type, sums.dtype, sums.shape) == ("cuda", torch.int64, (9,))
         with pytest.raises(RuntimeError):
             sums.tolist()
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_the_same(tmp_path: Path) -> None:
+    """Of PNG files, which every decoder reads alike, to the bit; of JPEG files within a level."""
+    on_gpu = Engine("gpu", 0, threads=4, hw_decoder_load=1.0)
+    write_tfrecord(tmp_path / "train/a.tfrec", [example(i, 0, png(data)) for i, data in enumerate(correlated())])
+    records = load_split(tmp_path, "train")
+    gpu, cpu = pixel_statistics(records, on_gpu), pixel_statistics(records, Engine())
+    assert gpu.normalization == cpu.normalization
+    np.testing.assert_array_equal(gpu.covariance, cpu.covariance)
+    write_tfrecord(tmp_path / "val/a.tfrec", [example(i, 0, jpeg(80 + i, 120, i)) for i in range(70)])
+    records = load_split(tmp_path, "val")
+    gpu, cpu = pixel_statistics(records, on_gpu), pixel_statistics(records, Engine())
+    np.testing.assert_allclose(gpu.normalization.mean, cpu.normalization.mean, atol=0.5 / 255)
 
 
 def as_ranks(count: int, work: Callable[[Ranks], T]) -> list[T]:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,19 +145,29 @@ def test_hosts_have_a_group_of_their_own_beside_the_gpus(kind: str, monkeypatch:
         groups["host"] = backend, timeout
         return "host"
 
+    def all_gather(values: list[Any], value: Any, group: Any) -> None:
+        used.append(group)
+        values[:] = [value] * len(values)
+
+    def all_reduce(_: torch.Tensor, op: Any = None, group: Any = None, async_op: bool = False) -> Any:
+        used.append(group)
+        return SimpleNamespace(wait=lambda: None) if async_op else None
+
     monkeypatch.setattr(distributed, "rendezvous", lambda _: iter([("store", 0, 2)]))
     monkeypatch.setattr("torch.distributed.init_process_group", init)
     monkeypatch.setattr("torch.distributed.new_group", new_group)
-    monkeypatch.setattr("torch.distributed.all_gather_object", lambda _, __, group: used.append(group))
-    monkeypatch.setattr("torch.distributed.all_reduce", lambda _, op=None, group=None: used.append(group))
+    monkeypatch.setattr("torch.distributed.all_gather_object", all_gather)
+    monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
     _, ranks = distributed._meet(torch.device(kind), Ranks(0, 2, 0, 2))
     assert ranks == Ranks(0, 2, 0, 2)
     ranks.gather(1)
     ranks.max(1)
+    assert list(ranks.lockstep([], Signals())) == []
+    assert set(used) == {"host" if kind == "cuda" else None}
+    used.clear()
     ranks.sum(torch.zeros(1))
+    assert used == [None]
     if kind == "cuda":
         assert groups == {None: ("nccl", DEVICE_WITHIN), "host": ("gloo", HOST_WITHIN)}
-        assert used == ["host", "host", None]
     else:
         assert groups == {None: ("gloo", HOST_WITHIN)}
-        assert used == [None, None, None]
