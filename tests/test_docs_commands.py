@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.contenders import loaders
 from bench.harness import compute
 from fastflower.data.dataset import builtin_root
 from fastflower.data.sources.tfrecord import write_tfrecord
+from fastflower.runtime.distributed import Ranks
 from tests.conftest import ROOT, example, fastflower, jpeg, write_dataset, write_folders
 from tests.markdown import commands, mentioned_commands, read
 from tests.test_docs import PAGES
@@ -78,7 +78,7 @@ def sandbox(made: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.Monk
     write_dataset(builtin_root(), {"train": 16, "val": 8, "test": 5})
     monkeypatch.chdir(tmp_path / "sandbox")
     monkeypatch.setattr(compute, "SIDE", {"cpu": 64})
-    monkeypatch.setattr(loaders, "CORES", 1)
+    monkeypatch.setattr(Ranks, "cores", 1)
 
 
 def command_lines(path: Path) -> list[str]:
