@@ -11,6 +11,7 @@ from fastflower.runtime.run_folder import RunFolder, RunLog
 from fastflower.runtime.signals import Signals
 from fastflower.training.metrics import Evaluation, TrainingSums
 from fastflower.training.optimizer import freeze
+from fastflower.training.passes import why_ended
 from fastflower.training.profile import Profiler
 from fastflower.training.saving import DivergenceError, refuse_bad_loss, save, saving
 from fastflower.training.state import Setup, State
@@ -61,24 +62,6 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> No
         finally:
             if profiler:
                 profiler.close()
-
-
-def why_ended(setup: Setup, state: State) -> str | None:
-    """Why nothing more is to be trained, and what would change that; None if something is."""
-    config = setup.config.train
-    if state.epoch >= config.epochs:
-        return f"All {config.epochs} epochs are done; give a larger --train.epochs to go on."
-    if config.early_stop and state.epoch - 1 - state.improved_epoch >= config.early_stop:
-        return (
-            f"No better validation {config.best} in {config.early_stop} epochs: stopped early; give a larger "
-            "--train.early_stop, or None, to go on."
-        )
-    if config.max_steps is not None and state.step >= config.max_steps and setup.train.left(state.position):
-        return (
-            f"train.max_steps: stopped after {state.step} steps and saved; give a larger --train.max_steps, or None, "
-            "to go on."
-        )
-    return None
 
 
 def _train_epoch(

@@ -20,7 +20,8 @@ from fastflower.runtime.repeatable import repeatable
 from fastflower.runtime.run_folder import RunFolder
 from fastflower.runtime.signals import Stopped
 from fastflower.training.dry_run import rehearse
-from fastflower.training.loop import train, why_ended
+from fastflower.training.loop import train
+from fastflower.training.passes import why_ended
 from fastflower.training.resume import restore
 from fastflower.training.saving import settle
 from fastflower.training.setup import prepare
