@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal
@@ -15,7 +15,7 @@ from fastflower.arrays import Bools, Floats, Ints
 from fastflower.config import DataConfig
 from fastflower.data.cache import Decoded, open_cache
 from fastflower.data.dataset import Dataset, look_over, open_dataset
-from fastflower.data.loader import Batch, Loader, Loading
+from fastflower.data.loader import Iteration, Loader, Loading
 from fastflower.data.records import Records
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
 from fastflower.data.stats import PixelStatistics, pixel_statistics
@@ -92,7 +92,7 @@ class TrainingBatches:
         """Steps in the rest of an epoch from `position` of its order, wherever that is."""
         return max(len(self.loader.records) - position, 0) // self.global_batch
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start: int = 0) -> Iteration:
         """Batches of `epoch` (from 0) from position `start` of its order."""
         ranks = self.loader.loading.ranks
         requests = training_requests(
@@ -124,7 +124,7 @@ class EvaluationBatches:
         ranks = self.loader.loading.ranks
         return len(range(ranks.rank, len(self.loader.records), ranks.world_size * self.loader.batch))
 
-    def once(self) -> Iterator[Batch]:
+    def once(self) -> Iteration:
         """One pass; the last batch may be short."""
         ranks = self.loader.loading.ranks
         requests = evaluation_requests(
@@ -145,7 +145,7 @@ class WholePictures:
     shapes: Ints  # [n, 2] height and width (pixels)
     shorter: int | None  # as of `EvaluationBatches`
 
-    def once(self) -> Iterator[Batch]:
+    def once(self) -> Iteration:
         """One pass."""
         ranks = self.loader.loading.ranks
         return self.loader.batches(

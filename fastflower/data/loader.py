@@ -7,11 +7,11 @@ import queue
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ class Batch:
     indices: Ints  # [N], which records they are
 
 
+Iteration = Generator[Batch, None, None]  # which `close` leaves
+
+
 @dataclass(frozen=True)
 class Loading:
     """How all pictures of a run are loaded, whichever they are: by what, to where, and for whom."""
@@ -55,7 +58,7 @@ class Loading:
 class Loader:
     """Turns requests into batches.
 
-    It may be used for any number of epochs, also for several at once. Each `batches` call runs a thread that is gone
+    It may be used for any number of epochs, also for several at once. Each `batches` call starts a thread that is gone
     when the iteration ends or is left.
     """
 
@@ -67,7 +70,7 @@ class Loader:
         loading: Loading,
         decoded: Decoded | None = None,
     ) -> None:
-        """Prepare; the pipeline is built when the first batch is asked for.
+        """Prepare; the pipeline is built by the first iteration.
 
         Args:
             records: the split.
@@ -83,14 +86,22 @@ class Loader:
             self._std = 255 * torch.tensor(normalization.std, device=self._device)
         self._idle: deque[_Producer] = deque()  # as many as there were iterations at once
 
-    def batches(self, requests: Iterable[Request]) -> Iterator[Batch]:
-        """Yield a batch for each request, in order; of a request whose pictures are of several shapes, one for each.
+    def batches(self, requests: Iterable[Request]) -> Iteration:
+        """A batch for each request, in order; of a request whose pictures are of several shapes, one for each.
 
-        On a GPU a batch's memory stays valid until the work queued up to the next step of the iteration is done.
+        The first ones are made from now on, as many as the engine has in work and may wait; the others as these are
+        taken. On a GPU a batch's memory stays valid until the work queued up to the next step of the iteration is done.
 
         Raises:
-            UserError: a record cannot be read or decoded; names file and record. Earlier batches come first.
+            UserError: in the iteration: a record cannot be read or decoded; names file and record. Earlier batches come
+                first.
         """
+        begun = self._begin(requests)
+        next(begun)
+        return cast(Iteration, begun)
+
+    def _begin(self, requests: Iterable[Request]) -> Generator[Batch | None, None, None]:
+        """None when the thread has started, since a generator that has not yielded cannot be left; then the batches."""
         try:
             producer = self._idle.pop()
         except IndexError:
@@ -101,6 +112,7 @@ class Loader:
         thread.start()
         in_use: deque[tuple[torch.cuda.Event, _Item]] = deque()
         try:
+            yield None
             while (item := ready.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item

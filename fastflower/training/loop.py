@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
+from fastflower.data.loader import Batch
 from fastflower.runtime.progress import Display, StepMetrics
 from fastflower.runtime.run_folder import RunFolder, RunLog
 from fastflower.runtime.signals import Signals
 from fastflower.training.metrics import Evaluation, TrainingSums
 from fastflower.training.optimizer import freeze
-from fastflower.training.passes import why_ended
+from fastflower.training.passes import Passes, why_ended
 from fastflower.training.profile import Profiler
 from fastflower.training.saving import DivergenceError, refuse_bad_loss, save, saving
 from fastflower.training.state import Setup, State
@@ -36,18 +38,18 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> No
     with setup.ranks.together(), folder.writing():
         log = RunLog(folder, state.epoch) if setup.ranks.is_main else None
     profiler = Profiler(folder, display) if config.profile and setup.ranks.is_main else None
-    with Signals() as signals:
+    with Signals() as signals, Passes(setup, state) as passes:
         try:
             while not (end := why_ended(setup, state)):
                 if state.epoch == config.freeze_epochs > 0:
                     network = training_network(setup, state)
                 watch = Stopwatch()
                 with saving(setup, state, folder):
-                    _train_epoch(setup, state, network, signals, display, watch, profiler)
+                    _train_epoch(setup, state, network, passes.training(), signals, display, watch, profiler)
                     if setup.train.left(state.position):
                         continue  # out of steps
                     training = state.sums.means(setup.ranks)
-                    validation = _validate(setup, state, validated, signals, display, watch)
+                    validation = _validate(setup, state, validated, passes.validation(), signals, display, watch)
                 row = _row(state, training, validation, watch)
                 improved = state.see(validation, config.best)
                 if validation:
@@ -68,6 +70,7 @@ def _train_epoch(
     setup: Setup,
     state: State,
     network: torch.nn.Module,
+    batches: Iterator[Batch],
     signals: Signals,
     display: Display,
     watch: Stopwatch,
@@ -81,7 +84,7 @@ def _train_epoch(
     steps = done + data.left(state.position)
     pictures = state.position + data.left(state.position) * data.global_batch  # of the whole epoch
     display.task(f"{epoch} train", steps, done)
-    for batch in setup.ranks.lockstep(watch.waiting_for(data.epoch(state.epoch, state.position)), signals):
+    for batch in setup.ranks.lockstep(watch.waiting_for(batches), signals):
         state.schedule.before_step(state.epoch + (state.position + data.global_batch / 2) / pictures)
         training_step(setup, state, network, batch)
         watch.pictures += data.global_batch
@@ -98,7 +101,13 @@ def _train_epoch(
 
 
 def _validate(
-    setup: Setup, state: State, network: torch.nn.Module, signals: Signals, display: Display, watch: Stopwatch
+    setup: Setup,
+    state: State,
+    network: torch.nn.Module,
+    batches: Iterator[Batch],
+    signals: Signals,
+    display: Display,
+    watch: Stopwatch,
 ) -> Evaluation | None:
     """The metrics of the validation split, where there is one."""
     for module in dict.fromkeys((state.network, state.validated)):  # in the same order on every rank
@@ -106,7 +115,7 @@ def _validate(
     if not setup.val:
         return None
     display.task(f"{_epoch_of(setup, state)} validate", setup.val.steps)
-    evaluation = evaluate_in(setup, network, display.counted(watch.waiting_for(setup.val.once())), signals)
+    evaluation = evaluate_in(setup, network, display.counted(watch.waiting_for(batches)), signals)
     if not math.isfinite(evaluation.loss):
         # the last checkpoint is no help where it holds these very weights
         earlier = "the last checkpoint" if watch.pictures else "checkpoints/best.pt"

@@ -152,8 +152,23 @@ def test_every_epoch_has_its_length_after_one_was_left_early(small: Path) -> Non
         batches = made.batches(_requests(made))
         assert next(batches).indices.tolist() == complete[0]
         assert next(batches).indices.tolist() == complete[1]
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     assert [batch.indices.tolist() for batch in epoch(made)] == complete
+    assert not [thread for thread in threading.enumerate() if thread.name == "loader"]
+
+
+def test_batches_are_made_before_the_first_one_is_taken(small: Path) -> None:
+    made, asked = loader(load_split(small, "train"), View(32, "random"), 8), threading.Event()
+
+    def requests() -> Iterator[Request]:
+        asked.set()
+        yield from _requests(made)
+
+    batches = made.batches(requests())
+    assert asked.wait(60)
+    assert len(list(batches)) == 6
+    left = made.batches(_requests(made))
+    left.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "loader"]
 
 
@@ -184,7 +199,7 @@ def test_iterations_that_are_open_at_once_do_not_disturb_each_other(
         if number not in left:
             continue
         if action == "leave":
-            open_ones[number].close()  # type: ignore[attr-defined]
+            open_ones[number].close()
             del left[number]
             continue
         for wanted in left[number] if action == "rest" else [next(left[number], None)]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 
 from fastflower.data.cache import open_cache
 from fastflower.data.decoding import shapes_of
-from fastflower.data.loader import Batch, Loader, Loading
+from fastflower.data.loader import Iteration, Loader, Loading
 from fastflower.data.records import Records
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
 from fastflower.data.sources.kaggle import load_split
@@ -45,7 +44,7 @@ def loader(records: Records, view: View, on_gpu: bool, engine: Engine = GPU) -> 
     return Loader(records, view, BATCH, Loading(IMAGENET, Engine(threads=4), torch.device("cpu")))
 
 
-def epoch(loader: Loader) -> Iterator[Batch]:
+def epoch(loader: Loader) -> Iteration:
     requests = training_requests(len(loader.records), seed=0, epoch=0, scale=(144, 200), global_batch=BATCH)
     return loader.batches(requests)
 
@@ -104,7 +103,7 @@ def test_an_epoch_that_is_left_early_leaves_the_loader_usable(pictures: Records)
     for _ in range(3):
         batches = epoch(made)
         assert torch.equal(next(batches).images, whole[0])
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     assert all(torch.equal(batch.images, images) for batch, images in zip(epoch(made), whole, strict=True))
 
 
@@ -116,7 +115,7 @@ def test_epochs_that_are_open_at_once_are_those_that_come_one_after_another(pict
     taken = {id(first): [], id(second): []}  # type: dict[int, list[torch.Tensor]]
     for batches in turns:
         taken[id(batches)].append(next(batches).images.clone())
-    first.close()  # type: ignore[attr-defined]
+    first.close()
     taken[id(second)] += [batch.images.clone() for batch in second]
     for images in taken.values():
         assert all(torch.equal(one, other) for one, other in zip(images, alone, strict=False))
