@@ -21,6 +21,7 @@ from torch.utils.dlpack import from_dlpack
 from fastflower.arrays import Ints
 from fastflower.data import pipeline as graph
 from fastflower.data.decoding import first_undecodable, read_picture
+from fastflower.data.memory import Memory, pageable, pinned
 from fastflower.data.records import Records
 from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request
@@ -131,10 +132,11 @@ class Loader:
                 thread.join()
                 if self._device.type == "cuda":
                     torch.cuda.current_stream(self._device).synchronize()
+                producer.settle()
                 self._idle.append(producer)
 
     def _hand_over(self, item: _Item) -> Batch:
-        images, labels, shift, indices, sent = item
+        images, labels, shift, indices, sent, _ = item
         if sent:
             torch.cuda.current_stream(self._device).wait_event(sent)
         if self._device.type == "cuda" and self.loading.normalization:
@@ -154,6 +156,7 @@ class _Item(NamedTuple):
     shift: torch.Tensor | None  # [N, 3], of the colors; on a CPU the images have it already
     indices: Ints  # [N]
     sent: torch.cuda.Event | None  # when all of it is there; None on a CPU
+    source: torch.Tensor | None = None  # what the images are copied from, which stays as it is until they are there
 
 
 _Ready = _Item | Exception | None  # None: that was all
@@ -168,7 +171,8 @@ class _Producer:
         on_gpu = self._loading.device.type == "cuda"
         self._stream = torch.cuda.Stream(self._loading.device) if on_gpu else None
         # for a GPU pictures are left uint8, a quarter in size, and normalized there
-        self._resampler = Resampler(self._view, None if on_gpu else self._loading.normalization)
+        normalization, memory = (None, pinned) if on_gpu else (self._loading.normalization, pageable)
+        self._resampler = Resampler(self._view, normalization, Memory(memory))
         self._pipeline: Pipeline | None = None
         self._requests: Iterator[Request] = iter(())
         self._in_work: deque[Request] = deque()
@@ -187,6 +191,11 @@ class _Producer:
         except Exception as error:
             self._pipeline = None  # after an error its batches no longer match our requests
             ready.put(self._explain(error))
+
+    def settle(self) -> None:
+        """Wait until all that was sent has come, also to where nobody took it."""
+        if self._stream:
+            self._stream.synchronize()
 
     def _on_cpu(self) -> Iterator[_Item]:
         """Decoded by DALI, or before, and resampled here."""
@@ -224,9 +233,10 @@ class _Producer:
 
     def _runs(self, pipeline: Pipeline) -> Iterator[tuple[tuple[graph.Pictures, ...], Request]]:
         """What the pipeline makes of each request."""
+        stream = self._stream if self._loading.engine.device == "gpu" else None  # else it knows of none
         while True:
             try:
-                outputs = pipeline.run(self._stream)
+                outputs = pipeline.run(stream)
             except StopIteration:
                 pipeline.reset()
                 return
@@ -265,11 +275,11 @@ class _Producer:
         shift = None if request.shift is None else torch.from_numpy(request.shift)
         if not self._stream:
             return _Item(images, labels, shift, request.indices, None)
-        images = images.to(self._loading.device, non_blocking=True)
+        source, images = images, images.to(self._loading.device, non_blocking=True)
         labels = labels.pin_memory().to(self._loading.device, non_blocking=True)
         if shift is not None:
             shift = shift.pin_memory().to(self._loading.device, non_blocking=True)
-        return _Item(images, labels, shift, request.indices, self._stream.record_event())
+        return _Item(images, labels, shift, request.indices, self._stream.record_event(), source)
 
     def _explain(self, error: Exception) -> Exception:
         """The record behind a failed batch: DALI names none, so try all that are in work."""

@@ -40,10 +40,10 @@ class Region(NamedTuple):
 class Resampler:
     """Makes pictures of one view and normalization."""
 
-    def __init__(self, view: View, normalization: Normalization | None) -> None:
-        """Pictures are float32 with a normalization, else uint8 and without color shifts."""
+    def __init__(self, view: View, normalization: Normalization | None, memory: Memory | None = None) -> None:
+        """Pictures are float32 with a normalization, else uint8 and without color shifts; they are made in `memory`."""
         self.view, self.normalization = view, normalization
-        self._memory = Memory()
+        self._memory = memory or Memory()
         self._dtype: type[np.generic] = np.float32 if normalization else np.uint8
         self._mean, self._std = np.zeros(3, np.float32), np.ones(3, np.float32)
         if normalization:
