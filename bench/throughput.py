@@ -2,6 +2,7 @@
 
     python bench/throughput.py
     python bench/throughput.py loader --data.root DIR --peers
+    python bench/throughput.py loader --data.root DIR --launches --threads 1
     python bench/throughput.py model --models resnet18 resnet50 --peers
     python bench/throughput.py train --run runs/NAME --dtype bf16
     python bench/throughput.py eval --run runs/NAME
@@ -34,7 +35,7 @@ import torch
 from rich.console import Console
 from tyro.conf import arg, subcommand
 
-from bench.contenders import loaders, loops, networks
+from bench.contenders import launches, loaders, loops, networks
 from bench.contenders.loops import Place
 from bench.harness.common import append, circumstances, start
 from bench.harness.compute import matmul_flops_per_s
@@ -109,6 +110,8 @@ def measure_loader(command: LoaderCommand, config: Config, place: Place) -> list
     display = Display(Console(stderr=True), shown=place.ranks.is_main)
     (decoded,) = open_cache(config.data.cache, [records], engine, place.ranks, display.say, display.follow)
     work = loaders.Work(records, config.data, engine, place.device, place.ranks, command.output, decoded)
+    if command.launches:
+        return launches.rows(work, command, command.rate)
     rows = measure(loaders.contenders(work, peers=command.peers), command, place.device, place.ranks)
     measured = {row["name"]: row for row in rows if "missing" not in row}
     rows[0]["bottleneck"] = bottleneck.of_loader(measured, loaders.transfer_s(work))

@@ -87,6 +87,11 @@ class LoaderCommand(Pictures):
     peers: bool = False
     """Measure in turn with it what people use otherwise: PIL and torchvision's transforms in a DataLoader, torchvision
     v2 on tensors, DALI's separate operators, timm's loader."""
+    launches: bool = False
+    """Measure instead what our loader takes from a thread that launches operations, as training's does: launches a
+    second alone and beside the loader, and for how long the loader's thread holds Python's lock."""
+    rate: float = 500.0
+    """Images/s that --launches also holds the loader to."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from fastflower.runtime.run_folder import flattened
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, tuple[str, Callable[[Any], str]]]  # by heading: a row's key, and what is written of its value
+MEMORY = {"GPU": "the GPU's", "process": "of this process, resident"}
 WIDTH = 150  # characters of the table where the output is no terminal
 COLUMNS: Columns = {
     "images/s": ("images_per_s", lambda rate: f"{rate:.1f}"),
@@ -31,6 +32,10 @@ COLUMNS: Columns = {
     "GFLOPs\na picture": ("flops", lambda flops: f"{flops / 1e9:.3f}"),
     "GFLOP/s": ("flops_per_s", lambda rate: f"{rate / 1e9:.1f}"),
     "MFU": ("mfu", "{:.1%}".format),
+    "launches/s": ("launches_per_s", "{:.0f}".format),
+    "launches/s\nalone": ("launches_alone_per_s", "{:.0f}".format),
+    "launcher\nwaits µs": ("launcher_waits_us", "{:.1f}".format),
+    "lock µs\na picture": ("lock_us", "{:.1f}".format),
     "data\nwait": ("data_wait", "{:.1%}".format),
     "val\naccuracy": ("val_accuracy", "{:.1%}".format),
 }
@@ -41,8 +46,9 @@ def show(mode: str, rows: Sequence[Row], around: Mapping[str, Any], console: Con
     measured = [row for row in rows if "missing" not in row]
     shown = [row | {"ratio": row["images_per_s"] / measured[0]["images_per_s"]} for row in map(dict, measured)]
     columns = {heading: (key, text) for heading, (key, text) in COLUMNS.items() if any(key in row for row in shown)}
-    memory = "the GPU's" if measured[0]["peak_memory_of"] == "GPU" else "of this process, resident"
-    notes = [*_notes(rows), f"{describe(around['machine'])}. Peak memory is {memory}."]
+    notes = [*_notes(rows), f"{describe(around['machine'])}."]
+    if of := measured[0].get("peak_memory_of"):
+        notes[-1] += f" Peak memory is {MEMORY[of]}."
     if ceiling := measured[0].get("ceiling_flops_per_s"):
         notes.append(f"MFU is of {ceiling / 1e9:.1f} GFLOP/s, measured on products of large matrices.")
     _print(mode, shown, columns, notes, console)

@@ -1,0 +1,227 @@
+"""What the loader takes from a thread that launches operations, as training's does: they share Python's lock.
+
+In turn launch: a thread that has the process for itself; the same beside our loader at its full rate, and at a given
+one; and beside what the loader does for a GPU, where DALI decodes and resamples without the lock: read and feed.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.pipeline import DataNode
+
+from bench.contenders.loaders import OURS, Work, ours
+from bench.harness.timing import Contender, Plan, take_turns
+from fastflower.data.decoding import read_picture
+from fastflower.data.pipeline import Inputs, inputs
+
+FEED = f"{OURS}, read and feed only"
+AT_ONCE = 50  # launches between two looks at whether to stop
+REPEATS = 20  # of the calls that copy
+
+
+@dataclass
+class Launches:
+    """A thread's launches while the clock ran."""
+
+    count: int = 0
+    seconds: float = 0.0
+    waited_s: float | None = None  # for the lock, neither running nor waiting for a core; None where nothing tells
+
+    @property
+    def per_s(self) -> float:
+        """Launches a second."""
+        return self.count / self.seconds
+
+
+@contextmanager
+def launching(device: torch.device) -> Iterator[Launches]:
+    """A thread that launches additions to eight numbers all the time; counted is what it does inside."""
+    launches, stop, warm = Launches(), threading.Event(), threading.Event()
+
+    def launch() -> None:
+        numbers = torch.zeros(8, device=device)
+        for _ in range(100):
+            numbers.add_(1)
+        warm.set()
+        began, awake_before = time.perf_counter(), _awake_s()
+        while not stop.is_set():
+            for _ in range(AT_ONCE):
+                numbers.add_(1)
+            launches.count += AT_ONCE
+        launches.seconds = time.perf_counter() - began
+        awake = _awake_s()
+        if awake is not None and awake_before is not None:
+            launches.waited_s = launches.seconds - (awake - awake_before)
+
+    thread = threading.Thread(target=launch, name="launches")
+    thread.start()
+    warm.wait()
+    try:
+        yield launches
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _awake_s() -> float | None:
+    """Seconds that this thread has run or waited for a core: what is missing from the clock's it was asleep."""
+    try:
+        run_ns, queued_ns, _ = Path(f"/proc/self/task/{threading.get_native_id()}/schedstat").read_text().split()
+    except OSError:
+        return None
+    return (int(run_ns) + int(queued_ns)) / 1e9
+
+
+@dataclass(frozen=True)
+class Load:
+    """What runs beside the launches."""
+
+    contender: Contender
+    thread: str  # name of the one that feeds DALI
+    rate: float | None = None  # images/s that it is held to
+
+
+@dataclass
+class Turns:
+    """What was measured of a load in its turns."""
+
+    launches: list[Launches] = field(default_factory=list)
+    pictures: list[int] = field(default_factory=list)
+    cpu_s: list[float] = field(default_factory=list)  # of the feeding thread
+
+    def turn(self, load: Load, plan: Plan, device: torch.device) -> int:
+        """One more repeat; how many there are now."""
+        lead = max(plan.warmup, load.contender.ahead)
+        done = load.contender.start(lead + plan.steps + load.contender.ahead)
+        for _ in islice(done, lead):
+            pass
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == load.thread)
+        assert thread.ident
+        clock = time.pthread_getcpuclockid(thread.ident)
+        with launching(device) as launches:
+            before = time.clock_gettime(clock)
+            pictures = _paced(islice(done, plan.steps), load.rate)
+            self.cpu_s.append(time.clock_gettime(clock) - before)
+        for _ in done:
+            pass
+        self.pictures.append(pictures)
+        self.launches.append(launches)
+        return len(self.launches)
+
+
+def _paced(batches: Iterator[Sized], rate: float | None) -> int:
+    """Take batches at so many pictures a second; how many pictures."""
+    began, pictures = time.perf_counter(), 0
+    for batch in batches:
+        pictures += len(batch)
+        if rate:
+            time.sleep(max(0.0, began + pictures / rate - time.perf_counter()))
+    return pictures
+
+
+def rows(work: Work, plan: Plan, rate: float) -> list[dict[str, Any]]:
+    """A row for each load, all in turns with launches that nothing runs beside."""
+    loader = ours(work, plan.batch)
+    loads = {
+        OURS: Load(loader, "loader"),
+        f"{OURS}, {rate:g} images/s": Load(loader, "loader", rate),
+        FEED: Load(feeding(work, plan.batch), threading.current_thread().name),
+    }
+    turns = {name: Turns() for name in loads}
+    alone: list[Launches] = []
+
+    def turn_alone() -> int:
+        with launching(work.device) as launches:
+            time.sleep(turns[OURS].launches[-1].seconds)
+        alone.append(launches)
+        return len(alone)
+
+    todo: dict[str, Callable[[], int]] = {
+        name: partial(turns[name].turn, load, plan, work.device) for name, load in loads.items()
+    }
+    take_turns(todo | {"alone": turn_alone}, plan.repeats)
+    copying_us = copying_s(work, plan.batch) * 1e6
+    return [{"name": name} | _row(turns[name], alone, plan, copying_us) for name in loads]
+
+
+def _row(turns: Turns, alone: list[Launches], plan: Plan, copying_us: float) -> dict[str, Any]:
+    pairs = list(zip(turns.pictures, turns.launches, strict=True))
+    rates = [pictures / launches.seconds for pictures, launches in pairs]
+    waits = [1e6 * launches.waited_s / pictures for pictures, launches in pairs if launches.waited_s is not None]
+    cpu_us = median(1e6 * s / pictures for s, pictures in zip(turns.cpu_s, turns.pictures, strict=True))
+    row = {
+        "role": "ours",
+        "images_per_s": median(rates),
+        "spread": (min(rates), max(rates)),
+        "ms_per_step": 1000 * median(launches.seconds for launches in turns.launches) / plan.steps,
+        "pictures": sum(turns.pictures),
+        "batch": plan.batch,
+        "launches_per_s": median(launches.per_s for launches in turns.launches),
+        "launches_alone_per_s": median(launches.per_s for launches in alone),
+        "cpu_us": cpu_us,
+        "copying_us": copying_us,
+        "lock_us": cpu_us - copying_us,
+    }
+    return row | ({"launcher_waits_us": median(waits)} if waits else {})
+
+
+def feeding(work: Work, batch: int) -> Contender:
+    """All that the loader's thread does before DALI decodes: a pipeline that only looks at the pictures' lengths."""
+
+    def start(steps: int) -> Iterator[Sized]:
+        requests = work.requests(batch, steps)
+
+        def source() -> Inputs:
+            request = next(requests)
+            return inputs([read_picture(work.records, int(index)) for index in request.indices], request)
+
+        @pipeline_def(batch_size=batch, num_threads=1, device_id=None, prefetch_queue_depth=work.engine.prefetch)
+        def lengths() -> tuple[DataNode, ...]:
+            encoded, *numbers = fn.external_source(source=source, num_outputs=4, batch=True)
+            return encoded.shape(), *numbers
+
+        pipeline = lengths()
+        for _ in range(steps):
+            yield pipeline.run()[0]
+
+    return Contender(start, ahead=work.engine.prefetch)
+
+
+def copying_s(work: Work, batch: int) -> float:
+    """CPU seconds that it takes to copy a picture's bytes from the page cache, which needs no lock.
+
+    The call itself, which is measured by one that copies nothing, counts to the time with the lock.
+    """
+    (request,) = work.requests(batch, 1)
+    records, memory = work.records, np.zeros(int(work.records.length.max()), np.uint8)
+
+    def elapsed(indices: list[int], share: int) -> float:
+        """CPU seconds of the calls for some records, each for its length times `share`."""
+        total = 0.0
+        for index in indices:
+            descriptor = os.open(records.files[records.file[index]], os.O_RDONLY)
+            views, offset = [memory[: share * int(records.length[index])]], int(records.offset[index])
+            os.preadv(descriptor, views, offset)
+            before = time.thread_time()
+            os.preadv(descriptor, views, offset)
+            total += time.thread_time() - before
+            os.close(descriptor)
+        return total
+
+    indices = request.indices.tolist()
+    costs = [elapsed(indices, 1) - elapsed(indices, 0) for _ in range(REPEATS)]
+    return max(0.0, min(costs)) / len(indices)
