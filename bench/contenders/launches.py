@@ -6,32 +6,33 @@ one; and beside what the loader does for a GPU, where DALI decodes and resamples
 
 from __future__ import annotations
 
-import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def
+from nvidia.dali.backend import TensorCPU
 from nvidia.dali.pipeline import DataNode
 
 from bench.contenders.loaders import OURS, Work, ours
 from bench.harness.timing import Contender, Plan, take_turns
-from fastflower.data.decoding import read_picture
+from fastflower.data import reading
+from fastflower.data.contents import examined
 from fastflower.data.pipeline import Inputs, inputs
+from fastflower.data.reading import Reader, known_sound
 
 FEED = f"{OURS}, read and feed only"
 AT_ONCE = 50  # launches between two looks at whether to stop
 MORE = 20  # times as many pictures are fed in a second as are decoded
-REPEATS = 20  # of the calls that copy
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Turns:
 
     launches: list[Launches] = field(default_factory=list)
     pictures: list[int] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)  # of the feeding thread
+    locked_s: list[float] = field(default_factory=list)  # CPU time of the feeding thread, but for reading
 
     def turn(self, load: Load, plan: Plan, device: torch.device) -> int:
         """One more repeat; how many there are now."""
@@ -115,10 +116,10 @@ class Turns:
         (thread,) = (thread for thread in threading.enumerate() if thread.name == load.thread)
         assert thread.ident
         clock = time.pthread_getcpuclockid(thread.ident)
-        with launching(device) as launches:
+        with launching(device) as launches, noting_unlocked() as unlocked_s:
             before = time.clock_gettime(clock)
             pictures = _paced(islice(done, steps), load.rate)
-            self.cpu_s.append(time.clock_gettime(clock) - before)
+            self.locked_s.append(time.clock_gettime(clock) - before - sum(unlocked_s))
         for _ in done:
             pass
         self.pictures.append(pictures)
@@ -138,6 +139,7 @@ def _paced(batches: Iterator[Sized], rate: float | None) -> int:
 
 def rows(work: Work, plan: Plan, rate: float) -> list[dict[str, Any]]:
     """A row for each load, all in turns with launches that nothing runs beside."""
+    work = replace(work, records=examined(work.records))  # as training has it
     loader = ours(work, plan.batch)
     loads = {
         OURS: Load(loader, "loader"),
@@ -157,15 +159,14 @@ def rows(work: Work, plan: Plan, rate: float) -> list[dict[str, Any]]:
         name: partial(turns[name].turn, load, plan, work.device) for name, load in loads.items()
     }
     take_turns(todo | {"alone": turn_alone}, plan.repeats)
-    copying_us = copying_s(work, plan.batch) * 1e6
-    return [{"name": name} | _row(turns[name], alone, plan, copying_us) for name in loads]
+    return [{"name": name} | _row(turns[name], alone, plan) for name in loads]
 
 
-def _row(turns: Turns, alone: list[Launches], plan: Plan, copying_us: float) -> dict[str, Any]:
+def _row(turns: Turns, alone: list[Launches], plan: Plan) -> dict[str, Any]:
     pairs = list(zip(turns.pictures, turns.launches, strict=True))
     rates = [pictures / launches.seconds for pictures, launches in pairs]
     waits = [1e6 * launches.waited_s / pictures for pictures, launches in pairs if launches.waited_s is not None]
-    cpu_us = median(1e6 * s / pictures for s, pictures in zip(turns.cpu_s, turns.pictures, strict=True))
+    locked = [1e6 * seconds / pictures for seconds, pictures in zip(turns.locked_s, turns.pictures, strict=True)]
     row = {
         "role": "ours",
         "images_per_s": median(rates),
@@ -175,56 +176,52 @@ def _row(turns: Turns, alone: list[Launches], plan: Plan, copying_us: float) -> 
         "batch": plan.batch,
         "launches_per_s": median(launches.per_s for launches in turns.launches),
         "launches_alone_per_s": median(launches.per_s for launches in alone),
-        "cpu_us": cpu_us,
-        "copying_us": copying_us,
-        "lock_us": cpu_us - copying_us,
+        "lock_us": median(locked),
     }
     return row | ({"launcher_waits_us": median(waits)} if waits else {})
 
 
 def feeding(work: Work, batch: int) -> Contender:
     """All that the loader's thread does before DALI decodes: a pipeline that only looks at the pictures' lengths."""
+    reader = Reader(work.records, known_sound(work.records))
 
     def start(steps: int) -> Iterator[Sized]:
         requests = work.requests(batch, steps)
+        in_work: deque[Inputs] = deque()
 
         def source() -> Inputs:
             request = next(requests)
-            return inputs([read_picture(work.records, int(index)) for index in request.indices], request)
+            in_work.append(inputs([TensorCPU(encoded) for encoded in reader.read(request.indices)], request))
+            return in_work[-1]
 
         @pipeline_def(batch_size=batch, num_threads=1, device_id=None, prefetch_queue_depth=work.engine.prefetch)
         def lengths() -> tuple[DataNode, ...]:
-            encoded, *numbers = fn.external_source(source=source, num_outputs=4, batch=True)
+            encoded, *numbers = fn.external_source(source=source, num_outputs=4, batch=True, no_copy=True)
             return encoded.shape(), *numbers
 
         pipeline = lengths()
         for _ in range(steps):
-            yield pipeline.run()[0]
+            pictures = pipeline.run()[0]
+            in_work.popleft()
+            yield pictures
 
     return Contender(start, ahead=work.engine.prefetch)
 
 
-def copying_s(work: Work, batch: int) -> float:
-    """CPU seconds that it takes to copy a picture's bytes from the page cache, which needs no lock.
+@contextmanager
+def noting_unlocked() -> Iterator[list[float]]:
+    """CPU seconds of each call that reads a batch, where that needs no lock."""
+    read: Callable[..., None] = reading.read_pieces
+    spent_s: list[float] = []
 
-    The call itself, which is measured by one that copies nothing, counts to the time with the lock.
-    """
-    (request,) = work.requests(batch, 1)
-    records, memory = work.records, np.zeros(int(work.records.length.max()), np.uint8)
+    def noted(*arguments: Any) -> None:
+        before = time.thread_time()
+        read(*arguments)
+        spent_s.append(time.thread_time() - before)
 
-    def elapsed(indices: list[int], share: int) -> float:
-        """CPU seconds of the calls for some records, each for its length times `share`."""
-        total = 0.0
-        for index in indices:
-            descriptor = os.open(records.files[records.file[index]], os.O_RDONLY)
-            views, offset = [memory[: share * int(records.length[index])]], int(records.offset[index])
-            os.preadv(descriptor, views, offset)
-            before = time.thread_time()
-            os.preadv(descriptor, views, offset)
-            total += time.thread_time() - before
-            os.close(descriptor)
-        return total
-
-    indices = request.indices.tolist()
-    costs = [elapsed(indices, 1) - elapsed(indices, 0) for _ in range(REPEATS)]
-    return max(0.0, min(costs)) / len(indices)
+    if read is reading.read_without_lock:
+        reading.read_pieces = noted
+    try:
+        yield spent_s
+    finally:
+        reading.read_pieces = read

@@ -10,18 +10,19 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 import torch
+from nvidia.dali.backend import TensorCPU
 from nvidia.dali.pipeline import Pipeline
 from torch.utils.dlpack import from_dlpack
 
 from fastflower.arrays import Ints
 from fastflower.data import pipeline as graph
-from fastflower.data.decoding import first_undecodable, read_picture
+from fastflower.data.decoding import first_undecodable
 from fastflower.data.memory import Memory, pageable, pinned
+from fastflower.data.reading import Reader, known_sound
 from fastflower.data.records import Records
 from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request
@@ -81,6 +82,7 @@ class Loader:
             decoded: the records' pixels, where they are in memory.
         """
         self.records, self.view, self.batch, self.loading, self.decoded = records, view, batch, loading, decoded
+        self.sound = known_sound(records)  # noted of each record when it is read first, in whichever iteration
         self._device, normalization = loading.device, loading.normalization
         if normalization and self._device.type == "cuda":
             self._mean = 255 * torch.tensor(normalization.mean, device=self._device)
@@ -162,6 +164,13 @@ class _Item(NamedTuple):
 _Ready = _Item | Exception | None  # None: that was all
 
 
+class _Work(NamedTuple):
+    """What DALI makes a batch of. It reads the inputs where they are, so they are kept until the batch is made."""
+
+    request: Request
+    inputs: graph.Inputs
+
+
 class _Producer:
     """What makes the batches of one iteration after another, and all that it changes: used by one thread at a time."""
 
@@ -175,7 +184,9 @@ class _Producer:
         self._resampler = Resampler(self._view, normalization, Memory(memory))
         self._pipeline: Pipeline | None = None
         self._requests: Iterator[Request] = iter(())
-        self._in_work: deque[Request] = deque()
+        self._reader = Reader(self._records, loader.sound)
+        self._in_work: deque[_Work] = deque()
+        self._made: deque[tuple[torch.cuda.Event, _Work]] = deque()  # by a GPU, or still being made
         self._failure: UserError | None = None
 
     def run(self, requests: Iterator[Request], ready: queue.Queue[_Ready], stop: threading.Event) -> None:
@@ -240,7 +251,12 @@ class _Producer:
             except StopIteration:
                 pipeline.reset()
                 return
-            yield outputs, self._in_work.popleft()
+            work = self._in_work.popleft()
+            if stream:
+                while self._made and self._made[0][0].query():
+                    self._made.popleft()
+                self._made.append((stream.record_event(), work))
+            yield outputs, work.request
 
     def _next_inputs(self) -> graph.Inputs:
         """DALI's source: called on the loader thread, some batches ahead of the outputs."""
@@ -248,13 +264,16 @@ class _Producer:
         if request is None:
             raise StopIteration
         try:
-            read = self._decoded.picture if self._decoded else partial(read_picture, self._records)
-            images = [read(int(index)) for index in request.indices]
+            if self._decoded:
+                images: graph.Images = [self._decoded.picture(index) for index in request.indices.tolist()]
+            else:
+                images = [TensorCPU(encoded) for encoded in self._reader.read(request.indices)]
         except UserError as error:
             self._failure = error  # an exception would cross DALI's native code: end the data and raise it after
             raise StopIteration from error
-        self._in_work.append(request)
-        return graph.inputs(images, request)
+        inputs = graph.inputs(images, request)
+        self._in_work.append(_Work(request, inputs))
+        return inputs
 
     def _to_torch(self, pictures: graph.Pictures, request: Request) -> Iterator[_Item]:
         if pictures.is_dense_tensor():
@@ -283,7 +302,7 @@ class _Producer:
 
     def _explain(self, error: Exception) -> Exception:
         """The record behind a failed batch: DALI names none, so try all that are in work."""
-        indices = np.concatenate([request.indices for request in self._in_work] or [np.empty(0, np.int64)])
+        indices = np.concatenate([work.request.indices for work in self._in_work] or [np.empty(0, np.int64)])
         try:
             return first_undecodable(self._records, indices) or error
         except UserError as unreadable:  # by now

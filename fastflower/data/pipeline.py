@@ -14,27 +14,31 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 from nvidia.dali import fn, math, pipeline_def, types
-from nvidia.dali.backend import TensorListCPU, TensorListGPU
+from nvidia.dali.backend import TensorCPU, TensorListCPU, TensorListGPU
 from nvidia.dali.pipeline import DataNode, Pipeline
 
-from fastflower.arrays import Bytes, Int32s, Singles
+from fastflower.arrays import Bytes
 from fastflower.data.decoding import decode, decode_region
 from fastflower.data.geometry import centered
 from fastflower.data.sampler import Request
 from fastflower.data.view import Engine, Normalization, View
 
 Pictures = TensorListCPU | TensorListGPU
-Images = Sequence[Bytes | torch.Tensor]
-Numbers = tuple[Int32s, Singles, Int32s]
-Inputs = tuple[Images, Int32s, Singles, Int32s]
+Images = Sequence[Bytes | torch.Tensor | TensorCPU]
+Numbers = tuple[TensorListCPU, TensorListCPU, TensorListCPU]
+Inputs = tuple[Images, TensorListCPU, TensorListCPU, TensorListCPU]
 Source = Callable[[], Inputs]
 Half = TypeVar("Half")
 
 
 def inputs(images: Images, request: Request) -> Inputs:
-    """What a source gives for a request, with its `images`: a shorter side of 0 says "as stored" there, for None."""
+    """What a source gives for a request, with its `images`: a shorter side of 0 says "as stored" there, for None.
+
+    The pipeline reads it where it is, and whoever gave it keeps it until its batch is made. What it holds of NumPy's
+    it drops after that in a thread of DALI's, which needs Python's lock for it; of DALI's own types it needs none.
+    """
     shorter = np.zeros(len(request), np.int32) if request.shorter is None else request.shorter
-    return images, shorter, request.crop_yx, request.mirror
+    return images, TensorListCPU(shorter), TensorListCPU(request.crop_yx), TensorListCPU(request.mirror)
 
 
 def build_pipeline(
@@ -120,7 +124,7 @@ def _definition(
 
 @pipeline_def
 def _decoder(source: Source, view: View, engine: Engine) -> tuple[DataNode, DataNode, DataNode]:
-    encoded, shorter, crop_yx, _ = fn.external_source(source=source, num_outputs=4, batch=True)
+    encoded, shorter, crop_yx, _ = fn.external_source(source=source, num_outputs=4, batch=True, no_copy=True)
     return take_region(encoded, shorter, crop_yx, view, engine)
 
 
@@ -131,7 +135,7 @@ def _inputs(source: Source, decoded: Literal["cpu", "gpu"] | None) -> Sequence[D
     one piece, on torch's current stream; it takes memory as it is only where all batches lie in one piece already.
     """
     if decoded is None:
-        return fn.external_source(source=source, num_outputs=4, batch=True)
+        return fn.external_source(source=source, num_outputs=4, batch=True, no_copy=True)
     if decoded == "cpu":
         return fn.external_source(source=source, num_outputs=4, batch=True, layout=["HWC", "", "", ""], no_copy=True)
     images, numbers = in_two(source)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from fastflower.data.stamp import Stamp, cache_key
 from fastflower.errors import UserError
 
 NO_LABEL = np.iinfo(np.int64).min
+KEPT_OPEN = 256  # files, since a process may hold about 1,024 open ones
 Progress = Callable[[int, int], None]  # takes what is done and all that is to do
 
 
@@ -179,7 +181,7 @@ def read_image(records: Records, index: int) -> Bytes:
     stamp = records.stamps[number]
     try:
         # kept by name while it is read: another thread may drop it from the cache, which closes it
-        file = _open(records.files[number], stamp)
+        file = open_kept(records.files[number], stamp)
         same = file.stamp.content == stamp.content
         data = os.pread(file.descriptor, length, int(records.offset[index])) if same else b""
     except OSError as error:
@@ -190,18 +192,21 @@ def read_image(records: Records, index: int) -> Bytes:
     return np.frombuffer(data, np.uint8)
 
 
-class _File:
+class OpenFile:
     """An open file, until nobody refers to it."""
 
     def __init__(self, path: Path) -> None:
+        """Open it; OSError where that cannot be done."""
         self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor).atexit = False
         self.stamp = Stamp.of(os.fstat(self.descriptor))
 
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
 
+@functools.lru_cache(maxsize=KEPT_OPEN)
+def open_kept(path: Path, stamp: Stamp) -> OpenFile:
+    """A file that had a stamp when it was indexed, and that stays open as long as it is among the last ones used.
 
-@functools.lru_cache(maxsize=256)  # bounded, since a process may hold about 1,024 open files
-def _open(path: Path, stamp: Stamp) -> _File:
-    return _File(path)
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return OpenFile(path)

@@ -303,14 +303,14 @@ def test_a_picture_that_may_not_be_read_is_named_and_the_rest_is_checked(
     root = write_folders(tmp_path, {"train/rose": 3, "train/tulip": BATCH, "val/rose": 2})
     closed, page = root / "train/tulip/000005.jpg", root / "val/rose/page.jpg"
     page.write_bytes(b"<html>")
-    opened = module._open
+    opened = module.open_kept
 
     def refused(path: Path, stamp: Stamp) -> Any:
         if path == closed:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return opened(path, stamp)
 
-    monkeypatch.setattr(module, "_open", refused)
+    monkeypatch.setattr(module, "open_kept", refused)
     report = run(root)
     assert named_in(report) == [("unreadable", "train", 0, "tulip/000005"), ("unreadable", "val", 0, "rose/page")]
     assert next(sentences(report)) == f"unreadable: {closed} cannot be read (Permission denied)"

@@ -182,7 +182,7 @@ def test_links_and_permissions_change_nothing_for_a_run(tmp_path: Path) -> None:
     kept = content_digests(records)
     path.chmod(0o440)
     (tmp_path / "b.tfrec").hardlink_to(path)
-    records_module._open.cache_clear()  # as where more files are open than are kept so
+    records_module.open_kept.cache_clear()  # as where more files are open than are kept so
     assert [digest_of(read_image(records, i).tobytes()) for i in range(12)] == kept.tolist()
     shutil.rmtree(os.environ["FASTFLOWER_CACHE"])
     assert np.array_equal(content_digests(records), kept)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 import warnings
+import weakref
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from io import BytesIO
@@ -23,11 +25,14 @@ from PIL import Image
 from PIL.ExifTags import Base
 
 from fastflower.arrays import Bytes
+from fastflower.config import DataConfig
 from fastflower.data import pipeline as graph
-from fastflower.data.loader import Batch, Loader, Loading, normalize
+from fastflower.data.loader import Batch, Loader, Loading, _Producer, normalize
+from fastflower.data.memory import Memory
 from fastflower.data.records import Records, read_image
 from fastflower.data.resample import Region, Resampler
 from fastflower.data.sampler import Request, evaluation_requests, training_requests
+from fastflower.data.sources import layout_of
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.view import IMAGENET, Engine, Normalization, View
@@ -217,7 +222,8 @@ def test_iterations_that_are_open_at_once_do_not_disturb_each_other(
 @functools.cache
 def _middle_of(encoded: bytes) -> Bytes:
     with Image.open(BytesIO(encoded)) as picture:
-        return np.asarray(picture.crop((4, 6, 36, 38)))
+        left, top = (round((side - 32) / 2) for side in picture.size)
+        return np.asarray(picture.crop((left, top, left + 32, top + 32)))
 
 
 def _middle(records: Records, index: int) -> Bytes:
@@ -237,6 +243,94 @@ _loaders: dict[int, Loader] = {}
 def _shared_loader(records: Records) -> Loader:
     """One for all examples, so that what one leaves behind meets the next."""
     return _loaders.setdefault(id(records), loader(records, View(32), 8))
+
+
+@pytest.mark.parametrize("layout", ["TFRecords", "folders"])
+def test_pictures_stay_as_they_are_read_while_they_are_decoded(tmp_path: Path, layout: str) -> None:
+    """Of drawn sizes, with as little read ahead as can be and more, against another decoder; freed memory is wiped."""
+    rng = np.random.default_rng(0)
+    encoded = [jpeg(*rng.integers(32, 400, 2).tolist(), seed=i) for i in range(40)]
+    if layout == "TFRecords":
+        write_tfrecord(tmp_path / "train" / "a.tfrec", [example(i, 0, image) for i, image in enumerate(encoded)])
+    else:
+        (tmp_path / "train" / "rose").mkdir(parents=True)
+        for i, image in enumerate(encoded):
+            (tmp_path / "train" / "rose" / f"{i:02}.jpg").write_bytes(image)
+    records = layout_of(tmp_path).load(tmp_path, "train", DataConfig()).records
+    with pytest.MonkeyPatch.context() as patch:
+        threads: list[str] = []
+        patch.setattr("fastflower.data.reading.Memory", partial(Wiped, threads))
+        patch.setattr("fastflower.data.reading.KEPT_OPEN", int(rng.integers(2)))
+        for cores, prefetch in ((1, 1), (2, 1), (2, 2), (1, 3)):
+            made = loader(records, View(32), 9, threads=cores, prefetch=prefetch)
+            for _ in range(6):
+                asked = [rng.integers(0, 40, size).tolist() for size in rng.integers(1, 10, 8)]
+                for wanted, batch in zip(asked, made.batches(map(_stored, asked)), strict=True):
+                    for index, image in zip(wanted, batch.images, strict=True):
+                        assert np.array_equal(image.permute(1, 2, 0).numpy(), _middle_of(encoded[index])), index
+    assert set(threads) <= {"loader", "MainThread"}, "DALI's would wait for Python's lock"
+    assert len(threads) > 150
+
+
+class Wiped(Memory):
+    """Memory that nobody may read once it is free."""
+
+    def __init__(self, threads: list[str]) -> None:
+        """`threads` gets the names of those in which memory becomes free."""
+        super().__init__()
+
+        class Free(deque[Bytes]):
+            def append(self, memory: Bytes) -> None:
+                threads.append(threading.current_thread().name)
+                memory[:] = 0
+                super().append(memory)
+
+        self._free = Free()
+
+
+class LaterEvent:
+    """Of a stream of a GPU: queried, it says whether the test lets the work before it be done."""
+
+    done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_a_gpu_has_what_it_decodes_until_it_is_done(pictures: Records) -> None:
+    """By a stand-in for its stream, whose batches are handed out before they are made."""
+    producer = _Producer(Loader(pictures, View(32), 8, Loading(PLAIN, Engine(device="gpu"), CPU)))
+    requests = [_stored([3 * i, 3 * i + 1, 3 * i + 2]) for i in range(5)]
+    producer._requests = iter(requests)
+    freed: list[int] = []
+    events: list[LaterEvent] = []
+
+    class Stream:
+        def record_event(self) -> LaterEvent:
+            events.append(LaterEvent())
+            return events[-1]
+
+    class Pipeline:
+        def run(self, _: object) -> tuple[()]:
+            number = len(events)
+            images, *_numbers = producer._next_inputs()
+            weakref.finalize(images[0], freed.append, number)
+            return ()
+
+        def reset(self) -> None:
+            pass
+
+    producer._stream = Stream()  # type: ignore[assignment]
+    made = producer._runs(Pipeline())
+    assert [next(made)[1] for _ in range(3)] == requests[:3]
+    assert freed == []
+    events[0].done = events[2].done = True  # in order, as on a stream
+    next(made)
+    assert freed == [0]
+    events[1].done = True
+    next(made)
+    assert freed == [0, 1, 2]
+    assert next(made, None) is None
 
 
 def test_one_iteration_after_another_uses_one_pipeline(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,6 +486,7 @@ def test_memory_stays_level(tmp_path: Path) -> None:
     code = f"""
 import re, torch
 from pathlib import Path
+from fastflower.data.sources import layout_of
 from fastflower.data.sources.kaggle import load_split
 from tests.data.test_loader import epoch, loader, View
 def resident(): return int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

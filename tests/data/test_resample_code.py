@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastflower.arrays import Bytes
-from fastflower.data import resample
+from fastflower.data import reading, resample
 from fastflower.data.compiled import compiled, is_tested
 from fastflower.data.geometry import Frame
 from fastflower.data.resample import _taps, resize_row, resize_row_by_vectors
@@ -96,6 +96,7 @@ assert not resample.resize_row_by_vectors.signatures
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | NOWHERE
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
     assert resample._resize_row is resize_row_by_vectors
+    assert reading.read_pieces is reading.read_without_lock
     with np.load(tmp_path / "plain.npz") as plain:
         for number, picture in enumerate(some_pictures()):
             np.testing.assert_array_equal(plain[f"arr_{number}"], picture)

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import fastflower as api
-from fastflower.data.decoding import read_picture
+from fastflower.data.reading import Reader
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.lock import LOCK
 from fastflower.runtime.signals import ASKING, Interrupted, Signals, Stopped, handling, interrupt
@@ -101,17 +101,17 @@ def test_any_command_ends_with_its_number_and_leaves_what_was_there(
     for folder, seed in ((run, 1), (other, 2)):
         assert fastflower(*train_arguments(small, folder), "--train.epochs", 1, "--seed", seed).code == 0
     settings, epochs = train_arguments(small, None)[1:], ("--train.epochs", 9)
-    loader, drawn, report = "fastflower.data.loader.read_picture", tmp_path / "drawn", tmp_path / "report"
+    loader, drawn, report = "fastflower.data.reading.Reader.read", tmp_path / "drawn", tmp_path / "report"
     trainings: list[list[object]] = [
         ["train", *settings, *epochs, "--run", tmp_path / "new", "--overwrite"],
         ["train", "--resume", run, *epochs],
         ["cv", "--folds", 2, *settings, *epochs, "--run", tmp_path / "folds"],
     ]
     others: list[tuple[list[object], str, int]] = [  # what is called while they run, and how many times
-        (["train", "--dry_run", *settings], loader, 16),
-        (["eval", run], loader, 20),
-        (["predict", run, "--split", "val"], loader, 20),
-        (["ensemble", run, other, "--split", "train"], loader, 48),
+        (["train", "--dry_run", *settings], loader, 2),
+        (["eval", run], loader, 3),
+        (["predict", run, "--split", "val"], loader, 3),
+        (["ensemble", run, other, "--split", "train"], loader, 6),
         (["data", "check", small], "fastflower.data.check.read_image", 68),
         (["data", "stats", small, "--split", "train+val"], "fastflower.data.decoding.read_picture", 68),
         (["data", "demo", drawn, "--train", 8, "--val", 8, "--test", 8], "fastflower.data.demo._expose", 24),
@@ -139,7 +139,7 @@ def test_any_command_ends_with_its_number_and_leaves_what_was_there(
     finished, log = load_checkpoint(run / "checkpoints/best.pt")["step"], (run / "metrics.jsonl").read_text()
     for words in trainings:
         for number in (SIGTERM, SIGINT):
-            out = stop(words, loader, 100, number)
+            out = stop(words, loader, 13, number)
             assert f"Stopped by {signal.Signals(number).name} and saved." in out
             assert "Go on with" in out
     for folder in (run, tmp_path / "new", tmp_path / "folds/fold-0"):
@@ -179,7 +179,7 @@ def test_outside_the_main_thread_everything_works_without_them(
 def test_training_from_python_says_which(
     small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastflower.data.loader.read_picture", sending(signal.SIGUSR1, read_picture))
+    monkeypatch.setattr(Reader, "read", sending(signal.SIGUSR1, Reader.read))
     with pytest.raises(Interrupted) as error:
         api.train(api.load_config(settings=train_settings(small, epochs=1)), tmp_path / "run", quiet=True)
     assert error.value.number == signal.SIGUSR1
