@@ -111,6 +111,8 @@ def measure_loader(command: LoaderCommand, config: Config, place: Place) -> list
     (decoded,) = open_cache(config.data.cache, [records], engine, place.ranks, display.say, display.follow)
     work = loaders.Work(records, config.data, engine, place.device, place.ranks, command.output, decoded)
     if command.launches:
+        if place.ranks.world_size > 1:
+            raise UserError("--launches measures one process: start it without torchrun.")
         return launches.rows(work, command, command.rate)
     rows = measure(loaders.contenders(work, peers=command.peers), command, place.device, place.ranks)
     measured = {row["name"]: row for row in rows if "missing" not in row}

@@ -149,7 +149,7 @@ C = TypeVar("C", bound=Common)
 def check(command: Command) -> None:
     """UserError for settings that measure nothing."""
     require_positive(
-        command, *sorted({"batch", "steps", "warmup", "repeats", "size", "threads"} & vars(command).keys())
+        command, *sorted({"batch", "steps", "warmup", "repeats", "size", "threads", "rate"} & vars(command).keys())
     )
     if command.warmup >= command.steps:
         raise UserError(f"--warmup {command.warmup} is not below --steps {command.steps}: lower it or raise --steps.")

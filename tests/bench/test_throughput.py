@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,11 +15,13 @@ import torch
 from torch import nn
 
 from bench.contenders import loaders, networks
-from bench.contenders.loaders import CACHED, DECODE, LIMIT
+from bench.contenders.launches import FEED, MORE
+from bench.contenders.loaders import CACHED, DECODE, LIMIT, OURS
 from bench.harness.common import MissingError
 from bench.harness.timing import Contender
 from bench.rates.options import LOCAL, ModelCommand, configure
 from bench.throughput import main
+from fastflower.data import reading
 from fastflower.runtime.device import choose_precision
 from tests.conftest import ROOT, TinyNet, fastflower, train_arguments
 from tests.processes import torchrun
@@ -105,6 +108,35 @@ def test_peers_stand_beside_the_loader(
     assert f"{results[3]['images_per_s'] / results[0]['images_per_s']:.2f}" in shown
     assert "missing: DataLoader, timm's: not installed (pip install timm)" in shown
     assert results[0]["bottleneck"] in shown
+
+
+def test_launches_stand_beside_the_loader_at_its_rate_at_another_and_feeding_alone(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.jsonl"
+    options = ["loader", "--data.root", small, *GEOMETRY, "--batch", 8, "--steps", 4, "--warmup", 1, "--repeats", 2]
+    assert main([*map(str, options), "--launches", "--rate", "200", "--out", str(out)]) == 0
+    results = [json.loads(line) for line in out.read_text().splitlines()]
+    full, paced, fed = results
+    assert [row["name"] for row in results] == [OURS, f"{OURS}, 200 images/s", FEED]
+    assert [row["pictures"] for row in results] == [2 * 4 * 8, 2 * 4 * 8, MORE * 2 * 4 * 8]
+    assert paced["spread"][1] <= 200
+    assert full["spread"][0] <= full["images_per_s"] <= full["spread"][1]
+    for row in results:
+        assert row["launches_per_s"] > 0
+        assert row["launches_alone_per_s"] == full["launches_alone_per_s"] > 0
+        assert 0 < row["lock_us"] < 1e6 / row["images_per_s"]
+    assert fed["lock_us"] < full["lock_us"], "which also takes what is decoded"
+    shown = capsys.readouterr().out
+    assert f"{full['lock_us']:.1f}" in shown
+    assert not [thread for thread in threading.enumerate() if thread.name in ("launches", "loader")]
+    assert reading.read_pieces is reading.read_without_lock, "what notes its time is gone"
+    assert main(["--compare", str(out), str(out)]) == 0
+
+
+def test_launches_are_of_one_process_at_a_rate(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["loader", "--data.root", str(small), "--launches", "--rate", "0", "--out", "None"]) == 2
+    assert "--rate is 0" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_net")

@@ -249,7 +249,8 @@ def _shared_loader(records: Records) -> Loader:
 def test_pictures_stay_as_they_are_read_while_they_are_decoded(tmp_path: Path, layout: str) -> None:
     """Of drawn sizes, with as little read ahead as can be and more, against another decoder; freed memory is wiped."""
     rng = np.random.default_rng(0)
-    encoded = [jpeg(*rng.integers(32, 400, 2).tolist(), seed=i) for i in range(40)]
+    sides = rng.integers(32, 400, (40, 2)).tolist()
+    encoded = [jpeg(width, height, seed=i) for i, (width, height) in enumerate(sides)]
     if layout == "TFRecords":
         write_tfrecord(tmp_path / "train" / "a.tfrec", [example(i, 0, image) for i, image in enumerate(encoded)])
     else:

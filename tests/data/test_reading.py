@@ -18,6 +18,7 @@ from fastflower.arrays import Bytes
 from fastflower.config import DataConfig
 from fastflower.data import reading
 from fastflower.data.contents import examined
+from fastflower.data.decoding import is_sound
 from fastflower.data.reading import Reader, known_sound, read_plainly, read_without_lock
 from fastflower.data.records import Records, read_image
 from fastflower.data.sources import layout_of
@@ -50,11 +51,11 @@ def test_pieces_are_those_of_the_files_and_nothing_else_is_written(
     folder, rng = tmp_path_factory.mktemp("files"), np.random.default_rng(seed)
     files = [rng.integers(0, 256, size, np.uint8).tobytes() for size in sizes]
     paths = [folder / f"ä {number}" for number in range(6)]  # of which some are not there
-    for path, data in zip(paths, files, strict=False):
-        path.write_bytes(data)
+    for path, written in zip(paths, files, strict=False):
+        path.write_bytes(written)
     names, descriptors, contents, offsets, lengths, wanted = [], [], [], [], [], []
     for number, start, share, is_open in pieces:
-        data = files[number] if number < len(files) else None
+        data: bytes | None = files[number] if number < len(files) else None
         offset = int(start * len(data or b""))
         length = int(share * (len(data or b"") - offset))
         status = os.stat(paths[number]) if data is not None else None
@@ -143,7 +144,7 @@ def test_batches_are_what_is_read_one_by_one(
     made, rng = reader(records), np.random.default_rng(0)
     for size in (12, 1, 5, 30, 2):
         indices = rng.integers(0, 12, size)
-        for index, encoded in zip(indices, made.read(indices), strict=True):
+        for index, encoded in zip(indices.tolist(), made.read(indices), strict=True):
             assert encoded.tobytes() == read_image(records, index).tobytes()
 
 
@@ -155,7 +156,9 @@ def test_what_is_held_is_not_overwritten_and_what_is_dropped_is_used_again(tmp_p
     others = [made.read(np.roll(indices, shift)) for shift in range(4)]
     assert held.tobytes() == read_image(records, 8).tobytes()
     for shift, batch in enumerate(others):
-        assert [x.tobytes() for x in batch] == [read_image(records, i).tobytes() for i in np.roll(indices, shift)]
+        assert [x.tobytes() for x in batch] == [
+            read_image(records, i).tobytes() for i in np.roll(indices, shift).tolist()
+        ]
     places = {batch[0].ctypes.data for batch in others}
     assert len(places) == 4
     del batch, others
@@ -165,11 +168,10 @@ def test_what_is_held_is_not_overwritten_and_what_is_dropped_is_used_again(tmp_p
 
 def count_checks(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     checked: list[bytes] = []
-    original = reading.is_sound
 
     def check(encoded: Bytes) -> bool:
         checked.append(encoded.tobytes())
-        return original(encoded)
+        return is_sound(encoded)
 
     monkeypatch.setattr(reading, "is_sound", check)
     return checked
