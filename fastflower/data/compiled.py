@@ -12,8 +12,9 @@ from numba import njit
 
 from fastflower.files import cache_dir, is_writable
 
-# Numba's first and last versions for which our vector code is used: with 0.60.0, 0.62.1, 0.65.0 and 0.68.1 it gave what
-# the plain loop gives, to the bit (2026-11-30). Others may build other code of it, or none.
+# Numba's first and last versions for which our vector code is used, and calls of the C library: the one gave what the
+# plain loop gives, to the bit, with 0.60.0, 0.62.1, 0.65.0 and 0.68.1, the other read what Python reads with 0.60.0 and
+# 0.68.1 (2026-11-30). Others may build other code of them, or none.
 TESTED = ((0, 60), (0, 68))
 
 
