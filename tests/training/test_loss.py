@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from fastflower.config import TrainConfig
-from fastflower.training.loss import Criterion, Targets, balanced_weights, mix
+from fastflower.training.loss import Criterion, Targets, _neighbors, balanced_weights, mix
 
 LABELS = torch.tensor([0, 2, 2, 1, 2])
 LOGITS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
@@ -67,6 +67,14 @@ def test_labels_have_the_share_that_the_pixels_have(options: dict[str, Any]) -> 
             kinds.add("cutmix" if set(images[0].unique().tolist()) == {1.0, 5.0} else "mixup")
     assert len(set(shares)) > 20
     assert kinds == set(options)
+
+
+@pytest.mark.parametrize("n", [2, 3, 8])
+@pytest.mark.parametrize("region", [(0, 8, 0, 8), (2, 5, 1, 8), (3, 3, 2, 6)])
+def test_neighbors_are_what_rolling_gives(n: int, region: tuple[int, int, int, int]) -> None:
+    top, bottom, left, right = region
+    images = torch.randn(n, 3, 8, 8).contiguous(memory_format=torch.channels_last)[:, :, top:bottom, left:right]
+    assert torch.equal(_neighbors(images), images.roll(1, 0))
 
 
 def test_a_mixture_is_a_function_of_its_place() -> None:
