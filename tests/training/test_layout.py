@@ -24,6 +24,7 @@ from tests.training.no_data import setup_without_data
 
 GPU = torch.device("cuda", 0)  # of tensors that have a shape, a layout and a place, and no content
 CLASSES, SIDE = 3, 32
+MIXTURES = [{}, {"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}]
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available")  # so that nothing is cast automatically
 
@@ -61,7 +62,7 @@ def batch(size: int = 8, side: int = SIDE, dtype: torch.dtype = torch.float32) -
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("choices", [{}, {"mixup": 0.4}, {"cutmix": 1.0}, {"mixup": 0.4, "cutmix": 1.0}], ids=lambda choices: "+".join(choices) or "plain")
+@pytest.mark.parametrize("choices", MIXTURES, ids=lambda choices: "+".join(choices) or "plain")
 @pytest.mark.parametrize("precision", [Precision(None), Precision(torch.float16)], ids=str)
 def test_in_training(choices: dict[str, Any], accumulate: int, precision: Precision) -> None:
     config = Config()
