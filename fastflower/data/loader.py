@@ -195,6 +195,8 @@ class _Producer:
         self._failure = None
         self._in_work.clear()
         try:
+            if self._stream:
+                torch.cuda.set_device(self._loading.device)  # a thread begins with GPU 0, which may be another rank's
             with torch.cuda.stream(self._stream):
                 for item in self._on_cpu() if self._loading.engine.device == "cpu" else self._by_dali():
                     ready.put(item)

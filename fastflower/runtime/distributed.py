@@ -171,6 +171,9 @@ class Ranks:
 def processes(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that torchrun started, if it did, until the block ends.
 
+    `device` becomes CUDA's current one in this thread before anything else is asked of CUDA, so that no process takes
+    memory of another one's GPU.
+
     Raises:
         UserError: the launcher's variables are not complete, or the others cannot be found by them.
     """
