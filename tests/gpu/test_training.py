@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from fastflower.models import create_model
 from fastflower.runtime.checkpoint import load_checkpoint
 from tests.conftest import fastflower, train_arguments
 from tests.training.test_choices import EVERYTHING
+from tests.training.test_overflow import LET_GO, Case, assert_as_by_hand, by_us
 from tests.training.test_run import rows
 
 pytestmark = pytest.mark.gpu
@@ -62,6 +65,23 @@ def test_every_choice_trains_compiled_in_fp16(small: Path, tmp_path: Path, mode:
     options = (*EVERYTHING, "--train.epochs", 3, "--train.compile_mode", mode, "--amp", "--amp_dtype", "fp16")
     eager, compiled = eager_and_compiled(small, tmp_path, *options)
     assert eager == pytest.approx(compiled, rel=0.05)
+
+
+@pytest.fixture
+def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device="cuda").isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("unwritten_memory_is_nan")
+@pytest.mark.parametrize(
+    "case", [*LET_GO, *(replace(case, frozen=0, overflows=[True, True, False]) for case in LET_GO)]
+)
+def test_first_steps_that_overflow_in_fp16_leave_nothing_behind(case: Case) -> None:
+    assert_as_by_hand(by_us(case, torch.device("cuda", 0)), case)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "plain18"])

@@ -16,7 +16,7 @@ from fastflower.data.loader import Batch
 from fastflower.runtime.device import Precision
 from fastflower.training.ema import Ema
 from fastflower.training.optimizer import freeze, load_optimizer, new_optimizer, parameter_groups
-from fastflower.training.state import new_state
+from fastflower.training.state import State, new_state
 from fastflower.training.step import training_step
 from tests.conftest import TinyNet, fastflower, train_arguments
 from tests.training.no_data import setup_without_data
@@ -89,34 +89,64 @@ def by_hand(case: Case) -> tuple[TinyNet, torch.optim.Optimizer, Ema | None]:
     return network, optimizer, ema
 
 
+def by_us(case: Case, device: torch.device = CPU, resumed_at: int | None = None) -> State:
+    """The same training as it is done; in between resumed from a checkpoint that holds what has learned, and no more.
+
+    So it was written of a frozen backbone before its momentum was made in advance.
+    """
+    config = replace(Config(), train=case.train)
+    setup = replace(setup_without_data(config, PICTURES), device=device)
+    state = new_state(network_of(0).to(device), config, device, Precision(torch.float16))
+    assert state.scaler.is_enabled()
+    scaling = state.scaler.state_dict()
+    for step, overflows in enumerate(case.overflows):
+        if step == resumed_at:
+            saved: Any = state.optimizer.state_dict()
+            learned = {
+                k: memory for k, memory in saved["state"].items() if any(value.any() for value in memory.values())
+            }
+            state.optimizer = new_optimizer(state.network, case.train, device)
+            load_optimizer(state.optimizer, saved | {"state": learned}, keep_lr=True)
+        freeze(state.network, frozen=step < case.frozen)
+        state.scaler.load_state_dict(scaling | {"scale": np.inf if overflows else 1024.0})
+        images, labels = (tensor.to(device) for tensor in pictures(step))
+        training_step(setup, state, state.network, Batch(images, labels, np.arange(PICTURES)))
+    return state
+
+
+def assert_as_by_hand(state: State, case: Case) -> None:
+    """Weights, statistics, averages and what the optimizer remembers are what torch's own operations give."""
+    network, optimizer, ema = by_hand(case)
+    pairs = [(state.network.state_dict(), network.state_dict())]
+    if state.ema and ema:
+        pairs.append((state.ema.network.state_dict(), ema.network.state_dict()))
+    for ours, parameter in zip(state.network.parameters(), network.parameters(), strict=True):
+        pairs.append(({**state.optimizer.state[ours]}, {**optimizer.state[parameter]}))
+    for actual, expected in pairs:
+        for name, tensor in expected.items():
+            torch.testing.assert_close(actual[name].cpu(), tensor, rtol=1e-4, atol=1e-5, msg=name)
+    for memory in state.optimizer.state.values():
+        assert all(tensor.isfinite().all() for tensor in memory.values())
+    assert (state.step, state.position) == (len(case.overflows), len(case.overflows) * PICTURES)
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(cases())
 def test_steps_that_overflow_leave_everything_as_it_was(case: Case) -> None:
-    config = replace(Config(), train=case.train)
-    precision = Precision(torch.float16)
-    state = new_state(network_of(0), config, CPU, precision)
-    assert state.scaler.is_enabled()
-    setup = setup_without_data(config, PICTURES)
-    scaling = state.scaler.state_dict()
-    for step, overflows in enumerate(case.overflows):
-        freeze(state.network, frozen=step < case.frozen)
-        state.scaler.load_state_dict(scaling | {"scale": np.inf if overflows else 1024.0})
-        images, labels = pictures(step)
-        training_step(setup, state, state.network, Batch(images, labels, np.arange(PICTURES)))
-    network, optimizer, ema = by_hand(case)
-    for name, tensor in network.state_dict().items():
-        torch.testing.assert_close(state.network.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-    if ema and state.ema:
-        for name, tensor in ema.network.state_dict().items():
-            torch.testing.assert_close(state.ema.network.state_dict()[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
-    remembered = dict(zip(network.parameters(), state.network.parameters(), strict=True))
-    for parameter, ours in remembered.items():
-        for what, expected in optimizer.state[parameter].items():
-            actual = state.optimizer.state[ours][what]
-            torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5, msg=what)
-    for memory in state.optimizer.state.values():
-        assert all(tensor.isfinite().all() for tensor in memory.values())
-    assert (state.step, state.position) == (STEPS, STEPS * PICTURES)
+    assert_as_by_hand(by_us(case), case)
+
+
+# A backbone that is let go in a step that overflows, and in the next one again.
+LET_GO = [
+    Case(train, [False, False, True, True, False, False], frozen=2)
+    for train in (TrainConfig(lr=0.1), TrainConfig(lr=0.1, nesterov=True), TrainConfig(optimizer="adamw", lr=0.01))
+]
+
+
+@pytest.mark.parametrize("resumed_at", [None, 1, 2])
+@pytest.mark.parametrize("case", LET_GO, ids=lambda case: case.train.optimizer + "+nesterov" * case.train.nesterov)
+def test_a_backbone_is_let_go_in_a_step_that_overflows(case: Case, resumed_at: int | None) -> None:
+    assert_as_by_hand(by_us(case, resumed_at=resumed_at), case)
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
