@@ -37,7 +37,7 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> No
     network, validated = training_network(setup, state), compiled(setup, state.validated)
     with setup.ranks.together(), folder.writing():
         log = RunLog(folder, state.epoch) if setup.ranks.is_main else None
-    profiler = Profiler(folder, display) if config.profile and setup.ranks.is_main else None
+    profiler = Profiler(folder, display, compiles=setup.compiles) if config.profile and setup.ranks.is_main else None
     with Signals() as signals, Passes(setup, state) as passes:
         try:
             while not (end := why_ended(setup, state)):

@@ -78,6 +78,21 @@ def with_momentum(optimizer: torch.optim.SGD) -> torch.optim.SGD:
     return optimizer
 
 
+def clear_gradients(optimizer: torch.optim.Optimizer, *, in_place: bool) -> None:
+    """Forget the last step's gradients.
+
+    With `in_place` they are zeros afterwards, in memory of their own, to which a backward pass adds. Else there are
+    none, and a backward pass leaves what it has made, which costs less; but a CUDA graph makes gradients in memory that
+    its next call overwrites, so that those of several pieces cannot be added up there.
+    """
+    optimizer.zero_grad(set_to_none=not in_place)
+    if in_place:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+
+
 def require_fitting_state(optimizer: torch.optim.Optimizer, saved: OptimizerState, source: Path) -> None:
     """Raise UserError unless what a checkpoint holds of the optimizer is about this network's parameters."""
     numbered = [group["params"] for group in optimizer.state_dict()["param_groups"]]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
+from fastflower.runtime.compilations import Compilations, counted_compilations
 from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import RunFolder
 
@@ -18,9 +20,11 @@ HEAVIEST = 10  # operations that are listed
 class Profiler:
     """Records some of the first steps of a run: trace.json in its folder, and the heaviest operations on screen."""
 
-    def __init__(self, folder: RunFolder, display: Display) -> None:
-        """Begin."""
-        self._folder, self._display = folder, display
+    def __init__(self, folder: RunFolder, display: Display, *, compiles: bool) -> None:
+        """Begin; with `compiles`, what torch.compile makes anew in the recorded steps is counted."""
+        self._folder, self._display, self._compiles = folder, display, compiles
+        self._counting = contextlib.ExitStack()
+        self._anew = Compilations()
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
         steps = schedule(wait=SKIPPED, warmup=WARMUP, active=RECORDED, repeat=1)
         self._profile = profile(activities=activities, schedule=steps, on_trace_ready=self._report)
@@ -32,11 +36,15 @@ class Profiler:
         if self._left:
             self._left -= 1
             self._profile.step()
+            if self._left == RECORDED and self._compiles:
+                self._anew = self._counting.enter_context(counted_compilations())
             if not self._left:
                 self._profile.stop()
+                self._counting.close()
 
     def close(self) -> None:
         """Say so where the run was too short."""
+        self._counting.close()
         if self._left:
             self._profile.stop()
             self._display.say(
@@ -50,6 +58,11 @@ class Profiler:
         recorded.export_chrome_trace(str(trace))  # which tells nobody of a full disk
         time_spent = "self_device_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
         self._display.say(recorded.key_averages().table(sort_by=time_spent, row_limit=HEAVIEST))
+        if self._compiles:
+            self._display.say(
+                f"torch.compile has compiled {self._anew.compiled} functions and recorded {self._anew.recorded} CUDA "
+                f"graphs anew in these {RECORDED} steps, which should be none."
+            )
         if _is_json(trace):
             self._display.say(f"Trace of {RECORDED} steps, for chrome://tracing or ui.perfetto.dev: {trace}")
         else:

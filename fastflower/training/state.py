@@ -20,6 +20,8 @@ from fastflower.training.optimizer import load_optimizer, new_optimizer
 from fastflower.training.provenance import Provenance
 from fastflower.training.schedule import Schedule
 
+CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile, which captures CUDA graphs in these
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -39,6 +41,15 @@ class Setup:
         """Whether the network is compiled: as configured, or on a GPU only."""
         choice = self.config.train.compile
         return self.device.type == "cuda" if choice is None else choice
+
+    @property
+    def in_cuda_graphs(self) -> bool:
+        """Whether what is compiled for a GPU runs as CUDA graphs, each call of which overwrites what the last one gave.
+
+        Torch begins anew with each call of a compiled function unless a backward pass is pending, which none is then:
+        a step's pieces go forward and backward one after the other, and validation has no backward pass.
+        """
+        return self.compiles and self.config.train.compile_mode in CUDA_GRAPH_MODES
 
 
 @dataclass

@@ -13,7 +13,7 @@ from fastflower.data.loader import Batch
 from fastflower.runtime.signals import Signals
 from fastflower.training.loss import mix
 from fastflower.training.metrics import Evaluation
-from fastflower.training.optimizer import freeze
+from fastflower.training.optimizer import clear_gradients, freeze
 from fastflower.training.state import Setup, State
 from fastflower.training.validate import evaluate
 
@@ -59,7 +59,7 @@ def training_step(setup: Setup, state: State, network: torch.nn.Module, batch: B
     )
     parts = min(train.accumulate, len(images))  # a rank's share may be smaller
     pieces = list(zip(images.tensor_split(parts), targets.split(parts), strict=True))
-    state.optimizer.zero_grad(set_to_none=True)
+    clear_gradients(state.optimizer, in_place=parts > 1 and setup.in_cuda_graphs)
     for number, (piece, wanted) in enumerate(pieces, start=1):
         # gradients travel between ranks with the last piece
         waits = setup.ranks.world_size > 1 and number < len(pieces)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,11 +14,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from fastflower.config import TrainConfig
 from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models import create_model
 from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.runtime.compilations import counted_compilations
+from fastflower.training.state import CUDA_GRAPH_MODES
 from tests.conftest import fastflower, train_arguments
 from tests.training.test_choices import EVERYTHING
+from tests.training.test_cuda_graphs import eager, last, trained
 from tests.training.test_overflow import LET_GO, Case, assert_as_by_hand, by_us
 from tests.training.test_run import rows
 
@@ -82,6 +87,27 @@ def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_first_steps_that_overflow_in_fp16_leave_nothing_behind(case: Case) -> None:
     assert_as_by_hand(by_us(case, torch.device("cuda", 0)), case)
+
+
+@pytest.mark.parametrize("mode", CUDA_GRAPH_MODES)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_pieces_in_cuda_graphs_train_as_in_eager_mode(
+    mode: Any, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    train, device = TrainConfig(accumulate=accumulate, compile_mode=mode), torch.device("cuda", 0)
+
+    def graphs(network: nn.Module) -> nn.Module:
+        return cast(nn.Module, torch.compile(network, mode=mode, dynamic=False))
+
+    torch.compiler.reset()
+    with counted_compilations() as counted:
+        counts = [(state, counted.compiled, counted.recorded) for state in trained(train, graphs, device=device)]
+    state, compiled, recorded = counts[-1]
+    assert recorded > 0, "nothing ran as CUDA graphs"
+    assert counts[2][1:] == (compiled, recorded), "compiled or recorded anew in later steps"
+    for name, expected in last(trained(train, eager, device=device)).items():
+        torch.testing.assert_close(state.network.state_dict()[name], expected, rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "plain18"])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.runtime.progress import Display
+from fastflower.runtime.run_folder import RunFolder
+from fastflower.training.profile import Profiler
 from tests.conftest import fastflower, train_arguments, write_dataset
 from tests.training.test_run import rows
 
@@ -49,6 +54,20 @@ def test_traced_runs_equal_eager_ones(short_batches: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(torch, "compile", traced)
     assert_as_eager(short_batches, tmp_path)
+
+
+@pytest.mark.parametrize("sizes", [(2,), (2, 3, 4, 5, 6, 7, 8)], ids=["one shape", "another in each step"])
+def test_a_profile_says_what_is_compiled_again(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+    shown = StringIO()
+    function = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+    with Display(Console(file=shown, width=200), shown=True) as display:
+        profiler = Profiler(RunFolder(tmp_path), display, compiles=True)
+        for step in range(9):
+            function(torch.ones(sizes[min(step, len(sizes) - 1)]))
+            profiler.step()
+        profiler.close()
+    again = 4 if len(sizes) > 1 else 0
+    assert f"compiled {again} functions and recorded 0 CUDA graphs anew in these 4 steps" in shown.getvalue()
 
 
 @pytest.mark.slow
