@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +22,18 @@ from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models import create_model
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.compilations import counted_compilations
+from fastflower.runtime.device import Precision
+from fastflower.runtime.distributed import Ranks
+from fastflower.training.metrics import EvaluationSums
 from fastflower.training.state import CUDA_GRAPH_MODES
-from tests.conftest import fastflower, train_arguments
+from fastflower.training.step import training_step
+from fastflower.training.validate import outputs
+from tests.conftest import ROOT, fastflower, train_arguments
 from tests.training.test_choices import EVERYTHING
 from tests.training.test_cuda_graphs import eager, last, trained
 from tests.training.test_overflow import LET_GO, Case, assert_as_by_hand, by_us
 from tests.training.test_run import rows
+from tests.training.test_step import CHOICES, CLASSES, batches, training
 
 pytestmark = pytest.mark.gpu
 
@@ -108,6 +117,56 @@ def test_pieces_in_cuda_graphs_train_as_in_eager_mode(
     assert counts[2][1:] == (compiled, recorded), "compiled or recorded anew in later steps"
     for name, expected in last(trained(train, eager, device=device)).items():
         torch.testing.assert_close(state.network.state_dict()[name], expected, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("precision", [Precision(None), Precision(torch.float16)], ids=str)
+@pytest.mark.parametrize("choices", CHOICES, ids=lambda choices: "+".join(choices) or "plain")
+def test_steps_wait_for_nothing_and_keep_pictures_channels_last(choices: dict[str, Any], precision: Precision) -> None:
+    gpu = torch.device("cuda", 0)
+    setup, state = training(choices, gpu, precision)
+    layouts: list[bool] = []
+    state.network.get_submodule("conv1").register_forward_pre_hook(
+        lambda _, inputs: layouts.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    given = list(batches(8, 8, 8, 5, device=gpu))
+    training_step(setup, state, state.network, given[0])  # makes what the optimizer remembers
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in given[1:]:
+            training_step(setup, state, state.network, batch)
+        sums = EvaluationSums(CLASSES, gpu)
+        for batch, logits in outputs(state.network.eval(), given, device=gpu, precision=precision, pad_to=8):
+            sums.add(logits.detach(), batch.labels)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(layouts)
+    assert sums.result(Ranks()).n == 29
+
+
+TO_THE_END = """
+import torch
+from fastflower import cli
+try:
+    cli.main()
+finally:
+    print("has taken memory of", [gpu for gpu in range(2) if torch._C._cuda_hasPrimaryContext(gpu)])
+"""
+
+
+def test_a_process_takes_memory_of_its_own_gpu_only(small: Path, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    place = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    arguments = [*train_arguments(small, tmp_path / "run"), "--train.epochs", 1]
+    result = subprocess.run(
+        [sys.executable, "-c", TO_THE_END, *map(str, arguments)],
+        env=os.environ | place | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29517", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "has taken memory of [1]" in result.stdout
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "plain18"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,14 +18,16 @@ from fastflower.data.loader import Batch
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.signals import Signals
+from fastflower.training.ema import Ema
 from fastflower.training.loss import Criterion
 from fastflower.training.metrics import EvaluationSums, TrainingSums
-from fastflower.training.state import State, new_state
+from fastflower.training.state import Setup, State, new_state
 from fastflower.training.step import training_step
 from fastflower.training.validate import evaluate
 from tests.conftest import TinyNet
+from tests.training.no_data import setup_without_data
 
-CPU = torch.device("cpu")
+CPU, FP32 = torch.device("cpu"), Precision(None)
 GPU = torch.device("cuda", 0)  # of tensors that have a shape and a place, and no content
 CLASSES = 12
 # What may be switched on in a step, each with what it is beside the others.
@@ -36,7 +37,15 @@ CHOICES = [
     {"clip_grad": 1.0, "ema": 0.9},
     {"mixup": 0.4, "label_smoothing": 0.1},
     {"cutmix": 1.0},
+    {"nesterov": True, "class_weights": "balanced"},
 ]
+# Operations on a GPU that write into what they are given, and whose effect on shapes torch has not defined.
+WRITING = {
+    torch.ops.aten._fused_sgd_,
+    torch.ops.aten._fused_adamw_,
+    torch.ops.aten._amp_foreach_non_finite_check_and_unscale_,
+    torch.ops.aten._amp_update_scale_,
+}
 
 
 class NoWaiting(TorchDispatchMode):
@@ -48,6 +57,8 @@ class NoWaiting(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func.overloadpacket in WRITING:  # which do nothing to tensors without content
+            return args[0] if func._schema.returns else None
         needed = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}.intersection(func.tags)
         assert not needed, f"{func} waits for the device"
         result = func(*args, **(kwargs or {}))
@@ -70,18 +81,23 @@ def batches(*sizes: int, device: torch.device) -> Iterator[Batch]:
         yield Batch(images, torch.zeros(n, dtype=torch.int64, device=device), np.arange(n))
 
 
-def training(choices: dict[str, Any]) -> tuple[Any, State]:
+def training(choices: dict[str, Any], device: torch.device = CPU, precision: Precision = FP32) -> tuple[Setup, State]:
     config = resolve(Config())
-    config = replace(config, train=replace(config.train, **choices))
-    setup = SimpleNamespace(
-        config=config,
-        device=CPU,
-        precision=Precision(None),
-        ranks=SimpleNamespace(world_size=1),
-        criterion=Criterion(config.train.label_smoothing),
-        train=SimpleNamespace(global_batch=8),
-    )
-    return setup, new_state(TinyNet("resnet18", CLASSES), config, CPU, Precision(None))
+    config = replace(config, train=replace(config.train, **choices | {"ema": 0.0}))
+    weights = torch.ones(CLASSES, device=device) if config.train.class_weights == "balanced" else None
+    criterion = Criterion(config.train.label_smoothing, weights)
+    setup = replace(setup_without_data(config, 8), device=device, precision=precision, criterion=criterion)
+    state = new_state(network_on(device), config, device, precision)
+    if "ema" in choices:
+        with pytest.MonkeyPatch.context() as patch:  # a copy of a tensor without content would be of another kind
+            patch.setattr("copy.deepcopy", lambda _: network_on(device))
+            state.ema = Ema(state.network, choices["ema"])
+    return setup, state
+
+
+def network_on(device: torch.device) -> TinyNet:
+    with device:
+        return TinyNet("resnet18", CLASSES)
 
 
 @pytest.mark.parametrize("pad_to", [None, 8])
@@ -91,15 +107,14 @@ def test_a_validation_step_does_not_wait_for_the_device(
     monkeypatch.setattr(EvaluationSums, "result", lambda sums, ranks: sums)  # asked for once, behind the last step
     counted: list[tuple[int, ...]] = []
     monkeypatch.setattr(EvaluationSums, "add", noting(counted, EvaluationSums.add))
-    with GPU:
-        network = TinyNet("resnet18", CLASSES)
+    network = network_on(GPU)
     with NoWaiting():
         evaluate(
             network,
             batches(8, 8, 5, device=GPU),
             classes=CLASSES,
             device=GPU,
-            precision=Precision(None),
+            precision=FP32,
             ranks=Ranks(),
             signals=Signals(),
             pad_to=pad_to,
@@ -128,6 +143,28 @@ def test_a_training_step_asks_for_no_result(choices: dict[str, Any]) -> None:
             continue
         with NoWaiting():
             training_step(setup, state, network, batch)
+    assert state.step == 3
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+@pytest.mark.parametrize("precision", [FP32, Precision(torch.float16)], ids=str)
+@pytest.mark.parametrize("choices", CHOICES, ids=lambda choices: "+".join(choices) or "plain")
+def test_a_training_step_on_a_gpu_waits_for_nothing_but_its_gradients(
+    gpu: None, choices: dict[str, Any], precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are there at once, since they need a device that is there."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    setup, state = training(choices, GPU, precision)
+    assert state.scaler.is_enabled() == (precision.dtype is not None)
+
+    def backward(loss: torch.Tensor) -> None:
+        for parameter in state.network.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad + 1
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    for batch in batches(8, 8, 8, device=GPU):
+        with NoWaiting():
+            training_step(setup, state, state.network, batch)
     assert state.step == 3
 
 
