@@ -93,7 +93,9 @@ class Loader:
         """A batch for each request, in order; of a request whose pictures are of several shapes, one for each.
 
         The first ones are made from now on, as many as the engine has in work and may wait; the others as these are
-        taken. On a GPU a batch's memory stays valid until the work queued up to the next step of the iteration is done.
+        taken. On a GPU a batch's memory stays valid until the work queued up to the next step but one of the iteration
+        is done, and the last one's into the next iteration: a batch may be taken before there is work on the one
+        before.
 
         Raises:
             UserError: in the iteration: a record cannot be read or decoded; names file and record. Earlier batches come
@@ -113,7 +115,7 @@ class Loader:
         stop = threading.Event()
         thread = threading.Thread(target=producer.run, args=(iter(requests), ready, stop), name="loader", daemon=True)
         thread.start()
-        in_use: deque[tuple[torch.cuda.Event, _Item]] = deque()
+        in_use: deque[tuple[torch.cuda.Event, _Item | None]] = deque()
         try:
             yield None
             while (item := ready.get()) is not None:
@@ -122,7 +124,8 @@ class Loader:
                 yield self._hand_over(item)
                 if self._device.type == "cuda":
                     # memory that we drop is used again at once, so hold it until the consumer's queued work is past it
-                    in_use.append((torch.cuda.current_stream(self._device).record_event(), item))
+                    in_use.append((torch.cuda.current_stream(self._device).record_event(), producer.handed_over))
+                    producer.handed_over = item
                     while in_use and in_use[0][0].query():
                         in_use.popleft()
         finally:
@@ -188,6 +191,7 @@ class _Producer:
         self._in_work: deque[_Work] = deque()
         self._made: deque[tuple[torch.cuda.Event, _Work]] = deque()  # by a GPU, or still being made
         self._failure: UserError | None = None
+        self.handed_over: _Item | None = None  # the last one, of which the consumer may not have begun to make use
 
     def run(self, requests: Iterator[Request], ready: queue.Queue[_Ready], stop: threading.Event) -> None:
         """The loader thread: run the pipeline until the requests end, `stop` is set or something fails."""
