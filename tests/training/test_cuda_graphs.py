@@ -5,6 +5,7 @@ There are no CUDA graphs without a GPU; a stand-in gives gradients in such memor
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -16,17 +17,20 @@ import torch
 from torch import nn
 from torch._inductor import list_mode_options
 from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
 
 from fastflower.config import Config, TrainConfig
 from fastflower.data.loader import Batch
 from fastflower.runtime.device import Precision
+from fastflower.runtime.distributed import Ranks, processes
 from fastflower.training.optimizer import freeze
 from fastflower.training.state import CUDA_GRAPH_MODES, State, new_state
 from fastflower.training.step import training_step
 from tests.conftest import TinyNet
+from tests.processes import in_ranks
 from tests.training.no_data import setup_without_data
 
-CPU = torch.device("cpu")
+CPU, ALONE = torch.device("cpu"), Ranks()
 PICTURES, STEPS, CLASSES = 12, 6, 3
 Modes = get_type_hints(TrainConfig)["compile_mode"]
 
@@ -62,14 +66,18 @@ class Graphed(nn.Module):
 
 
 def trained(
-    train: TrainConfig, wrap: Callable[[nn.Module], nn.Module], frozen: int = 0, device: torch.device = CPU
+    train: TrainConfig,
+    wrap: Callable[[nn.Module], nn.Module],
+    frozen: int = 0,
+    device: torch.device = CPU,
+    ranks: Ranks = ALONE,
 ) -> Iterator[State]:
     """The state after each of some steps, in the first of which only the head learns; by what `wrap` makes of it."""
     config = replace(Config(), train=replace(train, compile=True, lr=0.1))
-    setup = replace(setup_without_data(config, PICTURES), device=device)
+    setup = replace(setup_without_data(config, PICTURES * ranks.world_size), device=device, ranks=ranks)
     torch.manual_seed(0)
     state = new_state(TinyNet("", CLASSES).to(device), config, device, Precision(None))
-    network, random = wrap(state.network), torch.Generator().manual_seed(1)
+    network, random = wrap(state.network), torch.Generator().manual_seed(1 + ranks.rank)
     for step in range(STEPS):
         freeze(state.network, frozen=step < frozen)
         images = torch.randn(PICTURES, 3, 8, 8, generator=random).contiguous(memory_format=torch.channels_last)
@@ -112,3 +120,26 @@ def test_the_stand_in_does_overwrite_gradients() -> None:
     pieces, whole = TrainConfig(accumulate=2), TrainConfig(accumulate=1)
     assert differing(last(trained(pieces, Graphed)), last(trained(pieces, eager)))
     assert not differing(last(trained(whole, Graphed)), last(trained(whole, eager)))
+
+
+def over_ranks() -> None:
+    """Train as one of two processes, in eager mode and as CUDA graphs in the mode that is given, and compare."""
+    mode: Any = sys.argv[1]
+
+    def exchanging(wrap: Callable[[nn.Module], nn.Module]) -> Callable[[nn.Module], nn.Module]:
+        return lambda network: DistributedDataParallel(wrap(network), gradient_as_bucket_view=True)
+
+    with processes(CPU) as ranks:
+        assert ranks.world_size == 2
+        for accumulate in (1, 3):
+            train = TrainConfig(accumulate=accumulate)
+            alike = last(trained(train, exchanging(eager), ranks=ranks))
+            train = replace(train, compile_mode=mode)
+            assert not differing(last(trained(train, exchanging(Graphed), ranks=ranks)), alike)
+
+
+def test_pieces_train_as_in_eager_mode_behind_ddp() -> None:
+    for mode, code in zip((*CUDA_GRAPH_MODES, "default"), (0, 0, 1), strict=True):
+        result = in_ranks(over_ranks, mode)
+        assert result.code == code, result.err
+    assert "AssertionError" in result.err, "without memory of their own the gradients are overwritten"
