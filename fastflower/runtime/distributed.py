@@ -7,10 +7,10 @@ import os
 import signal
 import socket
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -43,6 +43,15 @@ DEVICE_WITHIN = timedelta(minutes=30)
 # A process that dies closes its connections, which ends the waiting; one whose machine has lost power or network does
 # not. So the system asks on each connection that has been silent for so many seconds, so often, until it gives it up.
 KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
+
+
+@dataclass(frozen=True)
+class _Turn(Generic[T]):
+    """A rank's next step."""
+
+    batch: T | None  # None: there is none, or it failed
+    failure: UserError | None
+    verdict: Callable[[], int]  # waits for what all do
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,20 @@ class Ranks:
 
     def max(self, value: int) -> int:
         """Greatest value over the ranks. Host memory only: it waits for the other processes, not for a GPU."""
+        return self.max_later(value)()
+
+    def max_later(self, value: int) -> Callable[[], int]:
+        """What waits for the greatest value over the ranks, which is on its way from now on."""
         if self.world_size == 1:
-            return value
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.host)
-        return int(tensor)
+            return lambda: value
+        greatest = torch.tensor(value)
+        work = dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=self.host, async_op=True)
+
+        def wait() -> int:
+            work.wait()
+            return int(greatest)
+
+        return wait
 
     def gather(self, value: T) -> list[T]:
         """Everyone's value, by rank. It waits for the others, however long they work, but not for one that is gone."""
@@ -138,28 +156,38 @@ class Ranks:
     def lockstep(self, batches: Iterable[T], signals: Signals) -> Iterator[T]:
         """Yield batches while every rank can go on; ranks may have unequal numbers of them.
 
+        Among several ranks a batch is taken before the one ahead of it is yielded, so that what each can do with it
+        travels while all compute, and nobody waits for that. So a signal stops them a step later than one alone.
+
         Raises:
             Stopped: some rank got a signal; every rank raises this at the same step, with the same number.
             UserError: some rank's batches failed; its sentence, on every rank.
         """
         iterator = iter(batches)
+        turn = self._take(iterator, signals)
         while True:
-            batch, failure, status = None, None, _GO
-            try:
-                batch = next(iterator, None)
-            except UserError as error:
-                failure, status = error, _FAILED
-            if status == _GO:
-                status = _STOP if signals.received else _END if batch is None else _GO
-            verdict = self.max(status)
+            verdict = turn.verdict()
             if verdict == _FAILED:
-                self._raise_first(failure)
+                self._raise_first(turn.failure)
             if verdict == _STOP:
                 raise Stopped(self.max(signals.received or 0))
             if verdict == _END:
                 return
-            if batch is not None:
-                yield batch
+            following = self._take(iterator, signals) if self.world_size > 1 else None
+            if turn.batch is not None:
+                yield turn.batch
+            turn = following or self._take(iterator, signals)
+
+    def _take(self, iterator: Iterator[T], signals: Signals) -> _Turn[T]:
+        """A rank's next batch; tells the others whether there is one."""
+        batch, failure, status = None, None, _GO
+        try:
+            batch = next(iterator, None)
+        except UserError as error:
+            failure, status = error, _FAILED
+        if status == _GO:
+            status = _STOP if signals.received else _END if batch is None else _GO
+        return _Turn(batch, failure, self.max_later(status))
 
     def _raise_first(self, failure: UserError | None) -> None:
         sentences = [sentence for sentence in self.gather(str(failure) if failure else None) if sentence]

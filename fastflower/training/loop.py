@@ -111,7 +111,7 @@ def _validate(
 ) -> Evaluation | None:
     """The metrics of the validation split, where there is one."""
     for module in dict.fromkeys((state.network, state.validated)):  # in the same order on every rank
-        setup.ranks.broadcast_buffers(module)  # DDP does it before each step, so the last step's are still apart
+        setup.ranks.broadcast_buffers(module)  # which each rank has of its own pictures
     if not setup.val:
         return None
     display.task(f"{_epoch_of(setup, state)} validate", setup.val.steps)

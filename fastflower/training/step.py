@@ -29,6 +29,9 @@ def training_network(setup: Setup, state: State) -> torch.nn.Module:
     if setup.ranks.world_size > 1:
         device_ids = [setup.device.index] if setup.device.type == "cuda" else None
         network = DistributedDataParallel(network, device_ids=device_ids, gradient_as_bucket_view=True)
+        # While BatchNorm trains nothing reads its running statistics, and while it is frozen they stay as they are. The
+        # main rank's count, at validation and in checkpoints: it has them, and each validation sends them to all.
+        network.broadcast_buffers = False  # set here, so that its first buffers are still those of the main rank
     return compiled(setup, network)
 
 

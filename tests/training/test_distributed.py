@@ -77,7 +77,7 @@ def test_two_ranks_train_as_one_run_stop_together_and_go_on(uneven: Path, tmp_pa
     result = train_by_torchrun(*train_arguments(uneven, stopped), *options, TINY_SIGNAL="1:8:10")
     assert "Stopped by SIGUSR1 and saved" in result.stdout
     assert f"exitcode  : {128 + 10}" in result.stderr
-    assert load_checkpoint(stopped / "checkpoints/last.pt")["step"] == 9
+    assert load_checkpoint(stopped / "checkpoints/last.pt")["step"] == 10  # on the next one all had agreed before
     trained_in_ranks("train", "--resume", stopped)
     assert_same_run(whole, stopped)
 
@@ -117,6 +117,19 @@ def test_ranks_stay_alike_with_every_choice_on_and_go_on_after_a_signal(
     assert "Stopped by SIGTERM and saved" in result.out
     trained_in_ranks("train", "--resume", stopped)
     assert_same_run(whole, stopped)
+
+
+def test_statistics_that_travel_before_each_step_change_nothing(uneven: Path, tmp_path: Path) -> None:
+    """Those of the main rank count, and it has them."""
+    options = (*EVERYTHING, "--train.epochs", "2")
+    for name, environment in (("seldom", {}), ("always", {"TINY_BROADCAST": "1"})):
+        trained_in_ranks(*train_arguments(uneven, tmp_path / name), *options, **environment)
+        ends = [json.loads((tmp_path / name / f"rank{rank}.json").read_text()) for rank in range(2)]
+        assert [end["broadcast"] for end in ends] == [2 * len(environment)] * 2, "frozen and let go"
+    assert_same_run(tmp_path / "seldom", tmp_path / "always")
+    averages = [load_checkpoint(tmp_path / name / "checkpoints/last.pt")["ema"] or {} for name in ("seldom", "always")]
+    assert averages[0].keys() == averages[1].keys() != set()
+    assert all(torch.equal(tensor, averages[1][name]) for name, tensor in averages[0].items())
 
 
 def cut_tiff() -> bytes:

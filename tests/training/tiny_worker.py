@@ -2,6 +2,7 @@
 
 TINY_SIGNAL="rank:step:number" sends that rank the signal in that step, SIGTERM without a number; TINY_CRASH="rank:step"
 raises there.
+TINY_BROADCAST=1 gives all the main rank's statistics before each step, as DDP does where it is not told otherwise.
 TINY_WEIGHTS=URL is where IMAGENET1K_V1 of resnet18 comes from.
 """
 
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.nn.parallel import DistributedDataParallel
 
 from fastflower import cli
 from fastflower.models import NETWORKS
-from fastflower.training import loop, pretrained
+from fastflower.training import loop, pretrained, step
 from fastflower.training.metrics import TrainingSums
 from tests.conftest import TinyNet
 
 original_add, original_train = TrainingSums.add, loop.train
+networks: list[DistributedDataParallel] = []
 
 
 def own_rank() -> int:
@@ -49,14 +52,29 @@ def train(setup: Any, state: Any, folder: Any, display: Any) -> None:
     weights = b"".join(
         tensor.numpy().tobytes() for net in (state.network, state.validated) for tensor in net.state_dict().values()
     )
-    end = {"lr": state.schedule.lr, "weights": hashlib.sha256(weights).hexdigest(), "step": state.step}
+    broadcast = sum(network.broadcast_buffers for network in networks)
+    end = {
+        "broadcast": broadcast,
+        "lr": state.schedule.lr,
+        "weights": hashlib.sha256(weights).hexdigest(),
+        "step": state.step,
+    }
     (Path(folder.path) / f"rank{own_rank()}.json").write_text(json.dumps(end))
+
+
+def training_network(setup: Any, state: Any) -> Any:
+    network = step.training_network(setup, state)
+    if isinstance(network, DistributedDataParallel):
+        network.broadcast_buffers |= "TINY_BROADCAST" in os.environ
+        networks.append(network)
+    return network
 
 
 def main() -> None:
     patch = pytest.MonkeyPatch()
     patch.setattr(TrainingSums, "add", add)
     patch.setattr("fastflower.training.run.train", train)
+    patch.setattr("fastflower.training.loop.training_network", training_network)
     patch.setattr("fastflower.training.network.create_model", TinyNet)
     if "TINY_WEIGHTS" in os.environ:
         pretrained.URL, _, name = os.environ["TINY_WEIGHTS"].rpartition("/")
