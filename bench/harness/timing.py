@@ -26,6 +26,7 @@ from rich.progress import Progress
 
 from bench.harness.common import MissingError
 from fastflower.errors import UserError
+from fastflower.runtime.compilations import Compilations, counted_compilations
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.stopwatch import Stopwatch
 
@@ -113,6 +114,7 @@ class Timing(NamedTuple):
     seconds: float
     first_s: float  # what the very first step took, before the clock ran
     waited_s: float  # of `seconds`, for batches; the mean over the processes
+    anew: Compilations  # in `seconds`, by this process; should be none
 
 
 def time_steps(contender: Contender, warmup: int, steps: int, device: torch.device, ranks: Ranks) -> Timing:
@@ -130,14 +132,15 @@ def time_steps(contender: Contender, warmup: int, steps: int, device: torch.devi
     _count(done, lead - 1)
     _synchronize(device, ranks)
     waited_before = contender.watch.waited_s if contender.watch else 0.0
-    began = time.perf_counter()
-    pictures = _count(done, steps)
+    with counted_compilations() if contender.compiled else contextlib.nullcontext(Compilations()) as anew:
+        began = time.perf_counter()
+        pictures = _count(done, steps)
     waited_s = contender.watch.waited_s - waited_before if contender.watch else 0.0
     _synchronize(device, ranks)
     seconds = time.perf_counter() - began
     _count(done, contender.ahead)
     totals, clocks, waits = zip(*ranks.gather((pictures, seconds, waited_s)), strict=True)  # of each process
-    return Timing(sum(totals), max(clocks), first_s, sum(waits) / len(waits))
+    return Timing(sum(totals), max(clocks), first_s, sum(waits) / len(waits), anew)
 
 
 def _count(done: Iterator[Sized], steps: int) -> int:
@@ -202,7 +205,8 @@ class Lane:
         first_step_s is that of the first repeat: building the pipeline is in it, and compiling, unless a contender of
         the group has compiled the same before. pictures are those of all repeats and processes, and images_per_s is of
         all processes too. macs (multiply-adds of a forward pass) and flops (of the step: 2 x macs, and three times that
-        with a backward pass) are a picture's.
+        with a backward pass) are a picture's. compiled_anew and graphs_recorded_anew count what torch.compile did again
+        while the clock ran, functions and CUDA graphs, and should be 0.
         """
         assert self.contender
         rates = [timing.pictures / timing.seconds for timing in self.timings]
@@ -225,6 +229,9 @@ class Lane:
             row |= {"ceiling_flops_per_s": ceiling}
         if self.contender.watch:
             row["data_wait"] = median(timing.waited_s / timing.seconds for timing in self.timings)
+        if self.contender.compiled:
+            row["compiled_anew"] = sum(timing.anew.compiled for timing in self.timings)
+            row["graphs_recorded_anew"] = sum(timing.anew.recorded for timing in self.timings)
         told = {"compiled": self.contender.compiled, "part": self.contender.part, "note": self.note}
         return row | {key: value for key, value in told.items() if value is not None}
 

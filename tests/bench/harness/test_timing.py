@@ -70,6 +70,22 @@ def test_only_the_steps_between_warmup_and_work_ahead_are_timed() -> None:
     assert timing.seconds == pytest.approx(0.06)
 
 
+@pytest.mark.parametrize("again", [0, 1])
+def test_what_is_compiled_again_while_the_clock_runs_is_counted(again: int) -> None:
+    def make(batch: int) -> Contender:
+        function = torch.compile(lambda x: x + 1, backend="eager", dynamic=False)
+
+        def start(steps: int) -> Iterator[torch.Tensor]:
+            for step in range(steps):
+                yield function(torch.ones(batch + again * (step % 4)))  # shapes of the warm-up, and three others
+
+        return Contender(start, compiled=True)
+
+    torch.compiler.reset()
+    (row,) = measure({"it": make}, Plan(steps=4, warmup=1, repeats=2), CPU, Ranks())
+    assert (row["compiled_anew"], row["graphs_recorded_anew"]) == (3 * again, 0)
+
+
 @pytest.mark.usefixtures("clock")
 def test_waiting_counts_within_the_timed_steps_only() -> None:
     watch = Stopwatch()
