@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 
 from fastflower.data.cache import open_cache
 from fastflower.data.decoding import shapes_of
-from fastflower.data.loader import Iteration, Loader, Loading
+from fastflower.data.loader import Batch, Iteration, Loader, Loading
 from fastflower.data.records import Records
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
 from fastflower.data.sources.kaggle import load_split
@@ -78,8 +80,12 @@ def test_pictures_are_those_of_the_cpu(pictures: Records, place: Any, decode: An
     assert seen == COUNT
 
 
-def test_batches_stay_valid_while_the_gpu_is_behind(pictures: Records) -> None:
-    """The consumer queues slow work before it reads a batch, and drops it at once: nobody may write into it before."""
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_batches_stay_valid_while_the_gpu_is_behind(pictures: Records, ahead: int) -> None:
+    """The consumer queues slow work before it reads a batch, and drops it at once: nobody may write into it before.
+
+    It may have taken the next one before, also after the last one and in another epoch.
+    """
     made = loader(pictures, View(128, "random"), on_gpu=True)
     expected = []
     for batch in epoch(made):
@@ -87,14 +93,26 @@ def test_batches_stay_valid_while_the_gpu_is_behind(pictures: Records) -> None:
         expected.append((batch.images.clone(), batch.labels.clone()))
     slow = torch.randn(4096, 4096, device="cuda")
     late = []
-    for batch in epoch(made):
-        for _ in range(20):
-            slow = (slow @ slow).clamp_(-1, 1)
-        late.append((batch.images.clone(), batch.labels.clone()))
+    for _ in range(2):
+        for batch in taken_ahead(epoch(made), ahead):
+            for _ in range(20):
+                slow = (slow @ slow).clamp_(-1, 1)
+            late.append((batch.images.clone(), batch.labels.clone()))
     torch.cuda.synchronize()
-    for (images, labels), (late_images, late_labels) in zip(expected, late, strict=True):
+    for (images, labels), (late_images, late_labels) in zip(expected * 2, late, strict=True):
         assert torch.equal(late_images, images)
         assert torch.equal(late_labels, labels)
+
+
+def taken_ahead(batches: Iterator[Batch], ahead: int) -> Iterator[Batch]:
+    """The same ones, each when so many others have been taken after it."""
+    waiting: deque[Batch] = deque()
+    for batch in batches:
+        waiting.append(batch)
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    while waiting:
+        yield waiting.popleft()
 
 
 def test_an_epoch_that_is_left_early_leaves_the_loader_usable(pictures: Records) -> None:
