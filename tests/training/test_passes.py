@@ -7,7 +7,7 @@ import queue
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +21,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastflower.api import load_config, train
-from fastflower.arrays import Bytes
+from fastflower.arrays import Bytes, Ints
 from fastflower.config import Config
-from fastflower.data import batches, loader
-from fastflower.data.decoding import read_picture
+from fastflower.data import batches
+from fastflower.data.reading import Reader
 from fastflower.data.records import Records
 from fastflower.data.sampler import Request, kept_order
 from fastflower.errors import UserError
@@ -248,6 +248,18 @@ def test_no_thread_is_left_of_a_run_that_ends_while_the_next_pass_is_being_made(
     assert loader_threads() == 0, raised  # which holds the frames that the failure came through, and what is in them
 
 
+def unless(refuses: Callable[[Records, int], bool]) -> Callable[[Reader, Ints], list[Bytes]]:
+    """What reads a batch, unless one of its records is refused."""
+    original = Reader.read
+
+    def read(self: Reader, indices: Ints) -> list[Bytes]:
+        if any(refuses(self._records, index) for index in indices.tolist()):
+            raise UserError("it cannot be read.")
+        return original(self, indices)
+
+    return read
+
+
 @pytest.mark.parametrize("position", [0, 3])
 def test_a_bad_record_of_the_next_pass_is_reported_when_its_batch_would_come(
     position: int, small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
@@ -257,15 +269,13 @@ def test_a_bad_record_of_the_next_pass_is_reported_when_its_batch_would_come(
     bad = int(order[8 * position])
     reads: Counter[tuple[int, int]] = Counter()
 
-    def read(records: Records, index: int) -> Bytes:
+    def refuses(records: Records, index: int) -> bool:
         reads[len(records), index] += 1
-        if (len(records), index) == (48, bad) and reads[48, bad] == 2:
-            raise UserError("it cannot be read.")
-        return read_picture(records, index)
+        return (len(records), index) == (48, bad) and reads[48, bad] == 2
 
     whole = train_arguments(small, tmp_path / "whole")
     assert fastflower(*whole, "--train.epochs", 3).code == 0
-    monkeypatch.setattr(loader, "read_picture", read)
+    monkeypatch.setattr(Reader, "read", unless(refuses))
     run = tmp_path / "run"
     result = fastflower(*train_arguments(small, run), "--train.epochs", 3)
     assert result.code == 2
@@ -281,12 +291,7 @@ def test_a_bad_record_of_the_next_pass_is_reported_when_its_batch_would_come(
 def test_a_bad_record_of_validation_is_reported_when_training_is_done(
     small: Path, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(records: Records, index: int) -> Bytes:
-        if len(records) == 20:
-            raise UserError("it cannot be read.")
-        return read_picture(records, index)
-
-    monkeypatch.setattr(loader, "read_picture", read)
+    monkeypatch.setattr(Reader, "read", unless(lambda records, _: len(records) == 20))
     result = fastflower(*train_arguments(small, tmp_path / "run"), "--train.epochs", 2)
     assert result.code == 2
     assert "it cannot be read. Epoch 1 is saved up to step 6: then go on with" in result.err
