@@ -19,13 +19,12 @@ _DALI = ("nvidia-dali-cuda120", "nvidia-dali-cuda130")  # one for each CUDA; the
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, processor, GPU and threads."""
     import torch  # here, so that `find_apex` can be asked where these are broken
-    from nvidia import dali
 
     return {
         "python": platform.python_version(),
         **package_versions("fastflower", "triton", "numpy"),
         "torch": torch.__version__,
-        "dali": dali.__version__,
+        "dali": next((version for version in package_versions(*_DALI).values() if version), None),
         "apex": find_apex(),
         "cpu": torch.cpu.get_capabilities().get("cpu_name", platform.processor()),
         "cores": machine.cpus(),

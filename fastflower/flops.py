@@ -6,15 +6,18 @@ import copy
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastflower.errors import UserError
 from fastflower.models import NETWORKS, create_model, find_network
 from fastflower.models.layers import BNReLU, both
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 V1 = "-v1"  # after a name: bottlenecks that subsample in their first 1x1 convolution, as in the paper
 NUM_CLASSES = 1000  # of the named networks, as in the published figures
@@ -123,6 +126,8 @@ def _without_data(network: nn.Module) -> nn.Module:
 
 def costs_table(costs: Sequence[Cost]) -> Table:
     """A line for each network, for a terminal."""
+    from rich.table import Table  # here: what counts does without
+
     size = costs[0].size
     grid = Table(
         *("model", "parameters (M)", "MACs (G)", "FLOPs (G)"),
@@ -138,6 +143,8 @@ def costs_table(costs: Sequence[Cost]) -> Table:
 
 def layers_table(cost: Cost) -> Table:
     """A line for each layer, for a terminal."""
+    from rich.table import Table
+
     grid = Table(
         *("layer", "kind", "output", "parameters", "MACs (M)"), title=f"{title(cost.model)}, {cost.size} x {cost.size}"
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from fastflower.runtime.entries import MeanAndStd
+if TYPE_CHECKING:
+    from fastflower.runtime.entries import MeanAndStd
 
 
 @dataclass(frozen=True)

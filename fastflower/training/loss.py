@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from fastflower.arrays import Ints
-from fastflower.config import TrainConfig
 from fastflower.data.sampler import generator
+
+if TYPE_CHECKING:
+    from fastflower.config import TrainConfig
 
 
 @dataclass(frozen=True)

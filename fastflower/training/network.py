@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastflower.config import ModelConfig
 from fastflower.models import architecture, create_model, find_network
 from fastflower.models.layers import choose_norm
 from fastflower.runtime.distributed import Ranks
+
+if TYPE_CHECKING:
+    from fastflower.config import ModelConfig
 
 
 def build_network(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastflower.config import TrainConfig
 from fastflower.environment import find_apex
 from fastflower.errors import UserError
 from fastflower.models.layers import head_prefix
-from fastflower.runtime.entries import OptimizerState
+
+if TYPE_CHECKING:
+    from fastflower.config import TrainConfig
+    from fastflower.runtime.entries import OptimizerState
 
 LR_SCALE = "lr_scale"  # of a group: what the schedule's rate is multiplied by
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from fastflower.config import TrainConfig
 from fastflower.training.optimizer import LR_SCALE
+
+if TYPE_CHECKING:
+    from fastflower.config import TrainConfig
 
 # One-cycle's ends, as torch.optim.lr_scheduler.OneCycleLR has them: starts at peak/25, ends at start/10,000.
 ONECYCLE_START, ONECYCLE_END = 1 / 25, 1 / 250_000

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fastflower.config import Config, TrainConfig
-from fastflower.data.batches import EvaluationBatches, TrainingBatches
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
-from fastflower.runtime.entries import Checkpoint
-from fastflower.settings import to_plain
 from fastflower.training.ema import Ema
 from fastflower.training.loss import Criterion
 from fastflower.training.metrics import Evaluation, TrainingSums
 from fastflower.training.optimizer import load_optimizer, new_optimizer
-from fastflower.training.provenance import Provenance
 from fastflower.training.schedule import Schedule
+
+if TYPE_CHECKING:
+    from fastflower.config import Config, TrainConfig
+    from fastflower.data.batches import EvaluationBatches, TrainingBatches
+    from fastflower.runtime.entries import Checkpoint
+    from fastflower.training.provenance import Provenance
 
 CUDA_GRAPH_MODES = ("reduce-overhead", "max-autotune")  # of torch.compile, which captures CUDA graphs in these
 
@@ -85,6 +86,8 @@ class State:
 
     def to_dict(self, setup: Setup) -> Checkpoint:
         """For `save_checkpoint`, with what the state was trained by; every rank must ask."""
+        from fastflower.settings import to_plain  # here: what only takes steps does without what checks settings
+
         optimizer, provenance = self.optimizer.state_dict(), setup.provenance
         return {
             "model": _to_cpu(self.network),

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from fastflower.data.loader import Batch
 from fastflower.runtime.signals import Signals
 from fastflower.training.loss import mix
 from fastflower.training.metrics import Evaluation
 from fastflower.training.optimizer import clear_gradients, freeze
-from fastflower.training.state import Setup, State
 from fastflower.training.validate import evaluate
+
+if TYPE_CHECKING:
+    from fastflower.data.loader import Batch
+    from fastflower.training.state import Setup, State
 
 
 def training_network(setup: Setup, state: State) -> torch.nn.Module:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
-from fastflower.data.loader import Batch
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.signals import Signals
 from fastflower.training.metrics import Evaluation, EvaluationSums
+
+if TYPE_CHECKING:
+    from fastflower.data.loader import Batch
 
 
 @torch.no_grad()
