@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import tyro
-from rich.console import Console
-from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes
 
 from fastflower.environment import environment
 from fastflower.errors import UserError
 from fastflower.files import to_json
 from fastflower.machine import cpus
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 CORES = cpus()
 
@@ -88,6 +88,11 @@ def start(
     commands: Any, run: Callable[[Any, Console], int], description: str | None, argv: Sequence[str] | None
 ) -> int:
     """Parse the command line and run it; the exit code, 2 for a user's mistake."""
+    # imported here: what is measured by gpu_check.py needs torch alone
+    import tyro
+    from rich.console import Console
+    from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes
+
     conf = (OmitSubcommandPrefixes, FlagCreatePairsOff)
     try:
         return run(tyro.cli(commands, description=description, args=argv, use_underscores=True, config=conf), Console())

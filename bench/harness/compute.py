@@ -1,9 +1,10 @@
-"""How much this machine can compute: what model FLOPs utilization (MFU) is a share of."""
+"""How much this machine can compute and copy: what rates are a share of."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from statistics import median
 
 import torch
@@ -14,6 +15,7 @@ from fastflower.runtime.device import cpu_has_bf16
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices: large enough for the highest rate
 PRODUCTS = 5  # that are timed
+COPIES = 10  # of a timed repeat
 
 
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
@@ -32,6 +34,26 @@ def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
         operands = _random((64, channels, 7, 7), (channels, channels, 3, 3), dtype=dtype, device=device)
         rates.append(_rate(2 * 64 * 7 * 7 * 9 * channels**2, partial(F.conv2d, padding=1), *operands))
     return max(rates)
+
+
+def copy_gb_per_s(device: torch.device) -> float:
+    """What a plain copy reads and writes in a second; the buffers are three times the cache."""
+    source, target = (torch.zeros(3 * cache_bytes(device), dtype=torch.uint8, device=device) for _ in range(2))
+
+    def work() -> None:
+        for _ in range(COPIES):
+            target.copy_(source)
+
+    times = [elapsed_ms(work, device, COPIES) for _ in range(6)][1:]
+    return 2 * source.nbytes * COPIES / median(times) / 1e6
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the GPU's L2 cache, or of a CPU core's last."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    return max((1024 * int(path.read_text().strip().removesuffix("K")) for path in sizes), default=2**25)
 
 
 def _random(*shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import resource
 import time
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,6 @@ from statistics import median
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from bench.harness.common import MissingError
 from fastflower.errors import UserError
@@ -30,7 +29,7 @@ from fastflower.runtime.compilations import Compilations, counted_compilations
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.stopwatch import Stopwatch
 
-SLEEP_CYCLES = 1_000_000  # of the GPU for each call, about 0.5 ms: longer than the host needs to launch it
+SLEEP_CYCLES = 2_000_000  # of the GPU for each call, about 1 ms: longer than the host needs to launch it
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's and DALI's allocators say
 
 
@@ -55,6 +54,7 @@ class Contender:
 
 Name = TypeVar("Name", bound=Hashable)
 Make = Callable[[int], Contender]  # for a batch of so many pictures; raises MissingError
+Told = Callable[[str, int], None]  # whose turn it is, and how many turns have been timed
 
 
 class Plan(Protocol):
@@ -78,7 +78,10 @@ class Plan(Protocol):
 
 
 def elapsed_ms(work: Callable[[], object], device: torch.device, calls: int = 1) -> float:
-    """What `work`, so many calls, takes: on a GPU the device's time, without waits for the host."""
+    """What `work`, so many calls, takes: on a GPU the device's time, without waits for the host.
+
+    The device is kept busy until all is launched; a warning says so where it was not.
+    """
     if device.type != "cuda":
         began = time.perf_counter()
         work()
@@ -89,6 +92,8 @@ def elapsed_ms(work: Callable[[], object], device: torch.device, calls: int = 1)
     before.record()
     work()
     after.record()
+    if before.query():
+        warnings.warn("the GPU was idle before all was launched: its time has waits for the host in it", stacklevel=2)
     after.synchronize()
     milliseconds: float = before.elapsed_time(after)
     return milliseconds
@@ -237,26 +242,38 @@ class Lane:
 
 
 def measure(
-    makers: Mapping[str, Make], plan: Plan, device: torch.device, ranks: Ranks, ceiling: float | None = None
+    makers: Mapping[str, Make],
+    plan: Plan,
+    device: torch.device,
+    ranks: Ranks,
+    ceiling: float | None = None,
+    told: Told | None = None,
 ) -> list[dict[str, Any]]:
     """A row for each contender, by name; all are timed `plan.repeats` times, in turns. Missing ones say why.
+
+    Args:
+        makers: of the contenders.
+        plan: how much is measured.
+        device: where.
+        ranks: the processes.
+        ceiling: FLOP/s that all processes together multiply.
+        told: called before each turn; None shows a progress bar.
 
     Raises:
         UserError: not even one picture fits into memory, or what the contenders raise.
     """
     lanes = {name: Lane(make, plan.batch, device, ranks) for name, make in makers.items()}
     missing: dict[str, str] = {}
-    with Progress(console=Console(stderr=True), transient=True, disable=not ranks.is_main) as progress:
-        task = progress.add_task("measuring", total=plan.repeats * len(lanes))
+    total = plan.repeats * len(lanes)
+    with contextlib.nullcontext(told) if told else _progress_bar(total, shown=ranks.is_main) as tell:
 
         def turn(name: str) -> int:
-            progress.update(task, description=name)
+            tell(name, sum(len(lane.timings) for lane in lanes.values()))
             try:
                 lanes[name].turn(plan)
             except MissingError as reason:
                 missing[name] = str(reason)
                 return plan.repeats
-            progress.update(task, completed=sum(len(lane.timings) for lane in lanes.values()))
             return len(lanes[name].timings)
 
         take_turns({name: partial(turn, name) for name in lanes}, plan.repeats)
@@ -264,6 +281,16 @@ def measure(
         {"name": name} | ({"missing": missing[name]} if name in missing else lane.row(plan.steps, ceiling))
         for name, lane in lanes.items()
     ]
+
+
+@contextlib.contextmanager
+def _progress_bar(total: int, *, shown: bool) -> Iterator[Told]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not shown) as progress:
+        task = progress.add_task("measuring", total=total)
+        yield lambda name, timed: progress.update(task, description=name, completed=timed)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -20,8 +20,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bench import kernels
+from bench.batch_norm import measure as layer_timing
 from bench.batch_norm import peers, report
 from bench.batch_norm.layers import DTYPES, Layer, Problem, find_layers
+from bench.harness import compute
 from bench.kernels import main
 from fastflower.kernels import triton_bn  # before the interpreter's variable is taken away below
 from fastflower.kernels.batch_norm import bn_relu
@@ -38,7 +40,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    monkeypatch.setattr(kernels, "cache_bytes", lambda device: 2**16)
+    for module in (kernels, compute):
+        monkeypatch.setattr(module, "cache_bytes", lambda device: 2**16)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -119,10 +122,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.delenv("TRITON_INTERPRET", raising=False)
         patch.setattr(torch, "compile", lambda function, **_: function)
-        patch.setattr(kernels, "cache_bytes", lambda device: 2**16)
+        for module in (kernels, compute):
+            patch.setattr(module, "cache_bytes", lambda device: 2**16)
         out, text = folder / "kernels.jsonl", folder / "table.txt"
         with text.open("w") as file:
-            patch.setattr("bench.harness.common.Console", lambda **_: Console(file=file, width=90))
+            patch.setattr("rich.console.Console", lambda **_: Console(file=file, width=90))
             options = ["--models", "resnet18", "plain18", "--dtypes", "fp32", "bf16", "--repeats", "2"]
             assert main([*options, "--out", str(out), "--plot", str(folder / "kernels.png")]) == 0
     return out, text.read_text()
@@ -155,8 +159,8 @@ def test_rows_of_a_run(results: tuple[Path, str]) -> None:
             assert timing["share"] == pytest.approx(timing["gb_per_s"] / row["copy_gb_per_s"])
         assert all(0 <= error < 0.2 for error in row["errors"].values())
         inputs = np.prod(layer.shape) * DTYPES[row["dtype"]].itemsize * (1 + layer.added + 1 + layer.fork)
-        assert 2 <= row["copies"] <= kernels.MAX_COPIES
-        assert row["copies"] in (2, kernels.MAX_COPIES) or row["copies"] * inputs >= 3 * 2**16
+        assert 2 <= row["copies"] <= layer_timing.MAX_COPIES
+        assert row["copies"] in (2, layer_timing.MAX_COPIES) or row["copies"] * inputs >= 3 * 2**16
     assert [row["contender"] for row in rows] == names * (len(rows) // 5)
     for (model, _), counted in layer_counts.items():
         assert counted == layers[model]
@@ -269,14 +273,14 @@ def test_contenders_that_fail_are_listed_and_ours_are_not_hidden(
 def test_fewer_copies_where_memory_is_short(
     fits: int, copies: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    enough = kernels.time_in_turns
+    enough = layer_timing.time_in_turns
 
     def short(problem: Problem, ready: Any, pool: Any, repeats: int) -> Any:
         if len(pool) > fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return enough(problem, ready, pool, repeats)
 
-    monkeypatch.setattr(kernels, "time_in_turns", short)
+    monkeypatch.setattr(layer_timing, "time_in_turns", short)
     monkeypatch.setattr(kernels, "cache_bytes", lambda device: 2**22)  # 12 copies of the largest layer's x and dy
     out = tmp_path / "out.jsonl"
     code = main(["--layers", "1", "--repeats", "1", "--out", str(out)])
@@ -302,7 +306,7 @@ def test_contenders_take_turns_and_each_graph_is_used_once() -> None:
 
         return peers.Contender(name, peers.ours), forward
 
-    times = kernels.time_in_turns(problem, dict([contender("a"), contender("b")]), pool, repeats=4)
+    times = layer_timing.time_in_turns(problem, dict([contender("a"), contender("b")]), pool, repeats=4)
     assert calls == [(name, copy) for _ in range(2 + 4) for name in "ab" for copy in range(3)]
     assert [len(seconds) for seconds in times.values()] == [4, 4]
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.harness import compute
-from bench.harness.compute import matmul_flops_per_s
+from bench.harness.compute import COPIES, copy_gb_per_s, matmul_flops_per_s
 
 CPU = torch.device("cpu")
 
@@ -38,3 +38,10 @@ def test_a_rate_is_the_median_without_the_first(monkeypatch: pytest.MonkeyPatch)
     times_ms = iter([9e3, 1e3, 4e3, 2e3, 3e3, 5e3])
     monkeypatch.setattr(compute, "elapsed_ms", lambda *_: next(times_ms))
     assert compute._rate(30, torch.matmul, torch.ones(1), torch.ones(1)) == 10.0
+
+
+def test_a_copy_counts_what_it_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    times_ms = iter([9e3, 1e3, 4e3, 2e3, 3e3, 5e3])
+    monkeypatch.setattr(compute, "elapsed_ms", lambda *_: next(times_ms))
+    monkeypatch.setattr(compute, "cache_bytes", lambda device: 1000)
+    assert copy_gb_per_s(CPU) == pytest.approx(2 * 3000 * COPIES / 3 / 1e9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -219,8 +220,9 @@ def test_all_take_turns_until_each_has_enough() -> None:
     assert "".join(said) == "abc" + "ab" + "ab" + "b" + "b"
 
 
-def test_a_gpu_is_kept_busy_until_all_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what is called in which order; the times are the events'."""
+@pytest.mark.parametrize("late", [False, True])
+def test_a_gpu_is_kept_busy_until_all_is_launched(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what is called in which order; the times are the events'. Where it was idle before, a warning says so."""
     said: list[Any] = []
 
     class Event:
@@ -229,6 +231,10 @@ def test_a_gpu_is_kept_busy_until_all_is_launched(monkeypatch: pytest.MonkeyPatc
 
         def record(self) -> None:
             said.append("record")
+
+        def query(self) -> bool:
+            said.append("look")
+            return late
 
         def synchronize(self) -> None:
             said.append("wait")
@@ -240,5 +246,13 @@ def test_a_gpu_is_kept_busy_until_all_is_launched(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: said.append("idle"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: said.append(cycles))
-    assert timing.elapsed_ms(lambda: said.append("work"), torch.device("cuda", 0), calls=3) == 2.5
-    assert said == ["idle", 3 * timing.SLEEP_CYCLES, "record", "work", "record", "wait"]
+    with pytest.warns(UserWarning, match="waits for the host") if late else contextlib.nullcontext():
+        assert timing.elapsed_ms(lambda: said.append("work"), torch.device("cuda", 0), calls=3) == 2.5
+    assert said == ["idle", 3 * timing.SLEEP_CYCLES, "record", "work", "record", "look", "wait"]
+    assert timing.SLEEP_CYCLES / 2e9 >= 1e-3  # seconds a call, at a GPU's highest clock
+
+
+def test_who_is_told_sees_whose_turn_it_is() -> None:
+    told: list[tuple[str, int]] = []
+    measure({"a": even, "b": even}, Plan(repeats=2), CPU, Ranks(), told=lambda *turn: told.append(turn))
+    assert told == [("a", 0), ("b", 1), ("a", 2), ("b", 3)]
