@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bench.batch_norm.layers import Data, Forward, Problem
+from bench.batch_norm.layers import DTYPES, Data, Forward, Problem
 from bench.batch_norm.peers import Contender
 from bench.harness.common import MissingError
 from bench.harness.timing import elapsed_ms, take_turns
 
 MAX_COPIES = 32  # of the data; a layer that needs more is so small that calls, not bytes, take its time
 UNTIMED = 2  # repeats of each contender before those that count
+GOAL, LARGE_BYTES = 0.85, 40e6  # of a copy's rate, forward and backward, on activations above so many bytes
 
 
 class Measured(NamedTuple):
@@ -105,6 +106,22 @@ def report_row(problem: Problem, result: Measured | str, copy: float) -> dict[st
         rate = bytes_ / median / 1e6
         row[name] = {"ms": median, "p20": p20, "p80": p80, "bytes": bytes_, "gb_per_s": rate, "share": rate / copy}
     return row
+
+
+def reaches_goal(row: Mapping[str, Any]) -> bool | None:
+    """Whether a row's rates reach the goal in both directions; None where there is none for so small an activation."""
+    if "missing" in row or math.prod(row["shape"]) * DTYPES[row["dtype"]].itemsize <= LARGE_BYTES:
+        return None
+    return bool(min(row[direction]["share"] for direction in ("forward", "backward")) >= GOAL)
+
+
+def verdict(rows: Sequence[Mapping[str, Any]], contender: str = "ours") -> str:
+    """How many of a contender's layers reach the goal, in a sentence."""
+    reached = [goal for row in rows if row["contender"] == contender and (goal := reaches_goal(row)) is not None]
+    large = f"above {LARGE_BYTES / 1e6:.0f} MB"
+    if not reached:
+        return f"No activation {large} was measured, for which the goal of {GOAL:.0%} of a copy is."
+    return f"{contender}: {sum(reached)} of {len(reached)} layers {large} reach the goal of {GOAL:.0%} of a copy."
 
 
 def judge(problem: Problem, contenders: Sequence[Contender], results: Mapping[str, Measured | str]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.batch_norm.layers import DTYPES
+from bench.batch_norm.measure import reaches_goal, verdict
 from bench.harness.common import describe
 from fastflower.errors import UserError
 
@@ -52,7 +53,7 @@ def show(rows: Sequence[Row], console: Console) -> None:
             f"missing: {contender}, {', '.join(dict.fromkeys(dtypes))}: {reason}", markup=False, soft_wrap=True
         )
     copy = f"A copy reads and writes {rows[0]['copy_gb_per_s']:.0f} GB/s."
-    console.print(f"{describe(rows[0]['machine'])}. {copy}", markup=False, soft_wrap=True)
+    console.print(f"{describe(rows[0]['machine'])}. {copy} {verdict(rows)}", markup=False, soft_wrap=True)
 
 
 def layers_table(dtype: str, rows: Sequence[Row]) -> Table:
@@ -61,7 +62,7 @@ def layers_table(dtype: str, rows: Sequence[Row]) -> Table:
     table = _new_table(f"{dtype}: {', '.join(models)}", "layers", "contender")
     for heading in ("forward", "backward"):
         table.add_column(f"{heading}\nms", justify="right", no_wrap=True)
-    for heading in ("share of\na copy", "error\n/ eps"):
+    for heading in ("share of\na copy", "goal", "error\n/ eps"):
         table.add_column(heading, justify="right", no_wrap=True)
     shown = None
     for row in rows:
@@ -80,6 +81,7 @@ def layers_table(dtype: str, rows: Sequence[Row]) -> Table:
             f"{forward['ms']:.3f}",
             f"{backward['ms']:.3f}",
             f"{forward['share']:.0%} {backward['share']:.0%}",
+            {None: "", True: "reached", False: "missed"}[reaches_goal(row)],
             f"{max(row['errors'].values()) / torch.finfo(DTYPES[dtype]).eps:.2f}",
         )
     return table

@@ -184,7 +184,38 @@ def test_tables_of_a_run(results: tuple[Path, str]) -> None:
     assert "20 norms" in text  # resnet18
     assert "17 norms" in text  # plain18
     assert "2/4 bn_relu 2x64x16x16" in text
+    assert "No activation above 40 MB was measured" in text
     assert text.count("missing: cudnn, fp32, bf16: runs on CUDA only") == 1
+
+
+def goal_row(shape: tuple[int, ...], forward: float, backward: float, contender: str = "ours") -> dict[str, Any]:
+    shares = {"forward": {"share": forward}, "backward": {"share": backward}}
+    return {"contender": contender, "shape": list(shape), "dtype": "bf16", **shares}
+
+
+@pytest.mark.parametrize(
+    ("elements", "forward", "backward", "reached"),
+    [
+        (20_000_001, 0.85, 0.9, True),
+        (20_000_001, 0.849, 0.9, False),
+        (20_000_001, 0.9, 0.8, False),
+        (20_000_000, 0.1, 0.1, None),
+    ],
+)
+def test_the_goal_is_of_both_directions_and_of_large_activations(
+    elements: int, forward: float, backward: float, reached: bool | None
+) -> None:
+    row = goal_row((elements, 1, 1, 1), forward, backward)
+    assert layer_timing.reaches_goal(row) is reached
+    assert layer_timing.reaches_goal(row | {"missing": "why"}) is None
+
+
+def test_the_verdict_counts_ours() -> None:
+    large = (256, 256, 56, 56)
+    rows = [goal_row(large, 0.9, 0.9), goal_row(large, 0.5, 0.9), goal_row(large, 0.9, 0.9, "compile")]
+    rows += [goal_row((1, 1, 1, 1), 0.9, 0.9)]
+    assert layer_timing.verdict(rows) == "ours: 1 of 2 layers above 40 MB reach the goal of 85% of a copy."
+    assert layer_timing.verdict(rows[3:]).startswith("No activation above 40 MB was measured")
 
 
 def test_a_contender_that_failed_somewhere_has_no_sum() -> None:
