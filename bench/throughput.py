@@ -65,10 +65,12 @@ from fastflower.errors import UserError
 from fastflower.report.curves import write_picture
 from fastflower.report.throughput import plot_throughput, read_throughput
 from fastflower.runtime.device import choose_device, choose_precision
-from fastflower.runtime.distributed import processes
+from fastflower.runtime.distributed import Ranks, processes
 from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.progress import Display
 from fastflower.runtime.repeatable import repeatable
+from fastflower.training.network import build_network
+from fastflower.training.optimizer import new_optimizer
 from fastflower.training.state import Setup, State
 
 Row = dict[str, Any]
@@ -146,8 +148,12 @@ def ceiling_flops_per_s(place: Place) -> float:
 
 def measure_passes(command: ModelCommand, config: Config, place: Place, ceiling: float) -> list[Row]:
     """Rows of a network's passes and, with --peers, of others' networks."""
-    work = networks.Work(config, place.device, place.precision)
-    makers = networks.contenders(work, LABELS[command.compile], peers=command.peers)
+    device = place.device
+    ours = partial(build_network, config.model, networks.CLASSES, seed=config.seed, device=device, ranks=Ranks())
+    work = networks.Work(
+        config.data.crop, device, place.precision, partial(new_optimizer, train=config.train, device=device)
+    )
+    makers = networks.contenders(work, config.model.name, ours, LABELS[command.compile], peers=command.peers)
     rows = measure(makers, command, place.device, place.ranks, ceiling)
     for row in rows:
         if row.get("role") == "ours" and row.get("part") == "step":

@@ -13,12 +13,8 @@ from torch import nn
 
 from bench.harness.common import MissingError, need
 from bench.harness.timing import Contender, Make, Role
-from fastflower.config import Config
 from fastflower.flops import count
 from fastflower.runtime.device import Precision
-from fastflower.runtime.distributed import Ranks
-from fastflower.training.network import build_network
-from fastflower.training.state import new_state
 
 CLASSES = 104  # of the networks: as many as the Kaggle flowers have
 Pass = Literal["forward", "forward + backward", "step"]
@@ -28,19 +24,19 @@ Pass = Literal["forward", "forward + backward", "step"]
 class Work:
     """What all contenders do."""
 
-    config: Config  # network, optimizer and, as data.crop, the pictures' side
+    size: int  # side of the pictures (pixels)
     device: torch.device
     precision: Precision
+    optimizer: Callable[[nn.Module], torch.optim.Optimizer]  # of a network's parameters
 
 
-def contenders(work: Work, compiles: Mapping[str, bool], *, peers: bool) -> dict[str, Make]:
-    """Each pass of the configured network and, with `peers`, of others' networks of the same name.
+def contenders(
+    work: Work, name: str, ours: Callable[[], nn.Module], compiles: Mapping[str, bool], *, peers: bool
+) -> dict[str, Make]:
+    """Each pass of our network and, with `peers`, of others' networks of the same name.
 
     `compiles` says for each label, such as "eager", whether torch.compile is used.
     """
-    name = work.config.model.name
-    seed, device = work.config.seed, work.device
-    ours = partial(build_network, work.config.model, CLASSES, seed=seed, device=device, ranks=Ranks())
     builders: dict[str, tuple[Role, Callable[[], nn.Module]]] = {name: ("ours", ours)}
     if peers:
         builders |= {f"{name} of {package}": ("peer", partial(build, name)) for package, build in OTHERS.items()}
@@ -53,16 +49,23 @@ def contenders(work: Work, compiles: Mapping[str, bool], *, peers: bool) -> dict
 
 
 def one_pass(
-    work: Work, role: Role, build: Callable[[], nn.Module], what: Pass, compiled: bool, batch: int
+    work: Work,
+    role: Role,
+    build: Callable[[], nn.Module],
+    what: Pass,
+    compiled: bool,
+    batch: int,
+    mode: str = "default",
 ) -> Contender:
-    """Passes of a network over one batch [N, 3, S, S], channels-last."""
-    size = work.config.data.crop
+    """Passes of a network over one batch [N, 3, S, S], channels-last; `mode` is torch.compile's."""
+    size = work.size
     torch.manual_seed(0)
     images = torch.randn(batch, 3, size, size, device=work.device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(CLASSES, (batch,), device=work.device)
     network = build().to(work.device).to(memory_format=torch.channels_last).train(what != "forward")
-    state = new_state(network, work.config, work.device, work.precision)
-    called = torch.compile(network, dynamic=False) if compiled else network
+    optimizer = work.optimizer(network)
+    scaler = torch.amp.GradScaler(work.device.type, enabled=work.precision.dtype == torch.float16)
+    called = torch.compile(network, mode=mode, dynamic=False) if compiled else network
 
     def forward() -> torch.Tensor:
         with work.precision.autocast(work.device):
@@ -70,12 +73,12 @@ def one_pass(
             return logits
 
     def train() -> None:
-        state.optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss = F.cross_entropy(forward().float(), labels)
-        state.scaler.scale(loss).backward()
+        scaler.scale(loss).backward()
         if what == "step":
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
+            scaler.step(optimizer)
+            scaler.update()
 
     def start(steps: int) -> Iterator[torch.Tensor]:
         for _ in range(steps):

@@ -19,7 +19,7 @@ from bench.contenders.launches import FEED, MORE
 from bench.contenders.loaders import CACHED, DECODE, LIMIT, OURS
 from bench.harness.common import MissingError
 from bench.harness.timing import Contender
-from bench.rates.options import LOCAL, ModelCommand, configure
+from bench.rates.options import LOCAL
 from bench.throughput import main
 from fastflower.data import reading
 from fastflower.runtime.device import choose_precision
@@ -190,8 +190,10 @@ def test_peers_of_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_only_steps_change_the_weights() -> None:
-    (config,) = configure(ModelCommand(size=2), 1)
-    work = networks.Work(config, torch.device("cpu"), choose_precision(False, "auto", torch.device("cpu")))
+    precision = choose_precision(False, "auto", torch.device("cpu"))
+    work = networks.Work(
+        2, torch.device("cpu"), precision, lambda network: torch.optim.SGD(network.parameters(), lr=0.1)
+    )
     for what, trained in (("forward", False), ("forward + backward", False), ("step", True)):
         linear = nn.Linear(12, networks.CLASSES)
         network, before = nn.Sequential(nn.Flatten(), linear), linear.weight.detach().clone()
