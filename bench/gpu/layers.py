@@ -1,0 +1,89 @@
+"""Stages of the kernels alone: right to rounding, and how fast beside others'."""
+
+from __future__ import annotations
+
+import torch
+
+from bench.batch_norm.layers import BACKWARD_PASSES, DTYPES, Kind, Layer, Problem, find_layers
+from bench.batch_norm.measure import Measured, judge, measure, report_row, verdict
+from bench.batch_norm.peers import Contender, all_contenders, eager, ours
+from bench.gpu.task import FailedError, Outcome, Task, attempt
+from bench.harness.compute import cache_bytes, copy_gb_per_s
+from fastflower.environment import find_apex
+
+KINDS: tuple[Kind, ...] = tuple(BACKWARD_PASSES)
+# Types and channels: wide loads, narrow ones, and more channels than a tile has. Each kind of kernel is compiled anew.
+EXACT = (("bf16", 64), ("fp16", 64), ("fp32", 17), ("bf16", 2048), ("fp32", 100))
+MOST = 4  # layers whose rates are measured: those that move most bytes
+CHECKED = (Contender("eager", eager, required=True), Contender("ours", ours, required=True, judged=True))
+
+
+def exact(task: Task) -> Outcome:
+    """Outputs and gradients of the kernels against float64, beside torch's own."""
+    worst = {"eager": 0.0, "ours": 0.0}
+
+    def check(dtype: str, channels: int, kind: Kind) -> None:
+        torch.manual_seed(0)
+        large = 4 if task.tiny else 56 if channels < 2048 else 7
+        for shape in ((2 if task.tiny else 16, channels, large, large), (3, channels, 7, 9)):
+            problem = Problem(Layer(kind, shape), DTYPES[dtype], task.device)
+            data = problem.data()
+            problem.avoid_corner(data)
+            errors = {one.name: problem.errors(data, one.build(problem, data)) for one in CHECKED}
+            in_eps = {name: max(of.values()) / torch.finfo(DTYPES[dtype]).eps for name, of in errors.items()}
+            task.row(kind=kind, shape=shape, dtype=dtype, errors=errors)
+            wrong = list(judge(problem, CHECKED, {name: Measured(of, [], 1) for name, of in errors.items()}))
+            if wrong:
+                raise FailedError(" ".join(wrong))
+            worst.update({name: max(value, worst[name]) for name, value in in_eps.items()})
+
+    cells = {
+        f"{dtype}, {channels} channels, {kind}": lambda case=(dtype, channels, kind): check(*case)
+        for dtype, channels in EXACT[: 3 if task.tiny else None]
+        for kind in KINDS
+    }
+    done, failures = attempt(task, cells)
+    if failures:
+        raise FailedError("; ".join(failures))
+    return Outcome(
+        f"{done} of {len(cells)} forms right to rounding: relative errors to {worst['ours']:.2f} eps, torch's to "
+        f"{worst['eager']:.2f}"
+    )
+
+
+def rates(task: Task) -> Outcome:
+    """The layers of resnet50 that move most bytes, beside torch, torch.compile and, where installed, NVIDIA's."""
+    found = find_layers("resnet18" if task.tiny else "resnet50", *((2, 32) if task.tiny else (256, 224)))
+    heaviest = sorted(found, key=lambda layer: found[layer] * sum(layer.bytes_moved(torch.int8)), reverse=True)
+    contenders = [one for one in all_contenders(()) if not (task.tiny and one.name == "compile")]
+    dtypes = ["bf16"] + ["fp16"] * (find_apex() == "nvidia")  # which apex takes alone
+    copy, rows, failures = copy_gb_per_s(task.device), [], list[str]()
+
+    def time(dtype: str, layer: Layer) -> None:
+        problem = Problem(layer, DTYPES[dtype], task.device)
+        results = measure(problem, contenders, 2 if task.tiny else 10, cache_bytes(task.device))
+        for name, result in results.items():
+            where = {"kind": layer.kind, "shape": list(layer.shape), "dtype": dtype, "contender": name}
+            rows.append(task.row(**where, **report_row(problem, result, copy), copy_gb_per_s=copy))
+        if wrong := list(judge(problem, contenders, results)):
+            raise FailedError(" ".join(wrong))
+
+    cells = {
+        f"{dtype} {layer.kind} {list(layer.shape)}": lambda case=(dtype, layer): time(*case)
+        for dtype in dtypes
+        for layer in heaviest[: 2 if task.tiny else MOST]
+    }
+    torch.manual_seed(0)
+    done, failures = attempt(task, cells)
+    if failures:
+        raise FailedError("; ".join(failures))
+    shares = {
+        name: [(row["forward"]["share"], row["backward"]["share"]) for row in rows if row["contender"] == name]
+        for name in dict.fromkeys(row["contender"] for row in rows if "missing" not in row)
+    }
+    said = ", ".join(
+        f"{name} {min(f for f, _ in of):.0%} forward and {min(b for _, b in of):.0%} backward"
+        for name, of in shares.items()
+    )
+    least = f"least share of a copy ({copy:.0f} GB/s) on {done} layers: {said}"
+    return Outcome(f"{verdict(rows)} {least}", (f"BatchNorm + ReLU alone, {least}.", verdict(rows)))

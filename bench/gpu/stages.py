@@ -1,0 +1,41 @@
+"""The stages of the check, in their order: what needs torch alone first, and what tells most before the rest."""
+
+from __future__ import annotations
+
+from bench.gpu.task import Stage
+
+TESTS = ("pytest",)
+DALI = (
+    "nvidia.dali",
+    "nvidia.nvimgcodec",
+    "numba",
+    "pydantic",
+    "tyro",
+    "rich",
+    "yaml",
+    "PIL",
+    "pyarrow",
+    "google_crc32c",
+)
+
+STAGES = (
+    Stage("exact", "the kernels against float64", "bench.gpu.layers:exact", 75),
+    Stage("steps", "training steps in fp16 and bf16, compiled, in CUDA graphs", "bench.gpu.steps:steps", 110),
+    Stage("resnet50", "resnet50 at 224 beside torchvision's, compiled", "bench.gpu.networks:resnet50", 150),
+    Stage("resnet18", "resnet18 at 224 beside torchvision's, compiled", "bench.gpu.networks:resnet18", 60),
+    Stage("kernel_rates", "four layers beside torch, inductor, cuDNN, apex", "bench.gpu.layers:rates", 75),
+    Stage("idle", "gaps between kernels, by torch's profiler", "bench.gpu.idle:gaps", 75),
+    Stage("graphs", "CUDA graphs on batches of 32", "bench.gpu.networks:graphs", 90),
+    Stage("two_gpus", "two processes on two GPUs", "bench.gpu.ranks:two", 60),
+    Stage("resnet34", "resnet34 at 224 beside torchvision's, compiled", "bench.gpu.networks:resnet34", 90),
+    Stage("kernel_tests", "the tests of the kernels", "bench.gpu.suite:kernel_tests", 120, TESTS),
+    Stage("doctor", "what fastflower doctor finds", "bench.gpu.loading:doctor", 30, DALI),
+    Stage("pixels", "the loader's pixels beside the CPU's, streams, caches", "bench.gpu.loading:pixels", 60, DALI),
+    Stage("loader", "the loader's images/s by its settings", "bench.gpu.loading:rates", 75, DALI),
+    Stage("end_to_end", "training from records to weights", "bench.gpu.loading:end_to_end", 120, DALI),
+    Stage(
+        "gpu_tests", "the tests of training and loading on a GPU", "bench.gpu.suite:product_tests", 120,
+        (*TESTS, "hypothesis", *DALI),
+    ),
+    Stage("autotuned", "torchvision's by torch's longest search", "bench.gpu.networks:autotuned", 180, ("torchvision",)),
+)  # fmt: skip
