@@ -85,7 +85,7 @@ def slug(gpu: str | None) -> str:
 def check(chosen: Sequence[Stage], stages: Sequence[Stage], kind: str, budget_s: float, results: Results) -> int:
     """Run the stages one after another, write and show what each ended as, and what follows; the exit code."""
     machine, end = results.around["machine"], time.monotonic() + budget_s
-    say(f"{machine['gpu'] or machine['cpu']}, {len(chosen)} stages, at most {budget_s / 60:g} minutes")
+    say(f"{machine['gpu'] or machine['cpu']}, stages: {len(chosen)}, at most {budget_s / 60:g} minutes")
     failed: list[str] = []
     late: list[str] = []
     before = signal.signal(signal.SIGTERM, _interrupt)

@@ -32,6 +32,7 @@ from fastflower import cli
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.models import Norm
 from fastflower.models.layers import BNReLU
+from tests.poison import poisoned  # noqa: F401
 from tests.processes import Result
 
 torch.set_num_threads(1)  # the tests' networks are too small for more
@@ -138,16 +139,6 @@ def write_folders(root: Path, counts: Mapping[str, int], *, first: int = 0) -> P
             (root / folder / f"{i:06}.jpg").write_bytes(image)
         first += count
     return root
-
-
-@pytest.fixture
-def poisoned() -> Iterator[None]:
-    """Memory that is handed out uninitialized holds NaN and 255."""
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    assert (torch.empty(3, dtype=torch.uint8) == 255).all()
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bench.batch_norm.layers import DTYPES, Data, Forward, Problem
 from bench.batch_norm.peers import Contender
-from bench.harness.common import MissingError
+from bench.harness.missing import MissingError
 from bench.harness.timing import elapsed_ms, take_turns
 
 MAX_COPIES = 32  # of the data; a layer that needs more is so small that calls, not bytes, take its time

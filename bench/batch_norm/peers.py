@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.batch_norm.layers import Data, Forward, Problem
-from bench.harness.common import MissingError
+from bench.harness.missing import MissingError
 from fastflower.environment import find_apex
 from fastflower.errors import UserError
 from fastflower.kernels.batch_norm import bn_relu

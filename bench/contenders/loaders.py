@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.dlpack import from_dlpack
 
 from bench.contenders.pictures import Pictures, decode_by_pil, decode_by_torchvision
-from bench.harness.common import need
+from bench.harness.missing import need
 from bench.harness.timing import Contender, Make, elapsed_ms
 from bench.rates.options import Output
 from fastflower.arrays import Bytes

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.harness.common import MissingError, need
+from bench.harness.missing import MissingError, need
 from bench.harness.timing import Contender, Make, Role
 from fastflower.flops import count
 from fastflower.runtime.device import Precision

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.gpu.task import FailedError, Task
+from bench.harness.missing import MissingError
 
 PASSED, FAILED, MISSING = "passed", "failed", "left out"
 
@@ -25,8 +26,6 @@ def main(words: Sequence[str]) -> None:
     if missing := missing_of(needs):
         task.row(result=MISSING, figure=f"needs {', '.join(missing)}, which cannot be imported here")
         return
-    from bench.harness.common import MissingError  # imports torch
-
     module, _, name = function.partition(":")
     try:
         outcome = getattr(importlib.import_module(module), name)(task)

@@ -56,10 +56,8 @@ def doctor(task: Task) -> Outcome:
     for finding in findings:
         task.row(item=finding.item, value=finding.value, mend=finding.mend)
     if not is_ready(findings):
-        lacking = [
-            f"{finding.item} ({finding.mend})" for finding in findings if finding.essential and not finding.value
-        ]
-        raise FailedError(f"missing: {', '.join(lacking)}")
+        lacking = [finding for finding in findings if finding.essential and not finding.value]
+        raise FailedError("missing: " + ", ".join(f"{finding.item} ({finding.mend})" for finding in lacking))
     values = {finding.item: finding.value or "missing" for finding in findings}
     told = ("hardware JPEG decoder", "with --amp", "torch.compile", "decoding", "BatchNorm + ReLU")
     return Outcome("; ".join(f"{item}: {values[item]}" for item in told))

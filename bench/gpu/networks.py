@@ -14,8 +14,8 @@ from bench.contenders.networks import CLASSES, Work, one_pass, torchvisions
 from bench.gpu.results import KERNELS, TORCHS, TRAINING
 from bench.gpu.roofline import least_seconds, work_of_step
 from bench.gpu.task import Outcome, Task
-from bench.harness.common import MissingError
 from bench.harness.compute import copy_gb_per_s, matmul_flops_per_s
+from bench.harness.missing import MissingError
 from bench.harness.timing import Contender, Make, measure
 from fastflower.models import Norm, create_model
 from fastflower.runtime.device import Precision

@@ -19,7 +19,7 @@ from bench.contenders.networks import CLASSES
 from bench.gpu.networks import plan_of
 from bench.gpu.steps import Recipe, pictures, prepare, small_network
 from bench.gpu.task import FailedError, Outcome, Task
-from bench.harness.common import MissingError
+from bench.harness.missing import MissingError
 from bench.harness.timing import Contender, measure
 from fastflower.files import to_json
 from fastflower.kernels.batch_norm import bn_relu

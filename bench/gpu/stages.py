@@ -37,5 +37,5 @@ STAGES = (
         "gpu_tests", "the tests of training and loading on a GPU", "bench.gpu.suite:product_tests", 120,
         (*TESTS, "hypothesis", *DALI),
     ),
-    Stage("autotuned", "torchvision's by torch's longest search", "bench.gpu.networks:autotuned", 180, ("torchvision",)),
+    Stage("autotuned", "torch's longest search for torchvision's", "bench.gpu.networks:autotuned", 180),
 )  # fmt: skip

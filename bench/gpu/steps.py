@@ -211,5 +211,5 @@ def steps(task: Task) -> Outcome:
     if failures:
         raise FailedError("; ".join(failures))
     return Outcome(
-        f"{done} of {len(cells)} ways learn as float32 does, without waiting: losses to {max(losses.values()):.3f}"
+        f"{done} of {len(cells)} ways learn as float32 does (its loss {reference:.3f}), without waiting for the GPU"
     )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shlex
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,18 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 CORES = cpus()
-
-
-class MissingError(Exception):
-    """A contender is not installed or does not apply; the message says why."""
-
-
-def need(package: str) -> ModuleType:
-    """Import a package that only contenders use; MissingError where it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ImportError as error:
-        raise MissingError(f"not installed (pip install {package.partition('.')[0]})") from error
 
 
 def circumstances(command: object, device: torch.device, versions: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from bench.harness.common import MissingError
+from bench.harness.missing import MissingError
 from fastflower.errors import UserError
 from fastflower.runtime.compilations import Compilations, counted_compilations
 from fastflower.runtime.distributed import Ranks

@@ -17,7 +17,7 @@ from torch import nn
 from bench.contenders import loaders, networks
 from bench.contenders.launches import FEED, MORE
 from bench.contenders.loaders import CACHED, DECODE, LIMIT, OURS
-from bench.harness.common import MissingError
+from bench.harness.missing import MissingError
 from bench.harness.timing import Contender
 from bench.rates.options import LOCAL
 from bench.throughput import main

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.poison import poisoned  # noqa: F401  # the stage of gpu_check.py that tests the kernels has no other
+
 
 @pytest.fixture(params=("triton", "plain"))
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> torch.device:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bench.batch_norm import layers, peers
 from bench.batch_norm.layers import Layer, Problem
 from bench.batch_norm.peers import all_contenders, parse_tiles
-from bench.harness.common import MissingError
+from bench.harness.missing import MissingError
 from fastflower.errors import UserError
 from fastflower.kernels import launch  # before the interpreter's variable is taken away below
 from fastflower.kernels.tiles import choose_tiles, make_grid

@@ -15,7 +15,7 @@ import torch
 
 from bench.contenders import loaders
 from bench.contenders.loaders import DECODE, LIMIT, OURS, Work
-from bench.harness.common import MissingError
+from bench.harness.missing import MissingError
 from fastflower.data.splits import load_pictures
 from fastflower.data.view import Engine
 from fastflower.errors import UserError

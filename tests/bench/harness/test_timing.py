@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bench.harness import timing
-from bench.harness.common import MissingError
+from bench.harness.missing import MissingError
 from bench.harness.timing import Contender, measure, take_turns, time_steps
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
