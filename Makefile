@@ -2,8 +2,8 @@
 # make test       the fast tier of tests; make test-all adds the slow one
 # make lint       ruff, mypy and import-linter (each folder uses only those below it), as CI runs them
 # make proof      BASE=REVISION: that and this checkout train a short run to the same weights, bit for bit
-# make gpu-check  on a machine with a GPU: its tests, then the kernel benchmark; PYTHON=... is any Python that has the
-#                 packages that setup.py names, with pytest
+# make gpu-check  on a machine with a GPU: what works there and how fast, in at most ten minutes; PYTHON=... is any
+#                 Python that has torch, CHECK="--only STAGE" are options of bench/gpu_check.py
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -31,11 +31,8 @@ lint: $(TEST_READY)
 proof: $(READY)
 	$(BIN)/python bench/proof.py $(BASE)
 
-gpu-check: export PYTHONPATH := .:$(PYTHONPATH)
 gpu-check:
-	@$(PYTHON) -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch finds no GPU here')"
-	$(PYTHON) -m pytest -m "not slow" tests/gpu tests/kernels tests/test_doctor.py --ignore tests/kernels/test_ahead_of_time.py
-	$(PYTHON) bench/kernels.py --out bench/results/kernels.jsonl --plot docs/kernels.png
+	$(PYTHON) bench/gpu_check.py $(CHECK)
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -113,7 +113,7 @@ def check(chosen: Sequence[Stage], stages: Sequence[Stage], kind: str, budget_s:
     for sentence in conclusions(results.rows) if results.rows else ():
         say(sentence)
     if late:
-        say(f"No time was left for {len(late)} stages: --only {' '.join(late)}")
+        say(f"No time was left for {', '.join(late)}: --only {' '.join(late)}")
     say(f"Results: {results.out} and {results.table}.")
     if failed:
         say(f"{len(failed)} of {len(chosen)} stages failed: {', '.join(failed)}.")

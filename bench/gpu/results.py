@@ -26,12 +26,15 @@ class Results:
 
     def __init__(self, out: Path, around: Mapping[str, Any]) -> None:
         """Begin to add to a file; UserError where it cannot be read or written."""
-        self.out, self.table, self.around = out, out.with_suffix(".md"), around
+        self.out, self.around = out, around
+        if out.suffix == ".md":
+            raise UserError(f"--out {out} is where the table would be: name a file that ends in .jsonl.")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8"):
                 pass
             self.rows: list[Row] = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+            self.table = out.with_suffix(".md")
             with self.table.open("a", encoding="utf-8"):
                 pass
         except OSError as error:
