@@ -19,6 +19,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -97,9 +98,7 @@ def check(chosen: Sequence[Stage], stages: Sequence[Stage], kind: str, budget_s:
                 show(stage, left_out("no time was left").result, "no time was left", 0)
                 continue
             say(f"{stage.name}: {stage.what}")
-            ended = run_stage(
-                stage, kind, limit_s, lambda row, stage=stage: results.add(stage, row), lambda line: say(f"    {line}")
-            )
+            ended = run_stage(stage, kind, limit_s, partial(results.add, stage), lambda line: say(f"    {line}"))
             results.end(stage, ended, stages)
             show(stage, ended.result, ended.figure, ended.seconds)
             if ended.result == FAILED:

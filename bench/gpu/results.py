@@ -15,10 +15,12 @@ from bench.gpu.runner import Ended
 from bench.gpu.task import Stage
 from fastflower.errors import UserError
 from fastflower.files import to_json
+from fastflower.models.names import Norm
 
 Row = dict[str, Any]
 TRAINING = "training step"  # kind of the rows from which it follows whether the kernels win
-TORCHS, KERNELS = "torch", "triton"  # values of model.norm
+TORCHS: Norm = "torch"
+KERNELS: Norm = "triton"
 
 
 class Results:

@@ -173,7 +173,8 @@ def train(task: Task, way: Way, batch: int) -> list[float]:
     def take(steps: int) -> None:
         for _ in range(steps):
             # a copy, since cutmix writes into it
-            training_step(setup, state, called, SimpleNamespace(images=held.images.clone(), labels=held.labels))
+            batch: Any = SimpleNamespace(images=held.images.clone(), labels=held.labels)
+            training_step(setup, state, called, batch)
 
     take(UNTIL_STEADY)
     with counted_waits(task.device) as waits:
@@ -207,9 +208,7 @@ def steps(task: Task) -> Outcome:
             raise FailedError(f"its loss is {losses[name]:.3f}, of float32 {reference:.3f}")
 
     cells = {name: partial(check, name, way) for name, way in ways(task).items()}
-    done, failures = attempt(task, cells)
-    if failures:
-        raise FailedError("; ".join(failures))
+    done = attempt(task, cells)
     return Outcome(
         f"{done} of {len(cells)} ways learn as float32 does (its loss {reference:.3f}), without waiting for the GPU"
     )

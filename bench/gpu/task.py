@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,8 @@ from fastflower.files import to_json
 
 if TYPE_CHECKING:
     import torch
+
+NAMED = 3  # failures in a sentence
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,10 @@ class Task:
         print(text, flush=True)
 
 
-def attempt(task: Task, cells: dict[str, Callable[[], None]], reserve_s: float = 5) -> tuple[int, list[str]]:
-    """Do one cell after another, as long as what the longest took is left.
+def attempt(task: Task, cells: Mapping[str, Callable[[], None]], reserve_s: float = 5) -> int:
+    """Do one cell after another, as long as what the longest took is left; how many were done.
 
-    Returns:
-        How many were done, and a sentence for each that failed.
+    Raises FailedError, after the last, where some failed.
     """
     longest_s, done, failures = 0.0, 0, list[str]()
     for name, work in cells.items():
@@ -90,7 +92,12 @@ def attempt(task: Task, cells: dict[str, Callable[[], None]], reserve_s: float =
             work()
         except FailedError as failure:
             failures.append(f"{name}: {failure}")
+            task.row(cell=name, failure=str(failure))
         except Exception as error:  # of one cell, which says nothing of the others
             failures.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+            task.row(cell=name, failure="".join(traceback.format_exception(error)))
         longest_s, done = max(longest_s, time.monotonic() - began), done + 1
-    return done, failures
+    if failures:
+        more = f"; and {len(failures) - NAMED} more" if len(failures) > NAMED else ""
+        raise FailedError("; ".join(failures[:NAMED]) + more)
+    return done

@@ -30,6 +30,7 @@ from fastflower.runtime.distributed import Ranks
 from fastflower.training.stopwatch import Stopwatch
 
 SLEEP_CYCLES = 2_000_000  # of the GPU for each call, about 1 ms: longer than the host needs to launch it
+LATE = "the GPU was idle before all was launched"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's and DALI's allocators say
 
 
@@ -93,7 +94,7 @@ def elapsed_ms(work: Callable[[], object], device: torch.device, calls: int = 1)
     work()
     after.record()
     if before.query():
-        warnings.warn("the GPU was idle before all was launched: its time has waits for the host in it", stacklevel=2)
+        warnings.warn(f"{LATE}: the time has waits for the host in it", stacklevel=2)
     after.synchronize()
     milliseconds: float = before.elapsed_time(after)
     return milliseconds

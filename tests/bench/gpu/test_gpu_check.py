@@ -249,8 +249,14 @@ def test_cells_end_when_time_does_and_one_failure_hides_nothing(
         "d": cell("d", 30), "e": cell("e", 1),
     }  # fmt: skip
     task = Task("cpu", tmp_path / "rows", deadline=70)
-    assert attempt(task, cells) == (4, ["b: wrong", "c: ValueError: bad"])
+    with pytest.raises(FailedError, match=r"^b: wrong; c: ValueError: bad$"):
+        attempt(task, cells)
     assert done == ["a", "b", "c", "d"]
+    assert [row["cell"] for row in rows(task.rows)] == ["b", "c"]
+    many = {str(number): cell(str(number), 0, FailedError("wrong")) for number in range(5)}
+    with pytest.raises(FailedError, match=r"^0: wrong; 1: wrong; 2: wrong; and 2 more$"):
+        attempt(task, many)
+    assert attempt(task, {"f": cell("f", 1)}) == 1
 
 
 def test_stages_are_in_order_and_known() -> None:
