@@ -5,10 +5,9 @@
     python bench/gpu_check.py --minutes 8
     python bench/gpu_check.py --device cpu        # tries the script, with tiny sizes
 
-Each stage runs in a process of its own with a limit of time; after a failure the others go on. What needs torch alone
-comes first. A stage whose packages are missing here says so and is left out. Rows are written as they come, so that a
-check that is killed loses nothing, and slices of a check (--only) add up in one file. The exit code is 1 where a stage
-failed.
+Each stage runs in a process of its own with a limit of time; after a failure the others go on. A stage whose packages
+are missing here says so and is left out; most need torch alone. Rows are written as they come, so that a check that is
+killed loses nothing, and slices of a check (--only) add up in one file. The exit code is 1 where a stage failed.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def exact(task: Task) -> Outcome:
 
     cells = {
         f"{dtype}, {channels} channels, {kind}": partial(check, dtype, channels, kind)
-        for dtype, channels in EXACT[: 3 if task.tiny else None]
+        for dtype, channels in EXACT[: 1 if task.tiny else None]
         for kind in KINDS
     }
     done = attempt(task, cells)

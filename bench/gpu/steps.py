@@ -31,6 +31,7 @@ CLASSES = 12
 SIDE = 64  # pixels
 STEPS, LAST = 40, 8  # all, and those whose mean loss is compared
 ALIKE = 0.15  # by which losses may differ, relatively; and a fifth of that absolutely
+WAITS = "called a synchronizing"  # in torch's warning
 UNTIL_STEADY = 5  # steps in which memory is allocated and code compiled
 
 
@@ -134,7 +135,7 @@ def pictures(n: int, device: torch.device, side: int = SIDE) -> Any:
 
 @contextmanager
 def counted_waits(device: torch.device) -> Iterator[list[str]]:
-    """Sentences about each time that the host waits for the GPU."""
+    """Sentences about each time that the host waits for the GPU, as far as torch notices."""
     waits: list[str] = []
     if device.type != "cuda":
         yield waits
@@ -146,7 +147,7 @@ def counted_waits(device: torch.device) -> Iterator[list[str]]:
             yield waits
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    waits += [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+    waits += [str(warning.message) for warning in caught if WAITS in str(warning.message)]
 
 
 @dataclass(frozen=True)

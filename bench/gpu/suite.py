@@ -6,6 +6,8 @@ import importlib.util
 import os
 from functools import partial
 
+import pytest
+
 from bench.gpu.runner import ROOT
 from bench.gpu.task import FailedError, Outcome, Task
 
@@ -18,7 +20,6 @@ class Watch:
 
     def __init__(self, task: Task) -> None:
         self.task, self.passed, self.failed, self.late = task, 0, list[str](), False
-        self.session: object = None
 
     def pytest_runtest_logreport(self, report: object) -> None:
         """Of one test's set-up, run or end."""
@@ -30,19 +31,13 @@ class Watch:
             self.task.say(f"failed: {name}: {reason}")
         elif when == "call" and outcome == "passed":
             self.passed += 1
-        if self.task.left_s < STOP_S and self.session is not None:
+        if self.task.left_s < STOP_S and not self.late:
             self.late = True
-            self.session.shouldstop = "no time is left"  # type: ignore[attr-defined]
-
-    def pytest_sessionstart(self, session: object) -> None:
-        """Note the session, to stop it."""
-        self.session = session
+            pytest.exit("no time is left")
 
 
 def tests(task: Task, words: tuple[str, ...]) -> Outcome:
     """The tests of these files, four at a time where pytest-xdist is installed."""
-    import pytest
-
     os.chdir(ROOT)
     parallel = ["-n", "4"] if importlib.util.find_spec("xdist") and not task.tiny else []
     watch = Watch(task)
