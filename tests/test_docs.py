@@ -29,7 +29,7 @@ from tests.markdown import Block, commands, mentioned_commands, read, spans
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 ARCHITECTURE = ROOT / "docs/architecture.md"
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-WRITTEN = ("bench/results/local.jsonl", "bench/results/kernels.jsonl")  # by commands, and not in every checkout
+WRITTEN = ("bench/results/local.jsonl", "bench/results/gpu_check-GPU.jsonl")  # by commands, and not in every checkout
 LINK = re.compile(r"!?\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
 REPOSITORY_PATH = re.compile(r"(bench|configs|docs|fastflower|kernels|tests)/[\w./-]*")
 
@@ -109,6 +109,8 @@ def script_fault(arguments: list[str], patch: pytest.MonkeyPatch) -> str | None:
     if hasattr(module, "start"):
         patch.setattr(module, "start", lambda options, run, *rest: start(options, lambda *_: 0, *rest))
         return "its options do not parse" if module.main(arguments[1:]) else None
+    if hasattr(module, "STAGES"):
+        module.choose(module.parse(arguments[1:], module.STAGES).only, module.STAGES)
     return None
 
 
@@ -178,6 +180,7 @@ def test_commands_are_found_as_a_shell_would_run_them() -> None:
         "A=1 timeout --signal=INT 11h torchrun --nproc_per_node 2 -m -- fastflower train --confg resnet34",
         *("torchrun --nprocs_per_node 2 -m -- fastflower train", "!fastflower predict runs/a --crop 10"),
         *("make tset", "make proof BASES=main", "python bench/throughputs.py", "python3 bench/flops.py --modles vgg19"),
+        *("python bench/gpu_check.py --only resnet51", "python bench/gpu_check.py --minutes"),
         *("cd x && fastflower flops --lairs  # a comment", "fastflower doctor --jsn > out.json"),
         "fastflower train --config resnet34 \\\n        --train.epoch 3",
         "for m in resnet18 resnet35; do\n        fastflower train --model.name $m\n    done",
@@ -230,7 +233,9 @@ def options_in_help() -> set[str]:
     names = ["train", "eval", "predict", "ensemble", "cv", "flops", "report", "doctor"]
     shown = [help_of(name) for name in names] + [help_of("data", name) for name in ("demo", "check", "stats")]
     modes: list[list[str]] = [[], ["loader"], ["model"], ["train"], ["eval"], ["overview"]]
-    for module, words in [("throughput", mode) for mode in modes] + [("kernels", []), ("flops", []), ("registers", [])]:
+    for module, words in [("throughput", mode) for mode in modes] + [
+        (name, []) for name in ("kernels", "flops", "registers", "gpu_check")
+    ]:
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
             importlib.import_module(f"bench.{module}").main([*words, "--help"])
         shown.append(out.getvalue())

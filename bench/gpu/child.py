@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.gpu.marks import end_with_parent
 from bench.gpu.task import FailedError, Task
 from bench.harness.missing import MissingError
 
@@ -49,4 +50,5 @@ def missing_of(modules: Sequence[str]) -> list[str]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(sys.argv[1:])

@@ -45,6 +45,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     **{f"hw_decoder_load {share}": {"hw_decoder_load": share} for share in (0.0, 0.65, 0.9, 1.0)},
     **{f"{threads} threads": {"threads": threads} for threads in (4, 8, 16, 32)},
     **{f"cache {place}": {"cache": place} for place in ("gpu", "ram")},
+    **{f"decode {what}": {"decode": what} for what in ("region", "whole")},
     "decoder cpu": {"decoder": "cpu"},
 }
 TINY_CHOICES = ("defaults", "cache ram")
@@ -96,16 +97,16 @@ def pixels(task: Task) -> Outcome:
         loader = Loader(records, View(crop, "random"), batch, Loading(None, engine, device), decoded)
         return loader.batches(training_requests(len(records), seed=0, epoch=0, scale=scale, global_batch=batch))
 
-    def same(kind: Kind) -> None:
+    def same(kind: Kind, what: Literal["region", "whole"]) -> None:
         with drawn(kind, 2 * batch, 1, side=side) as root:
             records = load_pictures(DataConfig(root=(root,)), ["train"], seed=0)
             here = batches(records, Engine(threads=4), torch.device("cpu"))
-            there = batches(records, engine_of(task, DataConfig()), task.device)
+            there = batches(records, engine_of(task, DataConfig(decode=what)), task.device)
             pairs = [(mine.images.cpu().int(), other.images.int()) for mine, other in zip(there, here, strict=True)]
         apart = torch.cat([(mine - other).abs().flatten() for mine, other in pairs]).double()
         mean, most, within = apart.mean().item(), int(apart.max()), (apart <= MOST_LEVELS).double().mean().item()
-        task.row(pictures=kind, mean=mean, most=most, within_a_level=within)
-        said.append(f"{kind} {mean:.2f} levels apart on average, {most} at most, {within:.2%} within one")
+        task.row(pictures=kind, decode=what, mean=mean, most=most, within_a_level=within)
+        said.append(f"{kind}, {what}: {mean:.2f} levels apart on average, {most} at most, {within:.2%} within one")
         if (most > MOST_LEVELS) if kind == "PNG" else (mean > MOST_MEAN):
             raise FailedError(said[-1])
 
@@ -137,7 +138,10 @@ def pixels(task: Task) -> Outcome:
                 raise FailedError("pictures decoded before give other batches")
         said.append(f"cache {place} the same")
 
-    cells: dict[str, Callable[[], None]] = {kind: partial(same, kind) for kind in ("PNG", "JPEG")}
+    kinds: tuple[Kind, ...] = ("PNG", "JPEG")
+    cells: dict[str, Callable[[], None]] = {
+        f"{kind}, {what}": partial(same, kind, what) for kind in kinds for what in ("region", "whole")
+    }
     cells |= {"streams": behind, "cache ram": partial(cached, "ram")}
     if not task.tiny:
         cells |= {"cache gpu": partial(cached, "gpu")}

@@ -19,12 +19,10 @@ from tempfile import TemporaryDirectory
 from typing import IO, Any
 
 from bench.gpu.child import FAILED, MISSING
+from bench.gpu.marks import GIVE_UP_S, MARK, POLL_S, kill_marked
 from bench.gpu.task import Stage
 
 ROOT = Path(__file__).resolve().parents[2]
-MARK = "FASTFLOWER_GPU_CHECK"  # in the environment of all that a stage starts, in whatever session it is
-POLL_S = 0.1
-GIVE_UP_S = 10  # what a driver holds may not even be killed: the other stages go on
 TAIL = 15  # lines of what a stage said before it crashed
 SURVEY_LIMIT_S = 60
 Row = dict[str, Any]
@@ -87,10 +85,10 @@ def run_stage(
                     time.sleep(POLL_S)
                     _take_lines(file, take)
                 in_time = process.poll() is not None
-                _end(process, mark)
+                _bury(process, mark)
                 _take_lines(file, take)
         finally:
-            _end(process, mark)
+            _bury(process, mark)
         for reader in readers:
             reader.join(GIVE_UP_S)
     seconds = time.monotonic() - began
@@ -122,7 +120,7 @@ def look_around(kind: str) -> Row:
     except (IndexError, ValueError):
         return {"error": f"torch cannot be asked what is here ({_cause(process.returncode, err.splitlines())})."}
     finally:
-        _end(process, mark)
+        _bury(process, mark)
 
 
 def environment() -> dict[str, str]:
@@ -158,28 +156,11 @@ def _take_lines(file: IO[str], take: Callable[[Row], None]) -> None:
         take(json.loads(line))
 
 
-def _end(process: subprocess.Popen[str], mark: str) -> None:
-    """Kill the process and all that it started: they may be in other sessions, and their parents gone."""
-    given_up = time.monotonic() + GIVE_UP_S
-    while (marked := _marked(mark)) and time.monotonic() < given_up:
-        for pid in marked:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.poll()
-        time.sleep(POLL_S / 10)
+def _bury(process: subprocess.Popen[str], mark: str) -> None:
+    """Kill the process and all that it started, and wait for its end."""
+    kill_marked(mark, process.poll)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(GIVE_UP_S)
-
-
-def _marked(mark: str) -> list[int]:
-    wanted, pids = f"{MARK}={mark}".encode(), []
-    for environ in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if wanted in environ.read_bytes().split(b"\0"):
-                pids.append(int(environ.parent.name))
-        except OSError:  # gone, or another user's
-            continue
-    return pids
 
 
 def _cause(code: int, said: Sequence[str]) -> str:

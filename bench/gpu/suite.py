@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from functools import partial
+from types import FrameType
 
 import pytest
 
 from bench.gpu.runner import ROOT
 from bench.gpu.task import FailedError, Outcome, Task
 
-STOP_S = 3  # before the end, for pytest to end by itself
+STOP_S = 5  # before the end, for pytest to end by itself
 KERNELS = ("tests/kernels", "--ignore=tests/kernels/test_ahead_of_time.py", "--ignore=tests/kernels/test_sync.py")
 
 
 class Watch:
-    """A plugin that counts, writes each failure down as it comes, and ends the session before the stage is killed."""
+    """A plugin that counts, and writes each failure down as it comes."""
 
     def __init__(self, task: Task) -> None:
         self.task, self.passed, self.failed, self.late = task, 0, list[str](), False
@@ -25,15 +27,13 @@ class Watch:
         """Of one test's set-up, run or end."""
         name, when, outcome = (getattr(report, key) for key in ("nodeid", "when", "outcome"))
         if outcome == "failed":
-            reason = (str(getattr(report, "longreprtext", "")).strip().splitlines() or [""])[-1]
+            lines = str(getattr(report, "longreprtext", "")).splitlines() or [""]
+            reason = next((line.removeprefix("E").strip() for line in lines if line.startswith("E ")), lines[-1])
             self.failed.append(name)
             self.task.row(test=name, reason=reason)
             self.task.say(f"failed: {name}: {reason}")
         elif when == "call" and outcome == "passed":
             self.passed += 1
-        if self.task.left_s < STOP_S and not self.late:
-            self.late = True
-            pytest.exit("no time is left")
 
 
 def tests(task: Task, words: tuple[str, ...]) -> Outcome:
@@ -41,11 +41,21 @@ def tests(task: Task, words: tuple[str, ...]) -> Outcome:
     os.chdir(ROOT)
     parallel = ["-n", "4"] if importlib.util.find_spec("xdist") and not task.tiny else []
     watch = Watch(task)
+
+    def time_is_up(number: int, frame: FrameType | None) -> None:
+        watch.late = True
+        raise KeyboardInterrupt  # after which pytest ends the session
+
+    signal.signal(signal.SIGALRM, time_is_up)
+    signal.setitimer(signal.ITIMER_REAL, max(task.left_s - STOP_S, 0.1))
     chosen = ["-m", "not slow"]
     if task.tiny:  # what needs no GPU, of that a little
         chosen = ["-m", "not slow and not gpu", "-k", "two_runs_give"]
         os.environ.setdefault("TRITON_INTERPRET", "1")
-    code = pytest.main([*words, *parallel, *chosen, "-q", "-p", "no:cacheprovider"], plugins=[watch])
+    # limits for each test would need the same alarm
+    options = [*parallel, *chosen, "-q", "-p", "no:cacheprovider", "-p", "no:timeout"]
+    code = pytest.main([*words, *options], plugins=[watch])
+    signal.setitimer(signal.ITIMER_REAL, 0)
     if watch.failed:
         raise FailedError(f"{len(watch.failed)} failed, {watch.passed} passed: {', '.join(watch.failed[:3])}")
     if watch.late:

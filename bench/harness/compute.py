@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,8 @@ from bench.harness.timing import elapsed_ms
 from fastflower.runtime.device import cpu_has_bf16
 
 SIDE = {"cpu": 2048, "cuda": 8192}  # of the matrices: large enough for the highest rate
-PRODUCTS = 5  # that are timed
-COPIES = 10  # of a timed repeat
+REPEATS = 5  # that are timed
+COPIES = 10  # of each
 
 
 def matmul_flops_per_s(dtype: torch.dtype, device: torch.device) -> float:
@@ -44,8 +45,7 @@ def copy_gb_per_s(device: torch.device) -> float:
         for _ in range(COPIES):
             target.copy_(source)
 
-    times = [elapsed_ms(work, device, COPIES) for _ in range(6)][1:]
-    return 2 * source.nbytes * COPIES / median(times) / 1e6
+    return 2 * source.nbytes * COPIES / _steady_ms(work, device, COPIES) / 1e6
 
 
 def cache_bytes(device: torch.device) -> int:
@@ -62,11 +62,17 @@ def _random(*shapes: tuple[int, ...], dtype: torch.dtype, device: torch.device) 
 
 
 def _rate(flops: int, product: Callable[..., torch.Tensor], a: torch.Tensor, b: torch.Tensor) -> float:
-    """Median FLOP/s of a product; the first one does not count."""
+    """FLOP/s of a product."""
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
     try:
-        times = [elapsed_ms(partial(product, a, b), a.device) for _ in range(1 + PRODUCTS)][1:]
+        return 1000 * flops / _steady_ms(partial(product, a, b), a.device)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
-    return 1000 * flops / median(times)
+
+
+def _steady_ms(work: Callable[[], object], device: torch.device, calls: int = 1) -> float:
+    """The median of a few times; the first one, in which libraries are loaded, does not count."""
+    with warnings.catch_warnings(action="ignore"):
+        elapsed_ms(work, device, calls)
+    return median(elapsed_ms(work, device, calls) for _ in range(REPEATS))

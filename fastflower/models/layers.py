@@ -14,7 +14,7 @@ from fastflower.kernels.batch_norm import bn_relu
 from fastflower.models.names import Norm, NormChoice
 
 # Kinds of GPU, as torch.cuda.get_device_name calls them, on which "triton" trains faster than "torch" compiled, by
-# bench/results/kernels.jsonl.
+# bench/results/gpu_check-GPU.jsonl, whose last sentence says so.
 TRITON_WINS: frozenset[str] = frozenset()
 
 Forked = tuple[torch.Tensor, torch.Tensor]  # one activation for each of two consumers

@@ -57,7 +57,7 @@ def is_there(pid: int) -> bool:
 @pytest.mark.usefixtures("_known")
 def test_all_go_on_whatever_becomes_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "out.jsonl"
-    stages = [stage("fails"), stage("crashes"), stage("leaves"), stage("raises"), stage("hangs", 2), stage("lacks")]
+    stages = [stage("fails"), stage("crashes"), stage("leaves"), stage("raises"), stage("hangs", 0.5), stage("lacks")]
     stages += [stage("floods"), stage("works", needs=("no_such_module", "json", "nor_this")), stage("works")]
     stages[-2] = Stage("needy", "", "tests.bench.gpu.stand_ins:works", 60, ("no_such_module", "json", "nor_this"))
     assert run(out, stages) == 1
@@ -173,6 +173,19 @@ def test_a_signal_ends_all_and_loses_nothing(number: signal.Signals, tmp_path: P
     assert "| works | passed |" in out.with_suffix(".md").read_text()
     (pids,) = (row["pids"] for row in rows(out) if "pids" in row)
     assert not any(map(is_there, pids))
+
+
+def test_a_check_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    with subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        while not (out.is_file() and any("pids" in row for row in rows(out))):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    (pids,) = (row["pids"] for row in rows(out) if "pids" in row)
+    while any(map(is_there, pids)):
+        time.sleep(0.05)
+    assert [row["result"] for row in rows(out) if "result" in row] == ["passed"]
 
 
 def test_of_a_stage_the_last_run_that_ended_counts() -> None:
