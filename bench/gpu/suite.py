@@ -50,14 +50,20 @@ def tests(task: Task, words: tuple[str, ...]) -> Outcome:
     signal.setitimer(signal.ITIMER_REAL, max(task.left_s - STOP_S, 0.1))
     chosen = ["-m", "not slow"]
     if task.tiny:  # what needs no GPU, of that a little
-        chosen = ["-m", "not slow and not gpu", "-k", "two_runs_give"]
+        chosen = ["-m", "not slow and not gpu", "-k", "two_runs_give or a_gpu_is_described"]
         os.environ.setdefault("TRITON_INTERPRET", "1")
     # limits for each test would need the same alarm
     options = [*parallel, *chosen, "-q", "-p", "no:cacheprovider", "-p", "no:timeout"]
-    code = pytest.main([*words, *options], plugins=[watch])
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    try:
+        code = pytest.main([*words, *options], plugins=[watch])
+    except KeyboardInterrupt:  # before the session has begun, or after it has ended
+        code = pytest.ExitCode.INTERRUPTED
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
     if watch.failed:
         raise FailedError(f"{len(watch.failed)} failed, {watch.passed} passed: {', '.join(watch.failed[:3])}")
+    if watch.late and not watch.passed:
+        raise FailedError("no test ended before the time was up")
     if watch.late:
         return Outcome(f"{watch.passed} passed before the time was up; none failed")
     if code != pytest.ExitCode.OK:

@@ -29,7 +29,15 @@ except FailedError as failure:
 OK = "def test_right():\n    pass\n"
 BAD = "def test_wrong():\n    assert 1 == 2, 'sums differ'\n"
 SLOW = "import time\nimport pytest\n@pytest.mark.slow\ndef test_slow():\n    assert False\n"
-LONG = "import pytest, time\n@pytest.mark.parametrize('n', range(60))\ndef test_long(n):\n    time.sleep(0.5)\n"
+# the second test lets the alarm ring, in the process that runs it or in the one that started that
+LONG = """
+import os, signal, time
+def test_right():
+    pass
+def test_rings():
+    os.kill(os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid(), signal.SIGALRM)
+    time.sleep(600)
+"""
 
 
 def run(kind: str, folder: Path, source: str, seconds: float) -> tuple[str, list[dict[str, Any]]]:
@@ -52,12 +60,10 @@ def test_failures_are_named_and_written(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["alone", "parallel"])
-def test_it_ends_before_it_is_killed(kind: str, tmp_path: Path) -> None:
-    """By a deadline that has passed when the tests begin, whatever the load of the machine."""
-    end, rows = run(kind, tmp_path, LONG, 0)
-    assert end.startswith("ended ")
-    assert end.endswith("passed before the time was up; none failed")
-    assert int(end.split()[1]) < 60
+def test_it_ends_when_the_time_is_up(kind: str, tmp_path: Path) -> None:
+    end, rows = run(kind, tmp_path, LONG, 600)
+    ends = ["ended 1 passed before the time was up; none failed", "failed no test ended before the time was up"]
+    assert end in ends[: 1 if kind == "alone" else 2]  # of two processes either may be the first
     assert not rows
 
 
