@@ -13,7 +13,7 @@ from torch import nn
 from bench.contenders.networks import CLASSES, Work, one_pass, torchvisions
 from bench.gpu.results import KERNELS, TORCHS, TRAINING
 from bench.gpu.roofline import least_seconds, work_of_step
-from bench.gpu.task import Outcome, Task
+from bench.gpu.task import FailedError, Outcome, Task
 from bench.harness.compute import copy_gb_per_s, matmul_flops_per_s
 from bench.harness.missing import MissingError
 from bench.harness.timing import Contender, Make, measure
@@ -151,7 +151,16 @@ def graphs(task: Task) -> Outcome:
             for label, mode in (("default", "default"), (GRAPHS, GRAPHS))
         }
         rows += images_per_s(task, name, makers, 32)
+    require_steady(rows)
     return outcome(rows, "batch 32")
+
+
+def require_steady(rows: list[dict[str, Any]]) -> None:
+    """FailedError where something was compiled or recorded again while the clock ran: each step would pay for it."""
+    counts = ("compiled_anew", "graphs_recorded_anew")
+    again = [f"{row['network']}, {row['name']}: {key} {row[key]}" for row in rows for key in counts if row.get(key)]
+    if again:
+        raise FailedError(f"the steps are not all alike: {'; '.join(again)}")
 
 
 def outcome(rows: list[dict[str, Any]], what: str) -> Outcome:

@@ -93,6 +93,7 @@ def ways(task: Task) -> dict[str, Way]:
         "fp16, kernels, compiled": Way(torch.float16, "triton", compiled),
         "bf16, kernels, reduce-overhead": Way(torch.bfloat16, "triton", graphs),
         "bf16, pieces, clipped, averaged": replace(bf16, recipe=Recipe(accumulate=2, clip_grad=10.0, ema=0.9)),
+        "bf16, pieces, reduce-overhead": replace(bf16, recipe=replace(graphs, accumulate=2)),
         "bf16, mixup and cutmix": replace(bf16, recipe=Recipe(mixup=0.4, cutmix=1.0)),
     }
 

@@ -18,12 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.batch_norm.layers import find_layers
 from bench.contenders.networks import torchvisions
 from bench.gpu.idle import busy_and_whole
-from bench.gpu.networks import Turns, network
+from bench.gpu.networks import Turns, network, require_steady
 from bench.gpu.roofline import Work, least_seconds, work_of_step
 from bench.gpu.runner import ROOT
 from bench.gpu.stages import STAGES
 from bench.gpu.steps import Recipe
-from bench.gpu.task import Stage, Task
+from bench.gpu.task import FailedError, Stage, Task
 from bench.harness.missing import MissingError
 from fastflower.config import Config, resolve
 from fastflower.flops import count
@@ -55,6 +55,7 @@ def find(name, path=None, target=None):
 
 PathFinder.find_spec = find
 """
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # which is the tests' own
 ALONE = [stage for stage in STAGES if not stage.needs]
 
 
@@ -64,8 +65,7 @@ def torch_alone(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "hook"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HOOK.format(others=OTHERS))
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("COVERAGE")}
-    return environment | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+    return ENVIRONMENT | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def check(folder: Path, environment: dict[str, str], *options: str) -> tuple[int, dict[str, dict[str, Any]], str]:
@@ -102,7 +102,7 @@ def test_where_torch_is_alone_the_rest_is_left_out(tmp_path: Path, torch_alone: 
 @pytest.mark.parametrize("stage", STAGES, ids=[stage.name for stage in STAGES])
 def test_each_stage_passes_on_a_cpu(stage: Stage, tmp_path: Path, torch_alone: dict[str, str]) -> None:
     """With no more than what it says that it needs."""
-    everything = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    everything = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     code, ends, said = check(tmp_path, everything if stage.needs else torch_alone, "--only", stage.name)
     assert code == 0, said
     assert {name: end["result"] for name, end in ends.items()} == {stage.name: "passed"}
@@ -172,6 +172,13 @@ def test_what_there_is_no_time_to_compile_is_left_out(tmp_path: Path, monkeypatc
     left[0] = 45
     with pytest.raises(MissingError, match="no time"):
         make(3)
+
+
+def test_what_is_recorded_again_fails() -> None:
+    steady = {"network": "resnet18", "name": "default", "compiled_anew": 0, "graphs_recorded_anew": 0}
+    require_steady([steady, {"network": "resnet18", "name": "torchvision", "missing": "why"}])
+    with pytest.raises(FailedError, match="resnet18, reduce-overhead: graphs_recorded_anew 3$"):
+        require_steady([steady, steady | {"name": "reduce-overhead", "graphs_recorded_anew": 3}])
 
 
 def test_contenders_have_the_same_layers() -> None:
