@@ -6,6 +6,7 @@ A results file is added to, so that slices of a check make one: of a stage the l
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from fastflower.files import to_json
 from fastflower.models.names import Norm
 
 Row = dict[str, Any]
+KNOWN = ("machine", "versions", "commit", "date")  # of what each row depends on
+BEGIN = '{"stage": "'  # of each row
 TRAINING = "training step"  # kind of the rows from which it follows whether the kernels win
 TORCHS: Norm = "torch"
 KERNELS: Norm = "triton"
@@ -35,7 +38,7 @@ class Results:
             out.parent.mkdir(parents=True, exist_ok=True)
             with out.open("a", encoding="utf-8"):
                 pass
-            self.rows: list[Row] = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+            self.rows = read(out)
             self.table = out.with_suffix(".md")
             with self.table.open("a", encoding="utf-8"):
                 pass
@@ -63,6 +66,20 @@ class Results:
             self.table.write_text(markdown(self.rows, stages), encoding="utf-8")
         except OSError as error:
             raise UserError(f"{self.table} cannot be written ({error.strerror}): make room.") from error
+
+
+def read(out: Path) -> list[Row]:
+    """The rows of a results file; a line that a kill left without its end is taken away. ValueError for other files."""
+    text = out.read_text(encoding="utf-8")
+    whole, newline, rest = text.rpartition("\n")
+    rows: list[Row] = [json.loads(line) for line in whole.splitlines()]
+    if not all(isinstance(row, dict) and {"stage", *KNOWN} <= row.keys() for row in rows):
+        raise ValueError("no rows of a check")
+    if rest and not rest.startswith(BEGIN):
+        raise ValueError("no row of a check")
+    if rest:
+        os.truncate(out, len((whole + newline).encode()))
+    return rows
 
 
 def last_runs(rows: Sequence[Row]) -> dict[str, list[Row]]:

@@ -124,9 +124,10 @@ def look_around(kind: str) -> Row:
 
 
 def environment() -> dict[str, str]:
-    """Of what is started: this checkout is imported, from wherever it is called."""
+    """Of what is started: this checkout is imported, from wherever it is called, and kernels are not interpreted."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return inherited | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def left_out(reason: str) -> Ended:

@@ -14,7 +14,7 @@ from bench.harness.missing import MissingError
 
 def works(task: Task) -> Outcome:
     task.say("half way")
-    task.row(kind="a figure", value=1.5)
+    task.row(kind="a figure", value=1.5, interpreted=os.environ.get("TRITON_INTERPRET"))
     return Outcome("42 images/s", ("A network: 42 images/s.",))
 
 

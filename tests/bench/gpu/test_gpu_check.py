@@ -55,7 +55,10 @@ def is_there(pid: int) -> bool:
 
 
 @pytest.mark.usefixtures("_known")
-def test_all_go_on_whatever_becomes_of_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_go_on_whatever_becomes_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     out = tmp_path / "new" / "out.jsonl"
     stages = [stage("fails"), stage("crashes"), stage("leaves"), stage("raises"), stage("hangs", 0.5), stage("lacks")]
     stages += [stage("floods"), stage("works", needs=("no_such_module", "json", "nor_this")), stage("works")]
@@ -79,6 +82,7 @@ def test_all_go_on_whatever_becomes_of_one(tmp_path: Path, capsys: pytest.Captur
     assert ends["works"]["quotes"] == ["A network: 42 images/s."]
     # what was measured before the end is kept, with what it depends on
     assert [row["value"] for row in rows(out) if "value" in row] == [2, 3, 1.5]
+    assert [row["interpreted"] for row in rows(out) if "interpreted" in row] == [None]
     assert all(row.items() >= AROUND.items() for row in rows(out))
     (pids,) = (row["pids"] for row in rows(out) if "pids" in row)
     assert len(pids) == 2
@@ -122,6 +126,7 @@ def test_time_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         (["--minutes", "0"], "--minutes is 0: give more than 0."),
         (["--out", "."], "--out . cannot be written (Is a directory): name another file."),
         (["--out", "{folder}/other.txt"], "other.txt holds something else than results: name another file."),
+        (["--out", "{folder}/others.jsonl"], "others.jsonl holds something else than results: name another file."),
         (["--out", "{folder}/taken.jsonl"], "taken.jsonl cannot be written"),
         (["--out", "{folder}/out.md"], "out.md is where the table would be: name a file that ends in .jsonl."),
     ],
@@ -130,13 +135,27 @@ def test_mistakes_end_with_a_sentence(
     options: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "other.txt").write_text("no results\n")
+    (tmp_path / "others.jsonl").write_text('{"mode": "loader"}\n')
     (tmp_path / "taken.md").mkdir()
     given = [option.format(folder=tmp_path) for option in options]
     assert (
         main(["--device", "cpu", "--out", str(tmp_path / "out.jsonl"), *given], [stage("works"), stage("fails")]) == 2
     )
     assert sentence in capsys.readouterr().err
-    assert not any(row for path in tmp_path.glob("*.jsonl") for row in rows(path))
+    assert (tmp_path / "other.txt").read_text() == "no results\n"
+    assert not any("stage" in row for path in tmp_path.glob("*.jsonl") for row in rows(path))
+
+
+@pytest.mark.usefixtures("_known")
+@pytest.mark.parametrize("cut", [12, 40, 200])
+def test_a_line_that_a_kill_left_without_its_end_is_taken_away(cut: int, tmp_path: Path) -> None:
+    out, stages = tmp_path / "out.jsonl", [stage("works"), stage("lacks")]
+    assert run(out, stages, "--only", "works") == 0
+    before = out.read_text()
+    out.write_text(before + before[:cut])
+    assert run(out, stages, "--only", "lacks") == 0
+    assert out.read_text().startswith(before)
+    assert [row["stage"] for row in rows(out) if "result" in row] == ["works", "lacks"]
 
 
 def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

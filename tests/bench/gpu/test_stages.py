@@ -55,7 +55,6 @@ def find(name, path=None, target=None):
 
 PathFinder.find_spec = find
 """
-ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}  # which is the tests' own
 ALONE = [stage for stage in STAGES if not stage.needs]
 
 
@@ -65,7 +64,7 @@ def torch_alone(tmp_path: Path) -> dict[str, str]:
     folder = tmp_path / "hook"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(HOOK.format(others=OTHERS))
-    return ENVIRONMENT | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def check(folder: Path, environment: dict[str, str], *options: str) -> tuple[int, dict[str, dict[str, Any]], str]:
@@ -102,7 +101,7 @@ def test_where_torch_is_alone_the_rest_is_left_out(tmp_path: Path, torch_alone: 
 @pytest.mark.parametrize("stage", STAGES, ids=[stage.name for stage in STAGES])
 def test_each_stage_passes_on_a_cpu(stage: Stage, tmp_path: Path, torch_alone: dict[str, str]) -> None:
     """With no more than what it says that it needs."""
-    everything = ENVIRONMENT | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    everything = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     code, ends, said = check(tmp_path, everything if stage.needs else torch_alone, "--only", stage.name)
     assert code == 0, said
     assert {name: end["result"] for name, end in ends.items()} == {stage.name: "passed"}
