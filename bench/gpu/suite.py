@@ -50,7 +50,7 @@ def tests(task: Task, words: tuple[str, ...]) -> Outcome:
     signal.setitimer(signal.ITIMER_REAL, max(task.left_s - STOP_S, 0.1))
     chosen = ["-m", "not slow"]
     if task.tiny:  # what needs no GPU, of that a little
-        chosen = ["-m", "not slow and not gpu", "-k", "two_runs_give or a_gpu_is_described"]
+        chosen = ["-m", "not slow and not gpu", "-k", "two_runs_give or strangers_apex"]
         os.environ.setdefault("TRITON_INTERPRET", "1")
     # limits for each test would need the same alarm
     options = [*parallel, *chosen, "-q", "-p", "no:cacheprovider", "-p", "no:timeout"]
