@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageFilter
 
-from bench.contenders import loaders
+from bench.contenders import launches, loaders
 from bench.contenders.loops import Place, training, training_alone
 from bench.gpu.networks import Plan, Turns, plan_of
 from bench.gpu.task import FailedError, Outcome, Task, attempt
@@ -38,6 +38,7 @@ Kind = Literal["JPEG", "PNG"]
 STORED = 512  # pixels, side of the pictures that are drawn
 DISTINCT, REPEATED = 64, 48  # pictures that are drawn, and how often each is among the records
 CLASSES = 12
+RATE = 10_000.0  # images/s that the loader is also held to beside launches
 MOST_LEVELS, MOST_MEAN = 1, 1.0  # that pixels differ by: of PNG at most, of JPEG (decoders round apart) on average
 # What the loader's rate is measured by, each beside the defaults.
 CHOICES: dict[str, dict[str, Any]] = {
@@ -197,6 +198,23 @@ def rates(task: Task) -> Outcome:
     bytes_ = int(np.mean(records.length))
     figure = f"images/s of pictures of {bytes_ / 1000:.0f} KB at {side} pixels: {said}"
     return Outcome(figure, (f"The loader alone, batch {plan.batch}, {figure}.",))
+
+
+def launching(task: Task) -> Outcome:
+    """What the loader takes from a thread that launches operations, as training's does."""
+    side, scale, crop, rate = (64, (32, 48), 32, 200.0) if task.tiny else (STORED, (256, 480), 224, RATE)
+    with drawn("JPEG", DISTINCT, 1 if task.tiny else REPEATED, side=side) as root:
+        data = DataConfig(root=(root,), crop=crop, scale=scale)
+        records = load_pictures(data, ["train"], seed=0)
+        work = loaders.Work(records, data, engine_of(task, data), task.device, Ranks())
+        plan = Plan(8, steps=2, warmup=1, repeats=1) if task.tiny else Plan(128, steps=20, warmup=5, repeats=3)
+        rows = [task.row(stored=side, crop=crop, **row) for row in launches.rows(work, plan, rate)]
+    said = "; ".join(
+        f"{row['name']}: {row['launches_per_s'] / row['launches_alone_per_s']:.0%} of the launches alone, "
+        f"{row['lock_us']:.1f} µs a picture under the lock"
+        for row in rows
+    )
+    return Outcome(said, (f"Launches beside the loader, batch {plan.batch}: {said}.",))
 
 
 def end_to_end(task: Task) -> Outcome:

@@ -33,6 +33,7 @@ STAGES = (
     Stage("doctor", "what fastflower doctor finds", "bench.gpu.loading:doctor", 20, DALI),
     Stage("pixels", "the loader's pixels beside the CPU's, streams, caches", "bench.gpu.loading:pixels", 40, DALI),
     Stage("loader", "the loader's images/s by its settings", "bench.gpu.loading:rates", 60, DALI),
+    Stage("launches", "what the loader takes from launches", "bench.gpu.loading:launching", 40, DALI),
     Stage("end_to_end", "training from records to weights", "bench.gpu.loading:end_to_end", 90, DALI),
     Stage(
         "gpu_tests", "the tests of training and loading on a GPU", "bench.gpu.suite:product_tests", 90,
