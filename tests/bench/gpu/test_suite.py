@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +46,9 @@ def run(kind: str, folder: Path, source: str, seconds: float) -> tuple[str, list
     (folder / "test_drawn.py").write_text(source)
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
     command = [sys.executable, "-c", SCRIPT, kind, str(folder), str(seconds)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    # these tests may themselves be run by pytest-xdist, which the inner ones must not take for theirs
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     rows = folder / "rows"
     last = [line for line in result.stdout.splitlines() if line.startswith(("ended", "failed "))][-1]
     return last, [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
