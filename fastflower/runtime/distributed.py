@@ -42,7 +42,14 @@ HOST_WITHIN = timedelta(days=1)
 DEVICE_WITHIN = timedelta(minutes=30)
 # A process that dies closes its connections, which ends the waiting; one whose machine has lost power or network does
 # not. So the system asks on each connection that has been silent for so many seconds, so often, until it gives it up.
-KEEP_ALIVE = {socket.TCP_KEEPIDLE: 60, socket.TCP_KEEPINTVL: 10, socket.TCP_KEEPCNT: 6}
+# It does not ask where something is sent already, such as what each rank says before a step: that is sent again, for a
+# quarter of an hour, unless it is told for how long (milliseconds).
+KEEP_ALIVE = {
+    socket.TCP_KEEPIDLE: 60,
+    socket.TCP_KEEPINTVL: 10,
+    socket.TCP_KEEPCNT: 6,
+    socket.TCP_USER_TIMEOUT: 120_000,
+}
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from fastflower.runtime import distributed
 from fastflower.runtime.distributed import DEVICE_WITHIN, HOST_WITHIN, KEEP_ALIVE, Ranks, processes
 from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.signals import Signals
-from tests.conftest import train_arguments, write_dataset
+from tests.conftest import ROOT, train_arguments, write_dataset
 from tests.processes import in_ranks
 from tests.training import tiny_worker
 from tests.training.test_run import rows
@@ -130,6 +132,42 @@ def name_unwatched() -> None:
 def test_connections_are_watched_for_machines_that_vanish() -> None:
     result = in_ranks(name_unwatched)
     assert (result.code, result.out) == (0, "[[], []]\n" * 2), result.err
+
+
+VANISHING = """
+import os, socket, subprocess, sys, time
+import torch
+from fastflower.runtime import distributed
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+rank = 1 - bool(child := os.fork())
+os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+seconds = {socket.TCP_KEEPIDLE: 2, socket.TCP_KEEPINTVL: 1, socket.TCP_KEEPCNT: 3, socket.TCP_USER_TIMEOUT: 5000}
+distributed.KEEP_ALIVE.update({option: seconds[option] for option in distributed.KEEP_ALIVE})
+with distributed.processes(torch.device("cpu")) as ranks:
+    ranks.gather(None)
+    if rank:
+        time.sleep(100)
+    subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
+    try:
+        ranks.max(1)
+    except RuntimeError:
+        print("noticed", flush=True)
+    finally:
+        os.kill(child, 9)
+        os._exit(0)
+"""
+
+
+def test_who_has_sent_something_to_a_machine_that_vanishes_notices_it_too() -> None:
+    """The probes are for silent connections; what is under way is only sent again and again."""
+    alone = ["unshare", "--net", "--map-root-user"]  # in a network of its own, which vanishes
+    if not (shutil.which("ip") and shutil.which("unshare")) or subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("no network can be made here")
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [*alone, sys.executable, "-c", VANISHING]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.stdout == "noticed\n", ended.stderr
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
