@@ -14,6 +14,7 @@ from bench.gpu.runner import ROOT
 from bench.gpu.task import FailedError, Outcome, Task
 
 STOP_S = 5  # before the end, for pytest to end by itself
+STOP_PARALLEL_S = 16  # the same with pytest-xdist, which waits up to 10 s for its processes
 KERNELS = ("tests/kernels", "--ignore=tests/kernels/test_ahead_of_time.py", "--ignore=tests/kernels/test_sync.py")
 
 
@@ -47,7 +48,7 @@ def tests(task: Task, words: tuple[str, ...]) -> Outcome:
         raise KeyboardInterrupt  # after which pytest ends the session
 
     signal.signal(signal.SIGALRM, time_is_up)
-    signal.setitimer(signal.ITIMER_REAL, max(task.left_s - STOP_S, 0.1))
+    signal.setitimer(signal.ITIMER_REAL, max(task.left_s - (STOP_PARALLEL_S if parallel else STOP_S), 0.1))
     chosen = ["-m", "not slow"]
     if task.tiny:  # what needs no GPU, of that a little
         chosen = ["-m", "not slow and not gpu", "-k", "two_runs_give or strangers_apex"]

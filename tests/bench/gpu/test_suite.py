@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from bench.gpu.runner import ROOT
+from bench.gpu.suite import STOP_PARALLEL_S, STOP_S
 
 SCRIPT = """
 import sys, time
@@ -68,6 +70,12 @@ def test_it_ends_when_the_time_is_up(kind: str, tmp_path: Path) -> None:
     ends = ["ended 1 passed before the time was up; none failed", "failed no test ended before the time was up"]
     assert end in ends[: 1 if kind == "alone" else 2]  # of two processes either may be the first
     assert not rows
+
+
+def test_there_is_time_for_the_processes_to_end() -> None:
+    """Which pytest-xdist waits for before it says what they found."""
+    manager = importlib.import_module("xdist.workermanage").NodeManager
+    assert STOP_PARALLEL_S >= manager.EXIT_TIMEOUT + STOP_S
 
 
 def test_no_tests_are_no_success(tmp_path: Path) -> None:
