@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 
 from bench.contenders import launches, loaders
 from bench.contenders.loops import Place, training, training_alone
-from bench.gpu.networks import Plan, Turns, plan_of
+from bench.gpu.networks import DEEPER, Plan, Turns, plan_of
 from bench.gpu.task import FailedError, Outcome, Task, attempt
 from bench.harness.compute import matmul_flops_per_s
 from bench.harness.timing import Make, measure
@@ -225,14 +225,13 @@ def end_to_end(task: Task) -> Outcome:
     dtype = None if task.tiny else torch.bfloat16
     place = Place(task.device, Ranks(), Precision(dtype))
     ceiling = matmul_flops_per_s(dtype or torch.float32, task.device)
-    said = []
+    said, turns = [], Turns(task)
     with drawn("JPEG", DISTINCT, 1 if task.tiny else REPEATED, side=side) as root:
         data = DataConfig(root=(root,), crop=crop, scale=scale, val_resize=None, mean=IMAGENET.mean, std=IMAGENET.std)
         for name in names:
             config = resolve(
                 Config(amp=not task.tiny, data=data, model=ModelConfig(name=name), train=TrainConfig(log_every=1000))
             )
-            turns = Turns(task)
             makers: dict[str, Make] = {
                 "end to end": turns.in_time(partial(training, config, place)),
                 "step alone": turns.in_time(partial(training_alone, config, place)),
@@ -243,6 +242,7 @@ def end_to_end(task: Task) -> Outcome:
                 if "missing" not in row:
                     waited = f", waiting {row['data_wait']:.0%}" if "data_wait" in row else ""
                     said.append(f"{name} {row['name']} {row['images_per_s']:.0f} images/s{waited}")
+            turns.longest_s *= DEEPER
     if not said:
         raise FailedError("nothing was measured in time")
     figure = "; ".join(said)

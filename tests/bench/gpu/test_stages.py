@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.batch_norm.layers import find_layers
 from bench.contenders.networks import torchvisions
+from bench.gpu import networks
 from bench.gpu.idle import busy_and_whole
 from bench.gpu.networks import Turns, network, require_steady
 from bench.gpu.roofline import Work, least_seconds, work_of_step
 from bench.gpu.runner import ROOT
 from bench.gpu.stages import STAGES
 from bench.gpu.steps import Recipe
-from bench.gpu.task import FailedError, Stage, Task
+from bench.gpu.task import FailedError, Outcome, Stage, Task
 from bench.harness.missing import MissingError
 from fastflower.config import Config, resolve
 from fastflower.flops import count
@@ -171,6 +174,29 @@ def test_what_there_is_no_time_to_compile_is_left_out(tmp_path: Path, monkeypatc
     left[0] = 45
     with pytest.raises(MissingError, match="no time"):
         make(3)
+
+
+@pytest.mark.parametrize("stage", [networks.graphs, networks.autotuned])
+def test_a_deeper_network_is_not_begun_without_its_time(
+    stage: Callable[[Task], Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is known from the first network: else the stage would be killed while it compiles, and lose its verdict."""
+    left, began = [100.0], list[str]()
+
+    def images_per_s(task: Task, name: str, makers: Any, batch: int, turns: Turns) -> list[dict[str, Any]]:
+        make = turns.in_time(lambda batch: began.append(name))  # type: ignore[arg-type,return-value]
+        turns.told(name, 0)
+        with contextlib.suppress(MissingError):
+            make(batch)
+        left[0] -= 25  # compiling took that long
+        turns.told(name, 1)
+        return []
+
+    monkeypatch.setattr(Task, "left_s", property(lambda task: left[0]))
+    monkeypatch.setattr(networks, "images_per_s", images_per_s)
+    with pytest.raises(MissingError):
+        stage(Task("cuda", tmp_path / "rows", 0))
+    assert began == ["resnet18"]
 
 
 def test_what_is_recorded_again_fails() -> None:
