@@ -30,6 +30,7 @@ from fastflower.runtime.distributed import Ranks
 from fastflower.training.stopwatch import Stopwatch
 
 SLEEP_CYCLES = 2_000_000  # of the GPU for each call, about 1 ms: longer than the host needs to launch it
+SLEEP_AT_LEAST = 20_000_000  # about 10 ms, which no pause of the host outlasts, such as Python's garbage collection
 LATE = "the GPU was idle before all was launched"
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch's and DALI's allocators say
 
@@ -89,7 +90,7 @@ def elapsed_ms(work: Callable[[], object], device: torch.device, calls: int = 1)
         return 1000 * (time.perf_counter() - began)
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize(device)
-    torch.cuda._sleep(SLEEP_CYCLES * calls)
+    torch.cuda._sleep(SLEEP_AT_LEAST + SLEEP_CYCLES * calls)
     before.record()
     work()
     after.record()
