@@ -25,9 +25,9 @@ from types import FrameType
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where `bench` lies
 
-from bench.gpu.child import FAILED
+from bench.gpu.child import FAILED, MISSING
 from bench.gpu.results import Results, conclusions
-from bench.gpu.runner import left_out, look_around, run_stage
+from bench.gpu.runner import look_around, run_stage
 from bench.gpu.stages import STAGES
 from bench.gpu.task import Stage
 from fastflower.errors import UserError
@@ -39,7 +39,7 @@ PATIENCE = {"cuda": 1, "cpu": 4}  # times the limit of a stage: a CPU compiles s
 
 def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
     """Entry point; the exit code: 1 where a stage failed, 2 for a user's mistake, 130 or 143 after a signal."""
-    options = parse(argv, stages)
+    options, began = parse(argv, stages), time.monotonic()
     try:
         chosen = choose(options.only, stages)
         if options.minutes <= 0:
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) ->
         if "error" in around:
             raise UserError(around["error"])
         results = Results(options.out or RESULTS / f"gpu_check-{slug(around['machine']['gpu'])}.jsonl", around)
-        return check(chosen, stages, options.device, 60 * options.minutes, results)
+        return check(chosen, stages, options.device, began + 60 * options.minutes, results)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -83,10 +83,14 @@ def slug(gpu: str | None) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") if gpu else "cpu"
 
 
-def check(chosen: Sequence[Stage], stages: Sequence[Stage], kind: str, budget_s: float, results: Results) -> int:
-    """Run the stages one after another, write and show what each ended as, and what follows; the exit code."""
-    machine, end = results.around["machine"], time.monotonic() + budget_s
-    say(f"{machine['gpu'] or machine['cpu']}, stages: {len(chosen)}, at most {budget_s / 60:g} minutes")
+def check(chosen: Sequence[Stage], stages: Sequence[Stage], kind: str, end: float, results: Results) -> int:
+    """Run the stages one after another, write and show what each ended as, and what follows; the exit code.
+
+    All end at `end` of time.monotonic(): what that cuts short has not failed, and is not written.
+    """
+    machine = results.around["machine"]
+    left_min = (end - time.monotonic()) / 60
+    say(f"{machine['gpu'] or machine['cpu']}, stages: {len(chosen)}, at most {left_min:.1f} minutes")
     failed: list[str] = []
     late: list[str] = []
     before = signal.signal(signal.SIGTERM, _interrupt)
@@ -96,10 +100,14 @@ def check(chosen: Sequence[Stage], stages: Sequence[Stage], kind: str, budget_s:
             limit_s = min(whole_s, end - time.monotonic())
             if limit_s < min(LEAST_S, whole_s):
                 late.append(stage.name)
-                show(stage, left_out("no time was left").result, "no time was left", 0)
+                show(stage, MISSING, "no time was left", 0)
                 continue
             say(f"{stage.name}: {stage.what}")
             ended = run_stage(stage, kind, limit_s, partial(results.add, stage), lambda line: say(f"    {line}"))
+            if not ended.in_time and limit_s < whole_s:
+                late.append(stage.name)
+                show(stage, MISSING, f"not done in the {limit_s:.0f} s that were left", ended.seconds)
+                continue
             results.end(stage, ended, stages)
             show(stage, ended.result, ended.figure, ended.seconds)
             if ended.result == FAILED:

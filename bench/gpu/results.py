@@ -22,6 +22,7 @@ Row = dict[str, Any]
 KNOWN = ("machine", "versions", "commit", "date")  # of what each row depends on
 BEGIN = '{"stage": "'  # of each row
 TRAINING = "training step"  # kind of the rows from which it follows whether the kernels win
+LEAST_NETWORKS = 2  # on which the kernels must win
 TORCHS: Norm = "torch"
 KERNELS: Norm = "triton"
 
@@ -30,7 +31,7 @@ class Results:
     """The results file and the table beside it."""
 
     def __init__(self, out: Path, around: Mapping[str, Any]) -> None:
-        """Begin to add to a file; UserError where it cannot be read or written."""
+        """Begin to add to a file; UserError where it cannot be read or written, or is about another GPU."""
         self.out, self.around = out, around
         if out.suffix == ".md":
             raise UserError(f"--out {out} is where the table would be: name a file that ends in .jsonl.")
@@ -46,6 +47,8 @@ class Results:
             raise UserError(f"--out {out} cannot be written ({error.strerror}): name another file.") from error
         except ValueError as error:
             raise UserError(f"--out {out} holds something else than results: name another file.") from error
+        if others := {row["machine"]["gpu"] for row in self.rows} - {around["machine"]["gpu"]}:
+            raise UserError(f"--out {out} holds results of {others.pop() or 'a CPU'}: name another file.")
 
     def add(self, stage: Stage, row: Mapping[str, Any]) -> None:
         """Add a row of a stage."""
@@ -157,5 +160,7 @@ def triton_wins(rows: Sequence[Row]) -> str:
                 wins = wins and run[-1]["result"] == PASSED and min(ours["spread"]) > max(torchs["spread"])
     if not compared:
         return f"TRITON_WINS stays as it is: training with and without the kernels was not compared on {gpu}."
+    if wins and len(compared) < LEAST_NETWORKS:
+        return f"TRITON_WINS stays as it is until another network is compared on {gpu}: {', '.join(compared)}."
     verdict = f'should name "{gpu}"' if wins else f'should not name "{gpu}"'
     return f"TRITON_WINS (fastflower/models/layers.py) {verdict}: with the kernels {', '.join(compared)}."

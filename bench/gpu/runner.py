@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import IO, Any
 
-from bench.gpu.child import FAILED, MISSING
+from bench.gpu.child import FAILED
 from bench.gpu.marks import GIVE_UP_S, MARK, POLL_S, kill_marked
 from bench.gpu.task import Stage
 
@@ -37,6 +37,7 @@ class Ended:
     seconds: float
     quotes: tuple[str, ...] = ()
     said: tuple[str, ...] = ()  # its last words, where nobody expected its end
+    in_time: bool = True  # False: it was killed at its limit
 
 
 def run_stage(
@@ -95,7 +96,7 @@ def run_stage(
     if last:
         return Ended(last["result"], last["figure"], seconds, tuple(last.get("quotes", ())))
     if not in_time:
-        return Ended(FAILED, f"not done after {limit_s:.0f} s, its limit", seconds, said=tuple(said))
+        return Ended(FAILED, f"not done after {limit_s:.0f} s, its limit", seconds, said=tuple(said), in_time=False)
     return Ended(FAILED, _cause(process.returncode, said), seconds, said=tuple(said))
 
 
@@ -128,11 +129,6 @@ def environment() -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return inherited | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-
-
-def left_out(reason: str) -> Ended:
-    """Of a stage that is not started."""
-    return Ended(MISSING, reason, 0.0)
 
 
 def _reading(stream: IO[str] | None, take: Callable[[str], object]) -> threading.Thread:

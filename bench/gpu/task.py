@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bench.harness.missing import MissingError
 from fastflower.files import to_json
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Task:
 def attempt(task: Task, cells: Mapping[str, Callable[[], None]], reserve_s: float = 5) -> int:
     """Do one cell after another, as long as what the longest took is left; how many were done.
 
-    Raises FailedError, after the last, where some failed.
+    Raises FailedError, after the last, where some failed, and MissingError where there was time for none.
     """
     longest_s, done, failures = 0.0, 0, list[str]()
     for name, work in cells.items():
@@ -101,4 +102,6 @@ def attempt(task: Task, cells: Mapping[str, Callable[[], None]], reserve_s: floa
     if failures:
         more = f"; and {len(failures) - NAMED} more" if len(failures) > NAMED else ""
         raise FailedError("; ".join(failures[:NAMED]) + more)
+    if not done:
+        raise MissingError("no time was left for it")
     return done

@@ -21,6 +21,7 @@ from bench.gpu.runner import ROOT
 from bench.gpu.stages import STAGES
 from bench.gpu.task import FailedError, Stage, Task, attempt
 from bench.gpu_check import main
+from bench.harness.missing import MissingError
 from tests.bench.gpu.stand_ins import stage
 
 ALONE = {"exact", "steps", "resnet50", "resnet18", "kernel_rates", "idle", "graphs", "two_gpus"}
@@ -110,11 +111,28 @@ def test_only_and_slices_add_up(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_known")
 def test_time_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A stage has no more than is left, and is not begun for next to nothing."""
+    """A stage has no more than is left, and is not begun for next to nothing; what that cuts short has not failed."""
     monkeypatch.setattr(gpu_check, "LEAST_S", 1)
     out = tmp_path / "out.jsonl"
-    assert run(out, [stage("hangs"), stage("works")], "--minutes", str(2 / 60)) == 1
-    assert [row["figure"] for row in rows(out) if "result" in row] == ["not done after 2 s, its limit"]
+    assert run(out, [stage("works")]) == 0
+    before = out.with_suffix(".md").read_text()
+    assert run(out, [stage("hangs"), stage("works")], "--minutes", str(2 / 60)) == 0
+    assert [row["result"] for row in rows(out) if "result" in row] == ["passed"]
+    assert out.with_suffix(".md").read_text() == before
+    shown = capsys.readouterr().out
+    assert re.search(r"^hangs +left out +\d+ s  not done in the 2 s that were left$", shown, re.MULTILINE)
+    assert "No time was left for hangs, works: --only hangs works" in shown
+
+
+def test_looking_around_takes_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def look_around(kind: str) -> dict[str, Any]:
+        time.sleep(1)
+        return AROUND
+
+    monkeypatch.setattr(gpu_check, "look_around", look_around)
+    assert run(tmp_path / "out.jsonl", [stage("works")], "--minutes", str(1 / 60)) == 0
     assert "No time was left for works: --only works" in capsys.readouterr().out
 
 
@@ -128,6 +146,7 @@ def test_time_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         (["--out", "{folder}/other.txt"], "other.txt holds something else than results: name another file."),
         (["--out", "{folder}/others.jsonl"], "others.jsonl holds something else than results: name another file."),
         (["--out", "{folder}/taken.jsonl"], "taken.jsonl cannot be written"),
+        (["--out", "{folder}/fast.jsonl"], "fast.jsonl holds results of Fast GPU: name another file."),
         (["--out", "{folder}/out.md"], "out.md is where the table would be: name a file that ends in .jsonl."),
     ],
 )
@@ -137,13 +156,15 @@ def test_mistakes_end_with_a_sentence(
     (tmp_path / "other.txt").write_text("no results\n")
     (tmp_path / "others.jsonl").write_text('{"mode": "loader"}\n')
     (tmp_path / "taken.md").mkdir()
+    (tmp_path / "fast.jsonl").write_text(json.dumps(end("passed")) + "\n")
     given = [option.format(folder=tmp_path) for option in options]
     assert (
         main(["--device", "cpu", "--out", str(tmp_path / "out.jsonl"), *given], [stage("works"), stage("fails")]) == 2
     )
     assert sentence in capsys.readouterr().err
     assert (tmp_path / "other.txt").read_text() == "no results\n"
-    assert not any("stage" in row for path in tmp_path.glob("*.jsonl") for row in rows(path))
+    written = [row for path in tmp_path.glob("*.jsonl") for row in rows(path) if "stage" in row]
+    assert [row["stage"] for row in written] == ["passed"]  # as before
 
 
 @pytest.mark.usefixtures("_known")
@@ -249,6 +270,10 @@ def test_triton_wins_follows_from_ranges_that_do_not_overlap(
     assert ('should name "Fast GPU"' in sentence) is named
     assert "resnet50 1.098 of torch's rate" in sentence
     assert conclusions([end("x")])[-1].startswith("TRITON_WINS stays as it is")
+    sentence = (
+        "TRITON_WINS stays as it is until another network is compared on Fast GPU: resnet50 1.098 of torch's rate."
+    )
+    assert conclusions(first)[-1] == sentence
 
 
 def test_what_may_be_quoted() -> None:
@@ -290,6 +315,9 @@ def test_cells_end_when_time_does_and_one_failure_hides_nothing(
     with pytest.raises(FailedError, match=r"^0: wrong; 1: wrong; 2: wrong; and 2 more$"):
         attempt(task, many)
     assert attempt(task, {"f": cell("f", 1)}) == 1
+    with pytest.raises(MissingError, match="no time was left"):
+        attempt(Task("cpu", task.rows, deadline=now + 1), {"g": cell("g", 1)})
+    assert done[-1] == "f"
 
 
 def test_stages_are_in_order_and_known() -> None:
