@@ -3,7 +3,7 @@
 # make lint       ruff, mypy and import-linter (each folder uses only those below it), as CI runs them
 # make proof      BASE=REVISION: that and this checkout train a short run to the same weights, bit for bit
 # make gpu-check  on a machine with a GPU: what works there and how fast, in at most ten minutes; PYTHON=... is any
-#                 Python that has torch, CHECK="--only STAGE" are options of bench/gpu_check.py
+#                 Python that has torch and NumPy, CHECK="--only STAGE" are options of bench/gpu_check.py
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -255,7 +255,7 @@ def run_mode(command: Command, console: Console) -> int:
     with processes(device) as ranks, contextlib.ExitStack() as stack:
         configs = configure(command, ranks.world_size)
         config = configs[0]
-        stack.enter_context(repeatable(config.train.deterministic))
+        stack.enter_context(repeatable(config.train.deterministic, device))
         if not isinstance(command, ModelCommand):
             display = Display(Console(stderr=True), shown=ranks.is_main)
             config = replace(config, data=with_folders(config.data, ranks, display))

@@ -29,6 +29,8 @@ NOT_RUN = {  # what a command line holds, and why it is only parsed (tests/test_
     "python3 -m venv": "makes the environment that the tests run in",
     "make ": "makes that environment, or runs these tests; tests/bench/test_proof.py runs make proof's command",
     "--model.norm triton": "needs a GPU",
+    "--data.cache gpu": "needs a GPU",
+    "python bench/gpu_check.py": "needs a GPU; tests/bench/gpu/test_stages.py tries each stage without one",
     "python bench/registers.py": "tests/kernels/test_ahead_of_time.py runs it, without Triton's interpreter",
 }
 TRAINING = "--data.crop 32 --data.scale 36 48 --data.val_resize 36 --train.batch_size 8"
@@ -39,6 +41,7 @@ SHORT = {  # what is added, by the first words of a command
     "fastflower train": f"{TRAINING} --train.max_steps 4",  # an epoch
     "fastflower cv": f"{TRAINING} --train.epochs 1 --train.warmup_epochs 0",
     "fastflower data demo": "--train 10 --val 10 --test 5",
+    "python bench/throughput.py loader --data.root DATA --sizes 512": f"{SMALL} --crop 32 --scale 36 48 --sizes 224",
     "python bench/throughput.py loader": f"{SMALL} --crop 32 --scale 36 48",
     "python bench/throughput.py model": f"{SMALL} --size 32 --compile off",
     "python bench/throughput.py train": SMALL,

@@ -18,13 +18,14 @@ from bench.gpu.task import FailedError, Task
 from bench.harness.missing import MissingError
 
 PASSED, FAILED, MISSING = "passed", "failed", "left out"
+ALWAYS = ("numpy",)  # which torch works without
 
 
 def main(words: Sequence[str]) -> None:
     """Run the stage."""
     function, kind, rows, seconds, *needs = words
     task = Task(kind, Path(rows), time.monotonic() + float(seconds))
-    if missing := missing_of(needs):
+    if missing := missing_of([*ALWAYS, *needs]):
         task.row(result=MISSING, figure=f"needs {', '.join(missing)}, which cannot be imported here")
         return
     module, _, name = function.partition(":")

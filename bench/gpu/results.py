@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.child import FAILED, PASSED
+from bench.gpu.child import FAILED, MISSING, PASSED
 from bench.gpu.runner import Ended
 from bench.gpu.task import Stage
 from fastflower.errors import UserError
@@ -95,7 +95,9 @@ def last_runs(rows: Sequence[Row]) -> dict[str, list[Row]]:
             of_stage.clear()  # of a run that was killed
         of_stage.append(row)
         if "result" in row:
-            runs[row["stage"]] = unended.pop(row["stage"])
+            run = unended.pop(row["stage"])
+            if row["result"] != MISSING or row["stage"] not in runs:  # what was left out this time may have run before
+                runs[row["stage"]] = run
     return runs
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import resource
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,8 @@ from fastflower.data.stamp import Stamp, cache_key
 from fastflower.errors import UserError
 
 NO_LABEL = np.iinfo(np.int64).min
-KEPT_OPEN = 256  # files, since a process may hold about 1,024 open ones
+# Files: a quarter of those that the process may have open, often 1,024.
+KEPT_OPEN = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31 // 4)  # an endless limit is -1
 Progress = Callable[[int, int], None]  # takes what is done and all that is to do
 
 

@@ -121,7 +121,7 @@ def cross_validate(
     device = choose_device(config.device, local_rank())
     with (
         processes(device) as ranks,
-        repeatable(config.train.deterministic),
+        repeatable(config.train.deterministic, device),
         own_folder(run, name, ranks) as whole,
     ):
         with Display(console, shown=ranks.is_main) as display:

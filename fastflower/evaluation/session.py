@@ -64,7 +64,7 @@ def open_session(trained: Trained, settings: EvaluationSettings, console: Consol
     device = choose_device(choice, local_rank())
     with (
         processes(device) as ranks,
-        repeatable(trained.config.train.deterministic),
+        repeatable(trained.config.train.deterministic, device),
         Signals() as signals,
         Display(console, shown=ranks.is_main) as display,
     ):

@@ -16,20 +16,20 @@ VARIABLE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
 
 
 @contextlib.contextmanager
-def repeatable(wanted: bool) -> Iterator[None]:
-    """If it is `wanted`, torch gives the same bits for the same input on the same machine, until the block ends.
+def repeatable(wanted: bool, device: torch.device) -> Iterator[None]:
+    """If it is `wanted`, torch gives the same bits for the same input on the same `device`, until the block ends.
 
     It takes no algorithm then that adds in another order each time, chooses none by its speed, compiled or not, and
     fails where it has no other one. So the block begins before anything is multiplied on a GPU.
 
     Raises:
-        UserError: the environment's CUBLAS_WORKSPACE_CONFIG allows another order.
+        UserError: the environment's CUBLAS_WORKSPACE_CONFIG allows another order on a GPU.
     """
     if not wanted:
         yield
         return
     workspace = os.environ.setdefault(VARIABLE, WORKSPACES[0])
-    if workspace not in WORKSPACES:
+    if device.type == "cuda" and workspace not in WORKSPACES:
         raise UserError(
             f"train.deterministic: the environment's {VARIABLE} is {workspace}, with which a GPU's products may "
             f"differ from run to run: unset it, or set it to {' or '.join(WORKSPACES)}."

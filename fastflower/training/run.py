@@ -38,7 +38,7 @@ def dry_run(config: Config, console: Console) -> None:
     device = choose_device(config.device, local_rank())
     with (
         processes(device) as ranks,
-        repeatable(config.train.deterministic),
+        repeatable(config.train.deterministic, device),
         Display(console, shown=ranks.is_main) as display,
     ):
         rehearse(*prepare(config, device, ranks, display), display)
@@ -67,7 +67,11 @@ def train_run(
     config = resolve(config)
     device = choose_device(config.device, local_rank())
     given = checkpoint.parents[1] if checkpoint else run
-    with processes(device) as ranks, repeatable(config.train.deterministic), own_folder(given, name, ranks) as folder:
+    with (
+        processes(device) as ranks,
+        repeatable(config.train.deterministic, device),
+        own_folder(given, name, ranks) as folder,
+    ):
         with ranks.together():
             if ranks.is_main and folder.exists and not (checkpoint or overwrite):
                 content = "a run" if folder.checkpoint else "a run, but none of its checkpoints"

@@ -140,6 +140,27 @@ def test_decoders_on_the_gpu_share_work_as_asked_and_make_chroma_as_those_of_a_c
 
 
 @pytest.mark.filterwarnings("ignore:The external source node")
+def test_what_lies_in_host_memory_is_taken_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy would be made by the loader's thread, with Python's lock."""
+    asked: list[bool] = []
+    original = fn.external_source
+
+    def noted(**options: Any) -> Any:
+        asked.append(options.get("no_copy", False))
+        return original(**options)
+
+    monkeypatch.setattr(fn, "external_source", noted)
+    resources = {"batch_size": 4, "num_threads": 1, "device_id": None}
+    view = View(224, "random")
+    graph._decoder(lambda: None, view, Engine(), **resources)
+    assert asked == [True]
+    for decoded, wanted in ((None, [True]), ("cpu", [True]), ("gpu", [False, False])):
+        asked.clear()
+        graph._definition(lambda: None, view, Engine("gpu"), IMAGENET, decoded, **resources)
+        assert asked == wanted, decoded
+
+
+@pytest.mark.filterwarnings("ignore:The external source node")
 def test_a_graph_is_the_same_for_both_devices_but_for_devices_and_normalization() -> None:
     for decode in ("region", "whole"):
         for place in ("random", "center", "whole"):

@@ -114,6 +114,28 @@ with open("pipe", "wb"):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=240)
 
 
+FEW_FILES = """
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+import numpy as np
+from pathlib import Path
+from fastflower.config import DataConfig
+from fastflower.data.reading import Reader, known_sound
+from fastflower.data.records import read_image
+from fastflower.data.sources import layout_of
+records = layout_of(Path("data")).load(Path("data"), "train", DataConfig()).records
+for _ in range(2):
+    batch = Reader(records, known_sound(records)).read(np.arange(90))
+    assert all((encoded == read_image(records, i)).all() for i, encoded in enumerate(batch))
+"""
+
+
+def test_a_process_that_may_open_few_files_keeps_few_open(tmp_path: Path) -> None:
+    write_folders(tmp_path / "data", {"train/rose": 45, "train/tulip": 45})
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", FEW_FILES], cwd=tmp_path, env=environment, check=True, timeout=240)
+
+
 def kaggle(folder: Path) -> Records:
     """12 records in two files."""
     return load_split(write_dataset(folder, {"train": 12}, files=2), "train")

@@ -19,6 +19,8 @@ from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.repeatable import VARIABLE, repeatable
 from tests.conftest import TinyNet, fastflower, train_arguments, write_dataset
 
+CUDA = torch.device("cuda", 0)
+
 # By torch's documentation of use_deterministic_algorithms, these gradients on a GPU have no repeatable algorithm.
 NONE = (
     *("AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "AdaptiveMaxPool2D", "FractionalMaxPool", "MaxUnpool"),
@@ -41,28 +43,28 @@ def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_torch_is_told_until_the_block_ends_however_it_ends(monkeypatch: pytest.MonkeyPatch, benchmark: bool) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", benchmark)
     before = state()
-    with repeatable(False):
+    with repeatable(False, CUDA):
         assert state() == before
-    with repeatable(True):
+    with repeatable(True, CUDA):
         assert state() == (True, True, False, True)
-        with pytest.raises(KeyError), repeatable(True):
+        with pytest.raises(KeyError), repeatable(True, CUDA):
             raise KeyError
         assert state() == (True, True, False, True)
     assert state() == before
 
 
 def test_products_of_matrices_add_in_one_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    with repeatable(False):
+    with repeatable(False, CUDA):
         assert VARIABLE not in os.environ
-    with repeatable(True):
+    with repeatable(True, CUDA):
         assert os.environ[VARIABLE] == ":4096:8"
     monkeypatch.setenv(VARIABLE, ":16:8")
-    with repeatable(True):
+    with repeatable(True, CUDA):
         assert os.environ[VARIABLE] == ":16:8"
     monkeypatch.setenv(VARIABLE, ":32768:2")
-    with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG is :32768:2.*unset it"), repeatable(True):
+    with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG is :32768:2.*unset it"), repeatable(True, CUDA):
         pass
-    with repeatable(False):
+    with repeatable(False, CUDA), repeatable(True, torch.device("cpu")):  # which has no use for it
         pass
 
 
@@ -82,7 +84,7 @@ def gradients(network: torch.nn.Module) -> set[str]:
 def test_no_network_needs_a_gradient_that_differs_each_time(name: str) -> None:
     needed = []
     for wanted in (False, True):
-        with repeatable(wanted), FakeTensorMode(), torch.device("cuda"):
+        with repeatable(wanted, CUDA), FakeTensorMode(), torch.device("cuda"):
             names = gradients(create_model(name, 10).train())
         assert "ConvolutionBackward0" in names
         needed.append({one for one in names if one.startswith(NONE)})

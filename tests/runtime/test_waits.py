@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.distributed_c10d import default_pg_timeout
 
 from fastflower.runtime import distributed
 from fastflower.runtime.distributed import DEVICE_WITHIN, HOST_WITHIN, KEEP_ALIVE, Ranks, processes
@@ -166,8 +167,19 @@ def test_who_has_sent_something_to_a_machine_that_vanishes_notices_it_too() -> N
         pytest.skip("no network can be made here")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo"}
     command = [*alone, sys.executable, "-c", VANISHING]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert ended.stdout == "noticed\n", ended.stderr
+
+
+def test_the_limits_are_those_that_the_documents_name() -> None:
+    assert (HOST_WITHIN.days, DEVICE_WITHIN) == (1, default_pg_timeout)
+    assert 10 * default_pg_timeout < HOST_WITHIN
+    text = " ".join((ROOT / "docs/training.md").read_text(encoding="utf-8").split())
+    assert "Such waiting ends after a day at the latest" in text
+    assert "it ends after 30 minutes" in text
+    silent_s = KEEP_ALIVE[socket.TCP_KEEPIDLE] + KEEP_ALIVE[socket.TCP_KEEPINTVL] * KEEP_ALIVE[socket.TCP_KEEPCNT]
+    assert (silent_s, KEEP_ALIVE[socket.TCP_USER_TIMEOUT]) == (120, 120_000)
+    assert "within two minutes when its machine has vanished" in text
 
 
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])

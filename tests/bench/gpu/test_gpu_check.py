@@ -236,8 +236,11 @@ def test_of_a_stage_the_last_run_that_ended_counts() -> None:
     killed = [row("a", "2", value=2)]
     last = [row("a", "3", value=3), row("a", "3", value=4), row("a", "3", result="passed")]
     other = [row("b", "1", result="passed")]
+    without = [row("a", "4", result="left out")]
     assert last_runs([*first, *other, *killed]) == {"a": first, "b": other}
     assert last_runs([*first, *other, *killed, *last]) == {"a": last, "b": other}
+    assert last_runs([*last, *without]) == {"a": last}
+    assert last_runs(without) == {"a": without}
 
 
 def end(stage: str, result: str = "passed", quotes: Sequence[str] = (), gpu: str = "Fast GPU") -> dict[str, Any]:
