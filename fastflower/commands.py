@@ -35,6 +35,7 @@ from fastflower.options import (
 from fastflower.runtime.launcher import is_main
 from fastflower.runtime.output import Console, without_decoders
 from fastflower.settings import to_yaml
+from fastflower.tables import written_all
 
 if TYPE_CHECKING:
     from fastflower.evaluation.session import EvaluationSettings
@@ -73,29 +74,27 @@ def _train(command: TrainCommand) -> int:
 
 
 def _eval(command: EvalCommand) -> int:
-    from fastflower.evaluation.analysis import analyse_run, summary, write_run
+    from fastflower.evaluation.analysis import analyse_run, figures_of, summary, write_run
     from fastflower.evaluation.evaluate import evaluate_run
 
+    settings = _evaluation_settings(command)
     evaluated = evaluate_run(
-        command.run, command.split, _evaluation_settings(command), Console(stderr=True), command.names
+        command.run, command.split, settings, Console(stderr=True), command.names, out=command.out, write=True
     )
     if not is_main():
         return 0
     analysis = analyse_run(evaluated)
-    metrics = {"split": command.split, **asdict(evaluated.metrics)}
     if command.json:
-        print(to_json(metrics))
+        print(to_json({"split": command.split, **asdict(evaluated.metrics)}))
     else:
-        metrics |= {"ece": analysis.ece}
-        texts = (
-            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in metrics.items()
-        )
-        Console().print("  ".join(texts), soft_wrap=True)
+        figures = written_all(figures_of(evaluated, analysis))
+        made_by = f"{settings.views.title}, {evaluated.trained.checkpoint}"
+        _say(f"{command.split}  n {evaluated.metrics.n:,}  {figures}  ({made_by})")
         for part in summary(analysis):
             Console().print(part)
-    folder = write_run(evaluated, analysis, command.out)
+    write_run(evaluated, analysis)
     if not command.json:
-        _say(f"Confusion matrix, classes and mistakes: {folder}")
+        _say(f"Confusion matrix, classes and mistakes: {evaluated.folder}")
     return 0
 
 
@@ -119,7 +118,8 @@ def _predict(command: PredictCommand) -> int:
 
 
 def _ensemble(command: EnsembleCommand) -> int:
-    from fastflower.evaluation.ensemble import ensemble_runs, metrics_table
+    from fastflower.evaluation.ensemble import ensemble_runs, members_table
+    from fastflower.evaluation.views import Views
 
     ensembled = ensemble_runs(
         command.members,
@@ -127,17 +127,18 @@ def _ensemble(command: EnsembleCommand) -> int:
         command.split,
         Console(stderr=True),
         roots=command.root,
+        views=Views(command.crops, command.scales),
+        mix_views=command.mix_views,
         fit_on=command.fit_on,
         out=command.out,
         submission=command.submission,
         sample=command.sample,
     )
     if command.json:
-        rows = ensembled.rows
-        print(to_json([{"name": row.name, "weight": row.weight, **asdict(row.evaluation)} for row in rows]))
+        rows = [asdict(row) for row in ensembled.rows]
+        print(to_json([row | (row.pop("evaluation") or {}) for row in rows]))
         return 0
-    if ensembled.rows:
-        Console().print(metrics_table(ensembled.rows))
+    Console().print(members_table(ensembled.rows))
     for note in ensembled.notes:
         _say(note)
     return 0
@@ -177,11 +178,13 @@ def _flops(command: FlopsCommand) -> int:
 
 
 def _report(command: ReportCommand) -> int:
-    from fastflower.report.page import runs_table, write_report
+    from fastflower.report.page import runs_tables, write_report
 
     report = write_report(command.runs, command.out, command.throughput)
-    Console().print(runs_table(report.rows))
-    for sentence in (*report.sentences, f"Report: {report.page}"):
+    for part in runs_tables(report):
+        Console().print(part)
+        _say("")
+    for sentence in (*report.notes, *report.sentences, f"Report: {report.page}"):
         _say(sentence)
     return 0
 

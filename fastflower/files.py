@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import glob
 import hashlib
@@ -126,9 +127,11 @@ def require_writable(path: Path) -> None:
 
 
 def remove_temporaries(path: Path) -> None:
-    """Remove what killed processes left of `atomic_write` to `path`, which nobody else may be writing now."""
+    """Remove what killed processes left of `atomic_write` to `path`; what another one is writing now stays."""
     for temporary in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 12}.tmp"):
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError), temporary.open("rb") as file:  # it may be gone, or locked by who writes it
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -147,6 +150,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         # opened here, not by tempfile, so that the user's umask decides who may read it
         descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
         with os.fdopen(descriptor, "w+b") as file:
+            with contextlib.suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # see `remove_temporaries`
             yield file
             file.flush()
             os.fsync(file.fileno())

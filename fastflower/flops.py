@@ -126,10 +126,10 @@ def _without_data(network: nn.Module) -> nn.Module:
 
 def costs_table(costs: Sequence[Cost]) -> Table:
     """A line for each network, for a terminal."""
-    from rich.table import Table  # here: what counts does without
+    from fastflower.tables import new_table  # here: what counts does without
 
     size = costs[0].size
-    grid = Table(
+    grid = new_table(
         *("model", "parameters (M)", "MACs (G)", "FLOPs (G)"),
         caption=f"One image of {size} x {size}, {NUM_CLASSES} classes. MACs: multiply-adds of convolutions and matrix "
         "products; FLOPs: 2 x MACs. Normalization, ReLU, pooling, addition and biases are not counted. Bottlenecks "
@@ -138,29 +138,24 @@ def costs_table(costs: Sequence[Cost]) -> Table:
     for cost in costs:
         counts = (cost.params / 1e6, cost.macs / 1e9, cost.flops / 1e9)
         grid.add_row(title(cost.model), *(f"{count:.2f}" for count in counts))
-    return _right_aligned(grid, first=1)
+    return grid
 
 
 def layers_table(cost: Cost) -> Table:
     """A line for each layer, for a terminal."""
-    from rich.table import Table
+    from fastflower.tables import new_table
 
-    grid = Table(
-        *("layer", "kind", "output", "parameters", "MACs (M)"), title=f"{title(cost.model)}, {cost.size} x {cost.size}"
+    grid = new_table(
+        *("layer", "kind", "output", "parameters", "MACs (M)"),
+        names=2,
+        title=f"{title(cost.model)}, {cost.size} x {cost.size}",
     )
     for layer in cost.layers:
         shape = " x ".join(map(str, layer.shape))
         grid.add_row(layer.name, layer.kind, shape, f"{layer.params:,}", f"{layer.macs / 1e6:.2f}")
-    return _right_aligned(grid, first=2)
+    return grid
 
 
 def title(model: str) -> str:
     """The name, with the version that a bottleneck network is where it does not say so."""
     return f"{model} (v1.5)" if model in NETWORKS and NETWORKS[model].bottlenecks else model
-
-
-def _right_aligned(grid: Table, first: int) -> Table:
-    grid.columns[0].overflow = "fold"
-    for column in grid.columns[first:]:
-        column.justify, column.no_wrap = "right", True
-    return grid

@@ -133,7 +133,7 @@ class EnsembleCommand(Options):
 
     members: Positional[tuple[Path, ...]]
     """Run folders, checkpoints, folders of cross-validation or predictions files, at least two. What a run has not
-    predicted yet is predicted now, by one crop."""
+    predicted yet by these crops or scales is predicted now."""
     method: Literal["vote", "mean", "weighted"] = "vote"
     """vote = what most members say, of equally many the class with the higher mean probability; mean = of the
     probabilities; weighted = with weights that make validation's classes the likeliest."""
@@ -141,6 +141,12 @@ class EnsembleCommand(Options):
     """The split to combine predictions of."""
     root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
     """Data folder, or several, for what is predicted now; None = each run's."""
+    crops: Literal[1, 10] = 1
+    """1 = runs are predicted by the center of each picture; 10 = by corners and center and their mirror images."""
+    scales: Numbers = ()
+    """Shorter sides (pixels) at which all positions of each picture and of its mirror image are averaged."""
+    mix_views: bool = False
+    """Combine members that were predicted by other crops or scales than others, which is refused without it."""
     fit_on: tuple[Path, ...] = ()
     """Predictions to fit the weights on, one for each member in the same order; without any, the runs' val."""
     out: Path | None = None

@@ -41,6 +41,7 @@ from fastflower.runtime.progress import Display
 from fastflower.runtime.repeatable import repeatable
 from fastflower.runtime.run_folder import RunFolder, changes
 from fastflower.runtime.signals import Signals, Stopped
+from fastflower.tables import TITLES, new_table, written
 from fastflower.training.metrics import Evaluation
 from fastflower.training.run import train_into
 from fastflower.training.setup import prepare
@@ -204,7 +205,10 @@ def _data(path: Path) -> Path:
 
 def _begin(path: Path, folds: Sequence[Fold], data: dict[str, Any], overwrite: bool) -> None:
     """Take away what an earlier call left half written (or all of it), and say what the folds are trained on."""
-    for file in (*_results(path), *(fold.folder.predictions(split) for fold in folds for split in SPLITS)):
+    for folder in (RunFolder(path), *(fold.folder for fold in folds)):
+        for split in SPLITS:
+            remove_temporaries(folder.predictions(split))
+    for file in _results(path):
         remove_temporaries(file)
     if overwrite:
         _clear(path)
@@ -230,9 +234,9 @@ def _clear(path: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _results(path: Path) -> tuple[Path, ...]:
+def _results(path: Path) -> list[Path]:
     """What is written of all folds together."""
-    return (path / "cv.json", _data(path), *map(RunFolder(path).predictions, SPLITS))
+    return [path / "cv.json", *path.glob("cv-*.json"), _data(path), *RunFolder(path).results()]
 
 
 def _require_all(
@@ -294,9 +298,9 @@ def _validate(
     together = of_folds(parts, "val")
     validation = CrossValidation([metrics_of(part) for part in parts], metrics_of(together))
     if session.ranks.is_main:
-        with atomic_write(path / "cv.json") as file:
-            file.write(to_json(validation.to_plain(), indent=1).encode())
-        write_predictions(RunFolder(path).predictions("val"), together)
+        with atomic_write(path / f"cv{settings.views.suffix}.json") as file:
+            file.write(to_json(validation.to_plain() | asdict(settings.views), indent=1).encode())
+        write_predictions(RunFolder(path).predictions("val", settings.views.suffix), together)
     return validation
 
 
@@ -306,23 +310,19 @@ def _predict_test(
     """The test split by the mean of all networks."""
     together = of_folds([predictions_of(fold, "test", settings, session) for fold in trained], "test")
     if session.ranks.is_main:
-        for note in hand_in(together, out=RunFolder(path).predictions("test"), submission=submission):
+        for note in hand_in(
+            together, out=RunFolder(path).predictions("test", settings.views.suffix), submission=submission
+        ):
             session.display.say(note)
 
 
 def summary(validation: CrossValidation) -> Table:
     """The folds' metrics, their mean and deviation, and those of all predictions together, for a terminal."""
     rows = [(str(number), asdict(fold)) for number, fold in enumerate(validation.folds)]
-    grid = Table("fold", "pictures", "loss", "top-1", "top-5", "macro F1")
-    for column in grid.columns[1:]:
-        column.justify = "right"
+    grid = new_table("fold", "pictures", *(TITLES[metric] for metric in METRICS))
     for name, row in (*rows, ("together", asdict(validation.whole))):
-        grid.add_row(name, str(row["n"]), *(_shown(metric, row[metric]) for metric in METRICS))
+        grid.add_row(name, f"{row['n']:,}", *(written(metric, row[metric]) for metric in METRICS))
     grid.add_section()
     for name, over_folds in (("mean", validation.mean), ("± std", validation.std)):
-        grid.add_row(name, "", *(_shown(metric, over_folds(metric)) for metric in METRICS))
+        grid.add_row(name, "", *(written(metric, over_folds(metric)) for metric in METRICS))
     return grid
-
-
-def _shown(metric: str, value: float) -> str:
-    return f"{value:.2%}" if metric in ("accuracy", "top5") else f"{value:.4f}"

@@ -17,34 +17,40 @@ from fastflower.arrays import Bytes, Ints
 from fastflower.files import atomic_write
 
 DPI = 150
-MOST_NAMES = 128  # on an axis; of more classes every second, third, ... is named
+MOST_NAMES = 128  # on an axis
 LONGEST_NAME = 40  # characters on an axis
 LONGEST_LINE = 38  # characters of a caption
 COUNTED = 20  # up to so many classes the cells hold their counts
 ACROSS = 6  # pictures in a row of a contact sheet
 
 
-def plot_confusion(path: Path, matrix: Ints, names: Sequence[str]) -> None:
-    """Draw a confusion matrix ([C, C] counts, a row for each true class) as a PNG file.
+def plot_confusion(path: Path, matrix: Ints, support: Ints, names: Sequence[str], title: str) -> None:
+    """Draw a confusion matrix as a PNG file.
 
     The grays are shares of the true class; their scale is that of the square root, so that a confusion of a few percent
     can be seen. A class without records has a white row.
+
+    Args:
+        path: where to.
+        matrix: [C, C] counts, a row for each true class, of at most MOST_NAMES.
+        support: [C] pictures of each class, also those that are taken for a class that is not shown.
+        names: [C], of the classes.
+        title: above it.
     """
-    classes, n = len(names), int(matrix.sum())
-    shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    named = range(0, classes, -(-classes // MOST_NAMES))
-    labels = [short(names[k], LONGEST_NAME) for k in named]
+    classes = len(names)
+    shares = matrix / np.maximum(support[:, None], 1)
+    labels = [short(name, LONGEST_NAME) for name in names]
     font, cell = (9, 0.45) if classes <= COUNTED else (7, 0.17)  # points, inches
-    square = max(3, cell * len(named))
+    square = max(3, cell * classes)
     margin = 0.6 * font / 72 * max(map(len, labels)) + 0.8  # inches that names and titles take
     figure = Figure(figsize=(square + margin + 1, square + margin), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Greys", norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
-    axes.set_xticks(named, labels, rotation=90, fontsize=font, parse_math=False)
-    axes.set_yticks(named, labels, fontsize=font, parse_math=False)
+    axes.set_xticks(range(classes), labels, rotation=90, fontsize=font, parse_math=False)
+    axes.set_yticks(range(classes), labels, fontsize=font, parse_math=False)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(f"{n:,} pictures, top-1 {matrix.trace() / max(n, 1):.1%}")
+    axes.set_title(title)
     figure.colorbar(image, label="share of the true class", ticks=[0, 0.05, 0.25, 0.5, 1], fraction=0.04)
     if classes <= COUNTED:
         for (row, column), count in np.ndenumerate(matrix):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from fastflower.data.sources.files import picture_files
 from fastflower.errors import UserError
 from fastflower.evaluation.predictions import Predictions, read_predictions, sort_by_id, write_predictions
 from fastflower.evaluation.score import ready, score, softmax
-from fastflower.evaluation.session import EvaluationSettings, Session, load_split, open_session, source
+from fastflower.evaluation.session import EvaluationSettings, Session, input_of, load_split, open_session, source
 from fastflower.evaluation.submission import labels_of, meaning, write_submission
 from fastflower.evaluation.trained_run import Planned, Trained, open_trained
 from fastflower.files import require_writable
@@ -45,7 +44,7 @@ def predict_run(
         split: train, val or test; it needs no classes.
         settings: which data, and by which views.
         console: where progress is shown.
-        out: the predictions file; None = predictions-SPLIT.parquet in the run folder.
+        out: the predictions file; None = predictions-SPLIT.parquet in the run folder, with the views in its name.
         submission: the competition's CSV; None = none is written.
         sample: a sample submission, whose ids must be those of the records, and its labels names or numbers of the
             classes.
@@ -55,14 +54,14 @@ def predict_run(
         Stopped: a signal came.
     """
     trained = open_trained(run)
-    out = out or trained.result(RunFolder(trained.folder).predictions(split))
+    out = out or result_of(trained, split, settings)
     with open_session(trained, settings, console) as session:
         with session.ranks.together():
             for path in (out, submission):
                 if path and session.ranks.is_main:
                     require_writable(path)
         data, records = load_pictures(trained, split, settings, session, sample=sample)
-        made_from = source(trained, data, records, settings, session)
+        made_from = source(trained, split, data, records, settings, session)
         probabilities = _probabilities(trained, data, records, settings, session)
         predictions = _predictions(trained, split, records, probabilities, made_from)
         if session.ranks.is_main:
@@ -102,29 +101,27 @@ def predictions_of(
     settings: EvaluationSettings,
     session: Session,
     *,
-    any_views: bool = False,
     ahead: bool = False,
 ) -> Predictions:
-    """What `predict_run` left in the run folder, if it is of these weights and pictures; else predicted and left there.
+    """What `predict_run` left in the run folder, if it is of these weights, pictures and views; else predicted and left
+    there.
 
     Args:
         trained: the run.
         split: train, val or test.
         settings: which data, and by which views.
         session: where.
-        any_views: take what is there also if it was made by other views.
         ahead: predict nothing, but only refuse what would be refused; probabilities that are not there are NaN.
 
     Raises:
         UserError: as `predict_run`.
     """
     data, records = load_pictures(trained, split, settings, session)
-    path = trained.result(RunFolder(trained.folder).predictions(split))
+    path = result_of(trained, split, settings)
     with session.ranks.together():
         kept = read_predictions(path) if path.is_file() else None
-    wanted = source(trained, data, records, settings, session)
-    may_differ = ("precision", "views") if any_views else ("precision",)
-    if all(session.ranks.gather(kept is not None and _same_but_for(may_differ, kept.source, wanted))):
+    wanted = source(trained, split, data, records, settings, session)
+    if all(session.ranks.gather(kept is not None and input_of(kept.source) == input_of(wanted))):
         assert kept
         return kept
     if ahead:
@@ -138,9 +135,9 @@ def predictions_of(
     return predictions
 
 
-def _same_but_for(keys: Iterable[str], a: Mapping[str, object], b: Mapping[str, object]) -> bool:
-    anything = dict.fromkeys(keys)
-    return {**a, **anything} == {**b, **anything}
+def result_of(trained: Trained, split: str, settings: EvaluationSettings) -> Path:
+    """Where the predictions of a split go in the run folder: those by other views stay."""
+    return trained.result(RunFolder(trained.folder).predictions(split, settings.views.suffix))
 
 
 def _probabilities(
@@ -206,7 +203,7 @@ def predict_pictures(
                 require_writable(out)
             records = picture_files(paths)
         data = trained.data(None, None)
-        made_from = source(trained, data, records, settings, session)
+        made_from = source(trained, None, data, records, settings, session)
         probabilities = _probabilities(trained, data, records, settings, session)
         predictions = Predictions("", trained.classes, records.ids, probabilities, records.labels, made_from)
         if out and session.ranks.is_main:

@@ -23,7 +23,7 @@ from fastflower.arrays import Ints, Singles, Strings
 from fastflower.data.names import places
 from fastflower.data.records import NO_LABEL
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, to_json
+from fastflower.files import atomic_write, remove_temporaries, to_json
 
 NAMED = 5  # ids that a message names
 SUM_TOLERANCE = 1e-3  # of a picture's probabilities, whose sum is 1
@@ -76,7 +76,8 @@ def in_order_of(classes: list[str], predictions: Predictions) -> Predictions | N
 
 
 def write_predictions(path: Path, predictions: Predictions) -> None:
-    """Write the Parquet file, atomically."""
+    """Write the Parquet file, atomically; what a kill left of an earlier one goes."""
+    remove_temporaries(path)
     names = pa.array([name.encode(errors="replace").decode() for name in predictions.classes], pa.string())
     unknown = predictions.labels == NO_LABEL
     columns = {

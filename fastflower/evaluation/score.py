@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 
@@ -23,15 +25,28 @@ from fastflower.training.network import build_network
 from fastflower.training.validate import outputs
 
 OTHER = "give another checkpoint, or train again with a lower train.lr"
+AT_ONCE = 2**22  # scores, of records times classes, that are looked at together: 16 MB in float32
+LOADED = 4  # so many times as many are computed together, since each time a loader is built
 
 
-@torch.no_grad()
 def score(
     trained: Trained, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
 ) -> Singles:
-    """Scores [n, num_classes] float32 of all records, on every rank; their softmax is class probabilities.
+    """Scores [n, num_classes] float32 of all records, on every rank; see `scored`."""
+    scores = np.empty((len(records), len(trained.classes)), np.float32)
+    for part, of_part in scored(trained, data, records, settings, session):
+        scores[part] = of_part
+    return scores
 
-    By one crop they are the network's logits, by more views the logarithm of the mean probability.
+
+@torch.no_grad()
+def scored(
+    trained: Trained, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
+) -> Iterator[tuple[slice, Singles]]:
+    """Part by part of the records (see `parts`) their scores [n, num_classes] float32, on every rank.
+
+    Their softmax is class probabilities. By one crop they are the network's logits, by more views the logarithm of the
+    mean probability.
 
     Args:
         trained: the run.
@@ -51,25 +66,35 @@ def score(
     scorer = views.scorer(network.eval(), data.crop, compiled=settings.compiled)
     loading = Loading(trained.normalization, choose_engine(data, device, ranks), device, ranks)
     size = settings.batch_size or config.train.batch_size
-    scores: list[Singles] = []  # of each pass
-    for geometry in views.passes(data):
-        batches: EvaluationBatches | WholePictures
-        if shapes is None:
-            batches = evaluation_batches(geometry, records, loading, batch_size=size)
-        else:
-            batches = whole_pictures(geometry, records, shapes, loading, batch_size=size)
-        at = f" at {geometry.val_resize} pixels" if views.scales else ""
-        session.display.task(f"score{at}", len(range(ranks.rank, len(records), ranks.world_size)))
-        of_pass = _one_pass(scorer, batches, len(trained.classes), precision, session)
-        sound = np.isfinite(of_pass).all(axis=1)
-        if not sound.all():
-            first = records.describe(int(np.argmin(sound)))
-            raise UserError(
-                f"{trained.checkpoint} gives outputs that are not finite, in {precision}, and so no class, for "
-                f"{len(of_pass) - sound.sum()} of {len(of_pass)} records, the first being {first}: {OTHER}."
-            )
-        scores.append(of_pass)
-    return scores[0] if len(scores) == 1 else _log_mean(scores)
+    for part in parts(len(records), len(trained.classes), LOADED):
+        of_part = records.select(np.arange(part.start, part.stop))
+        scores: list[Singles] = []  # of each pass
+        for geometry in views.passes(data):
+            batches: EvaluationBatches | WholePictures
+            if shapes is None:
+                batches = evaluation_batches(geometry, of_part, loading, batch_size=size)
+            else:
+                batches = whole_pictures(geometry, of_part, shapes[part], loading, batch_size=size)
+            at = f" at {geometry.val_resize} pixels" if views.scales else ""
+            session.display.task(f"score{at}", len(range(ranks.rank, len(of_part), ranks.world_size)))
+            of_pass = _one_pass(scorer, batches, len(trained.classes), precision, session)
+            sound = np.isfinite(of_pass).all(axis=1)
+            if not sound.all():
+                first = of_part.describe(int(np.argmin(sound)))
+                raise UserError(
+                    f"{trained.checkpoint} gives outputs that are not finite, in {precision}, and so no class, for "
+                    f"{len(of_pass) - sound.sum()} of {len(of_pass)} records, the first being {first}: {OTHER}."
+                )
+            scores.append(of_pass)
+        together = scores[0] if len(scores) == 1 else _log_mean(scores)
+        for piece in parts(*together.shape):
+            yield slice(part.start + piece.start, part.start + piece.stop), together[piece]
+
+
+def parts(records: int, classes: int, times: int = 1) -> list[slice]:
+    """All of so many records, one part after another, each of at most so many times AT_ONCE scores."""
+    size = max(1, times * AT_ONCE // classes)
+    return [slice(start, min(start + size, records)) for start in range(0, records, size)]
 
 
 def ready(
@@ -150,7 +175,11 @@ def _log_mean(passes: list[Singles]) -> Singles:
 
 def softmax(scores: Singles) -> Singles:
     """Class probabilities [n, num_classes] of scores, whose first greatest is that of the scores."""
-    return to_single(torch.from_numpy(scores).double().softmax(1).numpy(), scores.argmax(axis=1))
+    probabilities = np.empty_like(scores)
+    for part in parts(*scores.shape):
+        exact = torch.from_numpy(scores[part]).double().softmax(1).numpy()
+        probabilities[part] = to_single(exact, scores[part].argmax(axis=1))
+    return probabilities
 
 
 def to_single(values: Floats, best: Ints) -> Singles:
@@ -164,5 +193,6 @@ def to_single(values: Floats, best: Ints) -> Singles:
 def metrics(scores: Singles | Floats, labels: Ints) -> Evaluation:
     """Loss, top-1, top-5 and macro F1 of scores [n, num_classes] against labels [n]."""
     sums = EvaluationSums(scores.shape[1], torch.device("cpu"))
-    sums.add(torch.from_numpy(scores), torch.from_numpy(labels))
+    for part in parts(*scores.shape):
+        sums.add(torch.from_numpy(scores[part]), torch.from_numpy(labels[part]))
     return sums.result(Ranks())

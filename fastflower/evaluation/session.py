@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from fastflower.runtime.repeatable import repeatable
 from fastflower.runtime.signals import Signals
 
 SHOWN = 5  # ids that are there twice, on screen
+NOT_THE_INPUT = ("run", "checkpoint", "data", "precision")  # of a source: where weights and pictures lay, and how exact
 
 
 @dataclass(frozen=True)
@@ -110,21 +111,33 @@ def load_split(
 
 
 def source(
-    trained: Trained, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
+    trained: Trained,
+    split: str | None,
+    data: DataConfig,
+    records: Records,
+    settings: EvaluationSettings,
+    session: Session,
 ) -> dict[str, Any]:
     """What a result says of where it comes from, as JSON has it: network, pictures (by their bytes), and views.
 
-    Two results of which this is the same, but for the precision, are of the same weights and the same input.
+    Two results of which this is the same, but for NOT_THE_INPUT, are of the same weights and the same input. Single
+    pictures are of no split.
 
     Raises:
         UserError: a record cannot be read.
     """
-    contents, config = None, trained.config
+    contents, config, place = None, trained.config, None
+    if split:
+        roots = data.root and [str(folder) for folder in data.root]
+        seen = trained.trains_on(split, settings.roots)
+        place = {"root": roots, "split": split, "sizes": data.sizes, "trained_on": seen}
     with session.ranks.together():
         if session.ranks.is_main:
             contents = identity(records, session.display.follow("read the pictures"))
     made_from = {
         "run": trained.folder.name,
+        "checkpoint": trained.checkpoint.name,
+        "data": place,
         "weights": weights_digest(trained),
         "model": config.model.name,
         "records": session.ranks.gather(contents)[0],
@@ -135,3 +148,27 @@ def source(
     }
     plain: dict[str, Any] = json.loads(to_json(made_from))
     return plain
+
+
+def input_of(made_from: Any) -> Any:
+    """What a source, of one network or of several together, says of weights and input alone."""
+    if isinstance(made_from, Mapping):
+        return {key: input_of(value) for key, value in made_from.items() if key not in NOT_THE_INPUT}
+    return [input_of(value) for value in made_from] if isinstance(made_from, list) else made_from
+
+
+def single_sources(made_from: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The source of each network, of one or of several together; what says nothing is one too."""
+    several = made_from.get("folds") or list(made_from.get("members", {}).values())
+    return [single for part in several for single in single_sources(part)] if several else [made_from]
+
+
+def views_of(made_from: Mapping[str, Any]) -> str:
+    """By which views predictions of this source were made, in words: "10 crops"; empty where it does not say."""
+    views = [single["views"] for single in single_sources(made_from) if "views" in single]
+    return " and ".join(dict.fromkeys(Views(one["crops"], tuple(one["scales"])).title for one in views))
+
+
+def trained_on(made_from: Mapping[str, Any]) -> bool:
+    """Whether a network of this source has trained on the pictures that it predicts."""
+    return any((single.get("data") or {}).get("trained_on", False) for single in single_sources(made_from))

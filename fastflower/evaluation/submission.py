@@ -13,7 +13,7 @@ import numpy as np
 from fastflower.data.names import number_of
 from fastflower.errors import UserError
 from fastflower.evaluation.predictions import refuse_repeated, some
-from fastflower.files import atomic_write
+from fastflower.files import atomic_write, remove_temporaries
 
 HEADER = ("id", "label")
 PLACEHOLDERS = {"", "0"}  # what the samples of competitions have in place of labels
@@ -76,6 +76,7 @@ def write_submission(path: Path, labels: Mapping[str, str], wanted: Collection[s
     Raises:
         UserError: it would lack an id, have one too many or a label that is none; an earlier file is as it was.
     """
+    remove_temporaries(path)  # which a kill has left
     with atomic_write(path) as file:
         rows = [HEADER, *sorted(labels.items())]
         file.write("".join(f"{_field(name)},{_field(label)}\n" for name, label in rows).encode())

@@ -40,6 +40,12 @@ class Planned:
         data = replace(data, root=roots).absolute()
         return data if own.issuperset(data.root or ()) else replace(data, skip=None)
 
+    def trains_on(self, split: str, roots: tuple[Path, ...] | None) -> bool:
+        """Whether the run trains on a split; not on that of folders that it does not know."""
+        data = self.config.data
+        own = roots is None or set(data.root or ()).issuperset(replace(data, root=roots).absolute().root or ())
+        return own and split in data.train_on.split("+")
+
 
 @dataclass(frozen=True)
 class Trained(Planned):
@@ -72,10 +78,23 @@ def open_trained(run: Path) -> Trained:
     """
     path = run if run.is_file() else RunFolder(run).best
     if not path.is_file():
-        raise UserError(f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file.")
+        raise UserError(_without_checkpoint(run, path))
     saved = load_trained(path)
     config = build(saved["config"], str(path))
     return Trained(config, saved["classes"], path, Normalization.of(saved["normalization"]), weights_of(saved))
+
+
+def _without_checkpoint(run: Path, path: Path) -> str:
+    """What to say of a folder that has no best checkpoint: it may be one of cross-validation, or one of runs."""
+    folds = sorted(fold.parents[1] for fold in run.glob("fold-*/checkpoints/best.pt"))
+    if folds:
+        figures = ", ".join(map(str, sorted(run.glob("cv*.json"))))
+        there = f"; its figures are in {figures}" if figures else ""
+        return f"{run} holds the folds of a cross-validation{there}: give one of them, such as {folds[0]}."
+    runs = sorted(checkpoint.parents[1] for checkpoint in run.glob("*/checkpoints/best.pt"))
+    if runs:
+        return f"{run} holds {len(runs)} run{'s' * (len(runs) > 1)}: give one of them, such as {runs[0]}."
+    return f"{run} has no {path}: give a run folder that has finished an epoch, or a checkpoint file."
 
 
 def weights_digest(trained: Trained) -> str:

@@ -32,6 +32,20 @@ class Views:
     scales: tuple[int, ...] = ()  # pixels of the shorter side, for all positions at each; empty = crops
 
     @property
+    def suffix(self) -> str:
+        """What the name of a result by these views ends in; nothing for one crop."""
+        if self.scales:
+            return "-scales-" + "-".join(map(str, self.scales))
+        return f"-{self.crops}-crops" if self.crops > 1 else ""
+
+    @property
+    def title(self) -> str:
+        """In words: "1 crop", "10 crops", "scales 224, 256"."""
+        if self.scales:
+            return f"scales {', '.join(map(str, self.scales))}"
+        return f"{self.crops} crop{'s' * (self.crops > 1)}"
+
+    @property
     def whole(self) -> bool:
         """Whether the scorer takes whole resized pictures, and not their center."""
         return self.crops > 1 or bool(self.scales)

@@ -1,23 +1,25 @@
-"""Pictures that compare runs: told apart by marker and lightness, so that they can be read in grayscale."""
+"""Pictures that compare runs: told apart by color and by marker, so that they can be read in grayscale too."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from fastflower.arrays import Floats
 from fastflower.evaluation.plots import LONGEST_NAME, save_figure, short
 from fastflower.report.history import History, median
 
-MARKERS = "osD^P*Xph<"  # none like the mark of a learning-rate drop
+# As many as there are markers, one by one as different as colors can be that are dark enough on white; also for eyes
+# that do not tell red from green.
+COLORS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#8b1a3a", "#e69f00")
+MARKERS = "osD^P*X<"  # none like the mark of a learning-rate drop
 MARKED = 10  # places on a curve, about
 TRAIN: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.9}
 VAL: dict[str, Any] = {"linestyle": "-", "linewidth": 2.2}
@@ -45,6 +47,8 @@ def plot_curves(runs: Sequence[History]) -> Figure:
             axes.plot(run.epochs[dropped], np.where(np.isnan(val), train, val)[dropped], zorder=3, **DROP)
     loss.set_ylabel("loss (cross-entropy, nats)")
     loss.set_yscale("log")
+    _widen(loss, "y", 1.2)
+    _widen(accuracy, "y", 2, share=100)
     low, high = loss.get_ylim()
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(5))
     loss.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -72,6 +76,7 @@ def plot_accuracy(runs: Sequence[History], levels: Sequence[float]) -> Figure:
     for level in levels:
         axes.axhline(100 * level, color="0.6", linestyle=":", linewidth=1)
     axes.set_ylabel("top-1 accuracy (%)")
+    _widen(axes, "y", 2, share=100)
     kinds = [Line2D([], [], color="0.4", **VAL, label="validation")] if any(run.best for run in runs) else []
     if not all(run.best for run in runs):
         kinds.append(Line2D([], [], color="0.4", **TRAIN, label="training, without validation"))
@@ -95,12 +100,14 @@ def plot_bubbles(
     for number, (run, cost, size) in enumerate(zip(runs, costs, params, strict=True)):
         if not (run.best and cost and size):
             continue
-        look, accuracy = _look(number, len(runs)), 100 * run.best[0]
+        look, accuracy = _look(number), 100 * run.best[0]
         axes.scatter(cost, accuracy, LARGEST * size / most, color="0.6", alpha=0.4, edgecolors="black", zorder=2)
         axes.plot(cost, accuracy, **look, zorder=3)
         text = f"{short(run.name, LONGEST_NAME)}, {size / 1e6:.3g} M"
         shown.append(Line2D([], [], **look, linestyle="none", label=text))
     axes.margins(0.2)
+    _widen(axes, "x", 1.2)
+    _widen(axes, "y", 2, share=100)
     axes.set_xlabel(label)
     axes.set_ylabel("best top-1 validation accuracy (%)")
     axes.set_title("area: parameters (millions, M)", fontsize=10)
@@ -143,22 +150,51 @@ def write_picture(path: Path, figure: Figure) -> None:
 def _curve(axes: Axes, run: History, values: Floats, number: int, runs: int, **style: Any) -> None:
     """One run's values ([E]; gaps where NaN); marked at about MARKED epochs, which are not the same for all runs."""
     every = -(-len(run.epochs) // MARKED)
-    axes.plot(run.epochs, values, **_look(number, runs), markevery=(number * every // runs, every), **style)
+    axes.plot(run.epochs, values, **_look(number), markevery=(number * every // runs, every), **style)
 
 
-def _look(number: int, runs: int) -> dict[str, Any]:
-    """Color and marker of a run, by its number among the runs."""
-    color = colormaps["viridis"](0.85 * number / max(runs - 1, 1))
-    return {"color": color, "marker": MARKERS[number % len(MARKERS)]}
+def _look(number: int) -> dict[str, Any]:
+    """Color and marker of a run, by its number: both of their own for the first eight, and a pair of its own for more.
+
+    Of each further eight the markers are moved on by one.
+    """
+    round, place = divmod(number, len(COLORS))
+    return {"color": COLORS[place], "marker": MARKERS[(place + round) % len(MARKERS)]}
+
+
+def _widen(axes: Axes, axis: Literal["x", "y"], least: float, *, share: float | None = None) -> None:
+    """Where all values of an axis are (nearly) equal, show some room around them, with numbers that can be read.
+
+    Args:
+        axes: with all that is drawn on it.
+        axis: which.
+        least: how many times the lowest value the highest is at least; of shares the difference of the two.
+        share: the largest value that there may be, where values are shares of it, from 0.
+    """
+    low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
+    middle = (low + high) / 2
+    if share is not None:
+        if high - low < least:
+            low, high = middle - least / 2, middle + least / 2
+        low, high = max(low, -0.02 * share), min(high, 1.02 * share)  # room for the marks at the ends
+    elif 0 < high < low * least:
+        low, high = middle / least, middle * least
+    (axes.set_xlim if axis == "x" else axes.set_ylim)(low, high)
+    (axes.xaxis if axis == "x" else axes.yaxis).set_major_formatter(
+        FuncFormatter(lambda value, _: f"{value:g}" if share is None or 0 <= value <= share else "")
+    )
 
 
 def _over_epochs(figure: Figure, runs: Sequence[History], kinds: Sequence[Line2D]) -> None:
     """Epochs below, and a legend of the runs and of the kinds of lines."""
     for axes in figure.axes:
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+        low, high = min(run.epochs[0] for run in runs), max(run.epochs[-1] for run in runs)
+        if low == high:
+            axes.set_xlim(low - 0.5, high + 0.5)
     shown = [
-        Line2D([], [], linewidth=2, **_look(number, len(runs)), label=short(run.name, LONGEST_NAME))
+        Line2D([], [], linewidth=2, **_look(number), label=short(run.name, LONGEST_NAME))
         for number, run in enumerate(runs)
     ]
     _finish(figure, [*shown, *kinds])

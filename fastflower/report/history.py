@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,20 @@ import numpy as np
 
 from fastflower.arrays import Floats, Ints
 from fastflower.errors import UserError
-from fastflower.runtime.run_folder import TAGS, RunFolder, read_rows
-from fastflower.settings import build, load_yaml
+from fastflower.runtime.run_folder import RUNS, TAGS, RunFolder, flattened, read_rows
+from fastflower.settings import build, load_yaml, to_plain
 
 REQUIRED = [tag for tag in TAGS if tag.startswith(("loss/", "accuracy/"))]  # one of them makes events those of a run
+NO_RUN = (
+    "no metrics.jsonl with a finished epoch and no TensorBoard events with a tag of "
+    f"{', '.join(REQUIRED)}: give the folder of a run."
+)
+DEPTH = 2  # folders below a given one in which runs are looked for: runs/cv/fold-0
 DROP = 2  # the learning rate drops where it is divided by at least this
 ROUNDING = 1e-6  # TensorBoard keeps float32, in which 0.7 is a little less
 TOGETHER_S = 0.1  # events this close say nothing about the time of what they report
 
-Row = Mapping[str, float | None]
+Row = Mapping[str, Any]  # figures, None where one was not measured
 
 
 @dataclass(frozen=True)
@@ -36,10 +41,12 @@ class History:
     train_accuracy: Floats
     val_loss: Floats
     val_accuracy: Floats
+    val_macro_f1: Floats
     images_per_s: Floats  # in training
     epoch_s: Floats  # seconds, training and validation
     training_s: Floats  # seconds
     waited_s: Floats  # seconds of training and validation in which the next batch was waited for
+    settings: dict[str, Any]  # by dotted keys; empty where it has no config.yaml
 
     @property
     def best(self) -> tuple[float, int] | None:
@@ -48,6 +55,12 @@ class History:
             return None
         place = np.nanargmax(self.val_accuracy)
         return float(self.val_accuracy[place]), int(self.epochs[place])
+
+    @property
+    def best_macro_f1(self) -> float | None:
+        """Macro F1 of the epoch with the highest validation accuracy; None where it was not measured."""
+        value = float(self.val_macro_f1[np.nanargmax(self.val_accuracy)]) if self.best else np.nan
+        return None if np.isnan(value) else value
 
     def first_at(self, accuracy: float) -> int | None:
         """The first epoch whose validation accuracy is at least this; None if there is none."""
@@ -77,16 +90,36 @@ def last(values: Floats) -> float | None:
     return float(measured[-1]) if len(measured) else None
 
 
-def read_histories(folders: Sequence[Path]) -> list[History]:
-    """The runs in these folders, in their order; a folder that is given twice counts once.
+def read_histories(folders: Sequence[Path]) -> tuple[list[History], list[Path]]:
+    """The runs in these folders, in their order, and which of the folders (or files) hold none.
 
-    Their names are the folders', with as many of the folders above as tell equal ones apart.
+    A folder may also hold runs, or folders of cross-validation; what is given twice counts once. The runs' names are
+    their folders', with as many of the folders above as tell equal ones apart.
 
     Raises:
-        UserError: a folder holds no figures of any epoch, or a config.yaml that cannot be read.
+        UserError: there is no run at all, or a config.yaml that cannot be read.
     """
-    paths = list(dict.fromkeys(folder.resolve() for folder in folders))
-    return [read_history(path, _name(path, paths)) for path in paths]
+    if not folders:
+        raise UserError(f"no run is named: give folders of runs, or one that they lie in, such as {RUNS}.")
+    runs: dict[Path, dict[int, Row]] = {}
+    without = []
+    for folder in folders:
+        of_folder = _runs_below(folder.resolve(), DEPTH)
+        runs |= {path: rows for path, rows in of_folder.items() if path not in runs}
+        without += [] if of_folder else [folder]
+    if not runs:
+        raise UserError(f"{', '.join(map(str, folders))} hold{'s' * (len(folders) == 1)} {NO_RUN}")
+    return [_history(path, _name(path, runs), rows) for path, rows in runs.items()], without
+
+
+def _runs_below(folder: Path, depth: int) -> dict[Path, dict[int, Row]]:
+    """The rows of a folder, if it has figures of an epoch; else of those in it that do, in the order of their names."""
+    if not folder.is_dir():
+        return {}
+    if rows := _rows(folder):
+        return {folder: rows}
+    below = sorted(path for path in folder.iterdir() if path.is_dir()) if depth else []
+    return {path: rows for inner in below for path, rows in _runs_below(inner, depth - 1).items()}
 
 
 def _name(path: Path, paths: Iterable[Path]) -> str:
@@ -104,39 +137,49 @@ def read_history(path: Path, name: str) -> History:
     Raises:
         UserError: the folder holds no figures of any epoch, or a config.yaml that cannot be read.
     """
-    rows = _metrics_rows(RunFolder(path)) or _event_rows(path)
-    if not rows:
-        raise UserError(
-            f"{path} holds no metrics.jsonl with a finished epoch and no TensorBoard events with a tag of "
-            f"{', '.join(REQUIRED)}: give the folder of a run."
-        )
-    logged = ("lr", "train_loss", "train_accuracy", "val_loss", "val_accuracy", "images_per_s", "epoch_s")
-    arrays = {key: _column(rows.values(), key) for key in (*logged, "training_s", "waited_s")}
-    return History(path, name, np.array(list(rows)), **arrays)
+    if rows := _rows(path):
+        return _history(path, name, rows)
+    raise UserError(f"{path} holds {NO_RUN}")
+
+
+def _rows(path: Path) -> dict[int, Row]:
+    """By epoch from 1 what the logs of a folder say; nothing where they are no run's."""
+    return {row["epoch"]: row for row in read_rows(RunFolder(path).metrics)} or _event_rows(path)
+
+
+def _history(path: Path, name: str, rows: Mapping[int, Row]) -> History:
+    """What these rows are, with the settings of the run where they are known."""
+    file, config = RunFolder(path).config, None
+    if file.is_file():
+        config = build(load_yaml(file), str(file))
+    timed = _timed(rows, config.train.batch_size if config else None)
+    figures = [field.name for field in fields(History) if field.type == "Floats"]
+    arrays = {key: _column(timed, key) for key in figures}
+    settings = flattened(to_plain(config)) if config else {}
+    return History(path, name, np.array(list(rows)), **arrays, settings=settings)
 
 
 def _column(rows: Iterable[Row], key: str) -> Floats:
     return np.array([row.get(key) for row in rows], np.float64)  # None becomes NaN
 
 
-def _metrics_rows(folder: RunFolder) -> dict[int, Row]:
-    """Rows of metrics.jsonl by epoch from 1."""
-    rows: dict[int, dict[str, Any]] = {row["epoch"]: row for row in read_rows(folder.metrics)}
-    batch = None
-    if rows and folder.config.is_file():
-        batch = build(load_yaml(folder.config), str(folder.config)).train.batch_size
-    done = {0: 0} | {epoch: row["step"] for epoch, row in rows.items()}
-    steps = {epoch: done[epoch] - done[epoch - 1] for epoch in rows if epoch - 1 in done}
+def _timed(rows: Mapping[int, Row], batch: int | None) -> list[Row]:
+    """The rows, with what follows from a row of metrics.jsonl: how long training took, and waiting for data."""
+    done = {0: 0} | {epoch: row["step"] for epoch, row in rows.items() if row.get("step") is not None}
+    steps = {epoch: done[epoch] - done[epoch - 1] for epoch in rows if {epoch, epoch - 1} <= done.keys()}
+    timed: list[Row] = []
     for epoch, row in rows.items():
+        more: dict[str, float | None] = {}
         # the batch is that of the last epoch; one of another number of steps had another
         if batch and epoch in steps and steps[epoch] == steps.get(max(rows)):
-            row["training_s"] = _training_s(row, steps[epoch] * batch)
-        if row.get("data_wait") is not None and row.get("epoch_s") is not None:
-            row["waited_s"] = row["data_wait"] * row["epoch_s"]
-    return dict(rows)
+            more["training_s"] = _training_s(row, steps[epoch] * batch)
+        if "step" in row and row.get("data_wait") is not None and row.get("epoch_s") is not None:
+            more["waited_s"] = row["data_wait"] * row["epoch_s"]
+        timed.append({**row, **more})
+    return timed
 
 
-def _training_s(row: Row, pictures: int) -> float | None:
+def _training_s(row: Row, pictures: float) -> float | None:
     """Seconds of an epoch's training, from its rate; None where an epoch that was resumed in its middle did less."""
     seconds = pictures / (row.get("images_per_s") or float("inf"))
     return seconds if 0 < seconds <= (row.get("epoch_s") or 0) else None

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
-from rich.table import Column, Table
+from rich.table import Table
 from rich.text import Text
 
 from fastflower.errors import UserError
@@ -31,16 +31,27 @@ from fastflower.report.curves import (
 )
 from fastflower.report.history import History, last, median, read_histories
 from fastflower.report.throughput import plot_throughput, read_throughput
+from fastflower.tables import FORMATS, NOTHING, new_table
 
 LEVELS = (0.5, 0.6, 0.7)  # validation accuracies that runs are compared at
-FORMATS = {  # of a column's figures; the others are whole numbers
-    "best val accuracy": ".1%",
-    "final val accuracy": ".1%",
-    "final train accuracy": ".1%",
+COSTS = {  # headings, and how their figures are written
     "seconds an epoch": ",.1f",
     "images/s": ",.1f",
     "params (M)": ".2f",
     "MACs (G)": ".2f",
+}
+WRITTEN = COSTS | {  # of a column's figures; the others are whole numbers
+    "best val accuracy": FORMATS["accuracy"],
+    "final val accuracy": FORMATS["accuracy"],
+    "final train accuracy": FORMATS["accuracy"],
+    "macro F1": FORMATS["macro_f1"],
+}
+SHORT = {  # headings in a terminal, of two lines
+    "best val accuracy": "best\nval",
+    "at epoch": "at\nepoch",
+    "macro F1": "macro\nF1",
+    "final val accuracy": "final\nval",
+    "final train accuracy": "final\ntrain",
 }
 
 Summary = Mapping[str, float | None]  # a run's row of the table: what is shown under each heading, None = not known
@@ -59,6 +70,8 @@ class Report:
     """What was found, and the page that holds it."""
 
     rows: dict[str, Summary]  # by the run's name
+    settings: dict[str, dict[str, str]]  # by the run's name: those that are not the same in all, by dotted keys
+    notes: list[str]  # sentences about what was left out
     sentences: list[str]
     page: Path
 
@@ -67,14 +80,16 @@ def write_report(folders: Sequence[Path], out: Path, throughput: Path | None = N
     """Compare runs in a folder: report.html, which holds everything, and each picture as a PNG and an SVG file.
 
     Args:
-        folders: run folders, or folders of TensorBoard events with the same tags.
+        folders: run folders, or folders of TensorBoard events with the same tags; or folders that hold such ones.
         out: made if it is not there; an earlier report in it is replaced.
         throughput: results of bench/throughput.py to draw too.
 
     Raises:
-        UserError: a folder holds no run, or `throughput` is no such file.
+        UserError: there is no run in any of the folders, or `throughput` is no such file.
     """
-    runs = read_histories(folders)
+    runs, without = read_histories(folders)
+    notes = [f"Left out, since it holds no finished epoch of a run: {path}" for path in without]
+    settings = differing(runs)
     costs = [_cost(run) for run in runs]
     results = read_throughput(throughput) if throughput else []
     rows = {run.name: summarize(run, cost) for run, cost in zip(runs, costs, strict=True)}
@@ -88,8 +103,9 @@ def write_report(folders: Sequence[Path], out: Path, throughput: Path | None = N
                 (out / f"{picture.name}.{ending}").unlink(missing_ok=True)
     page = out / "report.html"
     with atomic_write(page) as file:
-        file.write(_page(rows, sentences, [picture for picture in pictures if picture.figure], out).encode())
-    return Report(rows, sentences, page)
+        drawn = [picture for picture in pictures if picture.figure]
+        file.write(_page(rows, settings, notes, sentences, drawn, out).encode())
+    return Report(rows, settings, notes, sentences, page)
 
 
 def summarize(run: History, cost: Cost | None) -> Summary:
@@ -99,6 +115,7 @@ def summarize(run: History, cost: Cost | None) -> Summary:
         "epochs": int(run.epochs[-1]),
         "best val accuracy": accuracy,
         "at epoch": epoch,
+        "macro F1": run.best_macro_f1,
         "final val accuracy": last(run.val_accuracy),
         "final train accuracy": last(run.train_accuracy),
         **{f"epochs to {_percent(level)}": run.first_at(level) for level in LEVELS},
@@ -107,6 +124,18 @@ def summarize(run: History, cost: Cost | None) -> Summary:
         "params (M)": cost.params / 1e6 if cost else None,
         "MACs (G)": cost.macs / 1e9 if cost else None,
     }
+
+
+def differing(runs: Sequence[History]) -> dict[str, dict[str, str]]:
+    """Of each run the settings, by dotted keys, that are not the same in all whose settings are known."""
+    known = [run.settings for run in runs if run.settings]
+    keys = [key for key in (known[0] if known else ()) if any(one[key] != known[0][key] for one in known)]
+    return {run.name: {key: _setting(run.settings[key]) for key in keys if run.settings} for run in runs}
+
+
+def _setting(value: Any) -> str:
+    """As it is typed on the command line."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def levels(runs: Sequence[History]) -> list[float]:
@@ -145,18 +174,34 @@ def _percent(share: float) -> str:
     return f"{100 * share:.3g}%"
 
 
-def runs_table(rows: Mapping[str, Summary]) -> Table:
-    """For a terminal, which is narrow: a column for each run, without what is known of none."""
-    grid = Table(Column("", no_wrap=True), *(Column(Text(name, overflow="fold"), justify="right") for name in rows))
-    for heading in next(iter(rows.values())):
-        values = [row[heading] for row in rows.values()]
-        if any(value is not None for value in values):
-            grid.add_row(heading, *(_shown(heading, value) for value in values))
-    return grid
+def runs_tables(report: Report) -> list[Table]:
+    """For a terminal, which is narrow: what runs came to, what they cost, and in which settings they differ.
+
+    A row is a run's; what is known of none has no column.
+    """
+    headings = [
+        heading
+        for heading in next(iter(report.rows.values()))
+        if any(row[heading] is not None for row in report.rows.values())
+    ]
+    parts = ([key for key in headings if key not in COSTS], [key for key in headings if key in COSTS])
+    tables = []
+    for part in filter(None, parts):
+        grid = new_table("run", *(SHORT.get(heading, heading.replace("epochs to ", "to\n")) for heading in part))
+        for name, row in report.rows.items():
+            grid.add_row(Text(name), *(_shown(heading, row[heading]) for heading in part))
+        tables.append(grid)
+    if any(report.settings.values()):
+        grid = new_table("run", "settings that differ", names=2)
+        for name, settings in report.settings.items():
+            texts = ", ".join(f"{key} {value}" for key, value in settings.items())
+            grid.add_row(Text(name), Text(texts or NOTHING))
+        tables.append(grid)
+    return tables
 
 
 def _shown(heading: str, value: float | None) -> str:
-    return "–" if value is None else format(value, FORMATS.get(heading, "d"))
+    return NOTHING if value is None else format(value, WRITTEN.get(heading, "d"))
 
 
 def _draw(runs: Sequence[History], costs: Sequence[Cost | None], results: Sequence[Mapping[str, Any]]) -> list[Picture]:
@@ -185,25 +230,33 @@ def _draw(runs: Sequence[History], costs: Sequence[Cost | None], results: Sequen
     ]
 
 
-def _page(rows: Mapping[str, Summary], sentences: Sequence[str], pictures: Sequence[Picture], out: Path) -> str:
+def _page(
+    rows: Mapping[str, Summary],
+    settings: Mapping[str, Mapping[str, str]],
+    notes: Sequence[str],
+    sentences: Sequence[str],
+    pictures: Sequence[Picture],
+    out: Path,
+) -> str:
     """The HTML page; the pictures, as they lie in `out`, are in it."""
     template = importlib.resources.files("fastflower.report").joinpath("report.html").read_text(encoding="utf-8")
-    headings = ("run", *next(iter(rows.values())))
+    keys = next((list(of_run) for of_run in settings.values() if of_run), [])
+    headings = ("run", *next(iter(rows.values())), *keys)
     items = "".join(f"<li>{escape(sentence)}</li>\n" for sentence in sentences)
     return Template(template).substitute(
         title=f"Report of {len(rows)} run{'s' if len(rows) > 1 else ''}",
         head="".join(f'<th scope="col"><button type="button">{escape(heading)}</button></th>' for heading in headings),
-        rows="\n".join(_html_row(name, row) for name, row in rows.items()),
+        rows="\n".join(_html_row(name, row, [settings[name].get(key) for key in keys]) for name, row in rows.items()),
+        notes="\n".join(f'<p class="note">{escape(note)}</p>' for note in notes),
         sentences=f"<h2>Convergence on validation</h2>\n<ul>\n{items}</ul>" if sentences else "",
         pictures="\n".join(_html_figure(picture, out) for picture in pictures),
     )
 
 
-def _html_row(name: str, row: Summary) -> str:
-    cells = "".join(
-        f'<td data-value="{"" if value is None else value}">{_shown(heading, value)}</td>'
-        for heading, value in row.items()
-    )
+def _html_row(name: str, row: Summary, settings: Sequence[str | None]) -> str:
+    texts = [("" if value is None else value, _shown(heading, value)) for heading, value in row.items()]
+    texts += [("" if value is None else value, NOTHING if value is None else value) for value in settings]
+    cells = "".join(f'<td data-value="{escape(str(value))}">{escape(text)}</td>' for value, text in texts)
     return f'<tr><th scope="row" data-value="{escape(name)}">{escape(name)}</th>{cells}</tr>'
 
 

@@ -6,6 +6,7 @@ import contextlib
 import glob
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ from fastflower.settings import to_plain, to_yaml
 
 RUNS = Path("runs")
 STAMP = "%Y%m%d-%H%M%S"  # in the name of a new folder, after the run's
+_BY_VIEWS = r"(-10-crops|-scales(-\d+)+)?"
+_RESULT = re.compile(
+    rf"(eval-SPLIT{_BY_VIEWS}(-last)?|predictions-SPLIT{_BY_VIEWS}(-last)?\.parquet)".replace(
+        "SPLIT", f"({'|'.join(SPLITS)})"
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -75,13 +82,17 @@ class RunFolder:
         """Versions and hardware of each start of the run, one JSON object a line."""
         return self.path / "environment.jsonl"
 
-    def predictions(self, split: str) -> Path:
-        """Class probabilities of a split's pictures."""
-        return self.path / f"predictions-{split}.parquet"
+    def predictions(self, split: str, views: str = "") -> Path:
+        """Class probabilities of a split's pictures, by views whose results' names end like this."""
+        return self.path / f"predictions-{split}{views}.parquet"
 
-    def evaluation(self, split: str) -> Path:
-        """Folder of where the network errs on a split."""
-        return self.path / f"eval-{split}"
+    def evaluation(self, split: str, views: str = "") -> Path:
+        """Folder of where the network errs on a split, by such views."""
+        return self.path / f"eval-{split}{views}"
+
+    def results(self) -> list[Path]:
+        """What `predict` and `eval` left here: of each split, by any views, of the best checkpoint and the last."""
+        return sorted(path for path in self.path.glob("*-*") if _RESULT.fullmatch(path.name))
 
     @property
     def exists(self) -> bool:
@@ -89,16 +100,17 @@ class RunFolder:
         if self._clearing.exists():
             return False
         rows = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
-        after = (*map(self.predictions, SPLITS), *map(self.evaluation, SPLITS))
-        return len(rows) > 1 or any(path.exists() for path in (self.last, self.best, self.best_weights, *after))
+        checkpoints = (self.last, self.best, self.best_weights)
+        return len(rows) > 1 or any(path.exists() for path in checkpoints) or bool(self.results())
 
     def clear(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""
         self._clearing.touch()
-        for folder in (self.path / "checkpoints", *map(self.evaluation, SPLITS)):
+        results = self.results()
+        for folder in (self.path / "checkpoints", *(path for path in results if path.is_dir())):
             shutil.rmtree(folder, ignore_errors=True)
         logs = (self.config, self.environment, self.trace, *self.path.glob("events.out.tfevents.*"), self.metrics)
-        for path in (*map(self.predictions, SPLITS), *logs):
+        for path in (*(path for path in results if not path.is_dir()), *logs):
             path.unlink(missing_ok=True)
         self._clearing.unlink()
 
@@ -106,6 +118,8 @@ class RunFolder:
         """Remove what killed saves left."""
         for path in (self.config, self.metrics, self.environment, self.last, self.best, self.best_weights):
             remove_temporaries(path)
+        for split in SPLITS:
+            remove_temporaries(self.predictions(split))
         self.trace.with_suffix(".json.tmp").unlink(missing_ok=True)  # the profiler's own
 
     @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 from io import StringIO
 from pathlib import Path
 
@@ -14,7 +15,15 @@ from PIL import Image
 from rich.console import Console
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
-from fastflower.evaluation.analysis import PICTURES, Analysis, analyse, calibration_error, summary, write_analysis
+from fastflower.evaluation.analysis import (
+    MOST_IN_MATRIX,
+    PICTURES,
+    Analysis,
+    calibration_error,
+    summary,
+    write_analysis,
+)
+from fastflower.evaluation.analysis import analyse as analyse_predicted
 
 ODD_NAMES = ['rose, "red"', "Gänseblümchen", "[bold]x[/bold]", "lily\nof the valley", "=1+1", "$a$", "never seen"]
 
@@ -27,6 +36,11 @@ def random_case(seed: int, n: int, classes: int, used: int) -> tuple[np.ndarray,
     logits[np.arange(n), labels] += 2
     logits[:, used:] = -20
     return labels, torch.from_numpy(logits).softmax(1).numpy()
+
+
+def analyse(labels: np.ndarray, probabilities: np.ndarray, ids: list[str] | np.ndarray, names: list[str]) -> Analysis:
+    """Of probabilities [n, C]."""
+    return analyse_predicted(labels, probabilities.argmax(axis=1), probabilities.max(axis=1), ids, names)
 
 
 def names_of(classes: int) -> list[str]:
@@ -46,8 +60,12 @@ def test_figures_of_classes_are_scikit_learns(classes: int, used: int) -> None:
     predicted = probabilities.argmax(axis=1)
     analysis = analyse(labels, probabilities, np.arange(400).astype(str), names_of(classes))
     numbers = range(classes)
-    np.testing.assert_array_equal(analysis.confusion, confusion_matrix(labels, predicted, labels=numbers))
-    assert analysis.confusion.dtype == np.int64
+    matrix = analysis.matrix(np.arange(classes))
+    np.testing.assert_array_equal(matrix, confusion_matrix(labels, predicted, labels=numbers))
+    assert matrix.dtype == analysis.confusion.dtype == np.int64
+    np.testing.assert_array_equal(analysis.predictions, matrix.sum(axis=0))
+    chosen = np.sort(np.random.default_rng(used).choice(classes, classes // 2 + 1, replace=False))
+    np.testing.assert_array_equal(analysis.matrix(chosen), matrix[np.ix_(chosen, chosen)])
     expected = precision_recall_fscore_support(labels, predicted, labels=numbers, zero_division=0)
     actual = (analysis.precision, analysis.recall, analysis.f1, analysis.support)
     for ours, theirs in zip(actual, expected, strict=True):
@@ -56,7 +74,7 @@ def test_figures_of_classes_are_scikit_learns(classes: int, used: int) -> None:
 
 def test_rows_are_true_classes() -> None:
     analysis = hard([0, 0, 0, 1], [1, 1, 0, 1], 2)
-    assert analysis.confusion.tolist() == [[1, 2], [0, 1]]
+    assert analysis.matrix(np.arange(2)).tolist() == [[1, 2], [0, 1]]
     assert (analysis.recall[0], analysis.precision[1]) == pytest.approx((1 / 3, 1 / 3))
 
 
@@ -132,7 +150,7 @@ def test_what_is_written_reads_back_whatever_the_names(tmp_path: Path) -> None:
     header, *rows = read(folder / "confusion.csv")
     assert header[1:] == ODD_NAMES
     assert [row[0] for row in rows] == ODD_NAMES
-    np.testing.assert_array_equal(np.array([row[1:] for row in rows], int), analysis.confusion)
+    np.testing.assert_array_equal(np.array([row[1:] for row in rows], int), analysis.matrix(np.arange(7)))
     header, *rows = read(folder / "classes.csv")
     assert header == ["name", "precision", "recall", "f1", "support"]
     assert [row[0] for row in rows] == ODD_NAMES
@@ -142,7 +160,7 @@ def test_what_is_written_reads_back_whatever_the_names(tmp_path: Path) -> None:
     assert header == ["true", "predicted", "count", "share"]
     assert first == [ODD_NAMES[0], ODD_NAMES[1], "2", "1.0"]
     assert len(rest) == 3
-    assert json.loads((folder / "figures.json").read_text()) == metrics | {"ece": analysis.ece}
+    assert json.loads((folder / "figures.json").read_text()) == metrics
     for name in ("confusion.png", "mistakes.jpg"):
         with Image.open(folder / name) as image:
             image.load()
@@ -186,3 +204,49 @@ def test_the_sheet_holds_the_first_mistakes_in_their_order(tmp_path: Path, monke
     assert len(sheets[0]) == PICTURES
     assert sheets[0][0] == "true: y\npredicted: x\n90.0%  39"
     assert [caption.split()[-1] for caption in sheets[0]] == [str(k) for k in range(39, 15, -1)]
+
+
+def test_many_classes_leave_no_matrix_and_a_picture_of_the_most_confused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[list[str], np.ndarray, str]] = []
+    monkeypatch.setattr(
+        "fastflower.evaluation.analysis.plot_confusion",
+        lambda path, matrix, support, names, title: drawn.append((names, matrix, title)),
+    )
+    classes = MOST_IN_MATRIX + 1
+    labels = np.repeat(np.arange(classes), 3)
+    predicted = labels.copy()
+    predicted[:2], predicted[30] = 900, 7  # 0 as 900 twice, 10 as 7 once
+    names, sure = names_of(classes), np.full(len(labels), 0.5)
+    (tmp_path / "confusion.csv").write_text("of an earlier network")
+    analysis = analyse_predicted(labels, predicted, sure, labels.astype(str), names)
+    write_analysis(tmp_path, analysis, {}, [np.zeros((2, 2, 3), np.uint8)] * 3)
+    assert not (tmp_path / "confusion.csv").exists()
+    assert read(tmp_path / "confused.csv")[1:] == [
+        ["class 0", "class 900", "2", str(2 / 3)],
+        ["class 10", "class 7", "1", str(1 / 3)],
+    ]
+    assert len(read(tmp_path / "classes.csv")) == classes + 1
+    ((shown, matrix, title),) = drawn
+    assert shown == ["class 0", "class 7", "class 10", "class 900"]
+    assert matrix.tolist() == [[1, 0, 0, 2], [0, 3, 0, 0], [0, 1, 2, 0], [0, 0, 0, 3]]
+    accuracy = 1 - 3 / len(labels)
+    assert title == f"{3 * classes:,} pictures, top-1 {accuracy:.1%}; the 4 most confused of {classes:,} classes"
+    perfect = analyse_predicted(labels, labels, sure, labels.astype(str), names)
+    (tmp_path / "confusion.png").write_text("of an earlier network")
+    write_analysis(tmp_path, perfect, {}, [])
+    assert len(drawn) == 1
+    assert not (tmp_path / "confusion.png").exists()
+
+
+def test_memory_does_not_grow_with_the_square_of_the_classes() -> None:
+    classes = 20_000  # a matrix of them would be 3.2 GB
+    rng = np.random.default_rng(1)
+    labels, predicted = rng.integers(0, classes, (2, 500))
+    tracemalloc.start()
+    analysis = analyse_predicted(labels, predicted, rng.random(500), labels.astype(str), names_of(classes))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert analysis.confusion[:, 2].sum() == 500
+    assert peak < 50e6

@@ -19,7 +19,7 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, top_k_accuracy_s
 from fastflower.data.records import NO_LABEL
 from fastflower.errors import UserError
 from fastflower.evaluation.combine import Member, Method, combine, fit_weights, metrics_of
-from fastflower.evaluation.ensemble import Row, metrics_table
+from fastflower.evaluation.ensemble import Row, members_table
 from fastflower.evaluation.predictions import Predictions, read_predictions, write_predictions
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.metrics import EvaluationSums
@@ -292,14 +292,15 @@ def test_the_table_shows_weights_only_where_there_are_some() -> None:
 
     def shown(rows: list[Row]) -> str:
         console = Console(file=StringIO(), width=100)
-        console.print(metrics_table(rows))
+        console.print(members_table(rows))
         assert isinstance(console.file, StringIO)
         return console.file.getvalue()
 
-    plain = shown([Row("runs/[red]a", evaluation), Row("ensemble", evaluation)])
+    plain = shown([Row("runs/[red]a", "10 crops", evaluation), Row("ensemble", "", evaluation)])
     assert "runs/[red]a" in plain
     assert "weight" not in plain
-    assert f"{evaluation.accuracy:.2%}" in plain
-    weighted = shown([Row("a", evaluation, 0.25), Row("b", evaluation, 0.75), Row("ensemble", evaluation)])
+    assert "10 crops" in plain
+    assert f"{evaluation.accuracy:.1%}" in plain
+    weighted = shown([Row("a", "", evaluation, 0.25), Row("b", "", evaluation, 0.75), Row("c", "", evaluation)])
     assert "weight" in weighted
     assert "0.250" in weighted

@@ -224,13 +224,27 @@ def test_views_and_several_sizes(tmp_path: Path, tiny_net: None) -> None:
     for size in (40, 48):
         write_dataset(tmp_path / "data", {"train": 18, "val": 6}, size=size)
     run = tmp_path / "cv"
-    results = cross_validated(tmp_path / "data", run, "--data.sizes", "all", "--crops", 10)
+    plain = cross_validated(tmp_path / "data", run, "--data.sizes", "all")
+    one = (run / "predictions-val.parquet").read_bytes()
+    assert fastflower(*arguments(tmp_path / "data", run, "--data.sizes", "all", "--crops", 10)).code == 0
+    results = json.loads((run / "cv-10-crops.json").read_text())
+    assert (results["crops"], results["scales"]) == (10, [])
     assert results["together"]["n"] == 24
     assert len(load_split(tmp_path / "data", "train", sizes="all")) == 36
-    source = read_predictions(run / "fold-0/predictions-val.parquet").source
+    source = read_predictions(run / "fold-0/predictions-val-10-crops.parquet").source
     assert source["views"] == {"crops": 10, "scales": []}
-    again = cross_validated(tmp_path / "data", run, "--data.sizes", "all", "--scales", "32,40")
-    assert again["together"]["loss"] != results["together"]["loss"]
+    assert fastflower(*arguments(tmp_path / "data", run, "--data.sizes", "all", "--scales", "32,40")).code == 0
+    again = json.loads((run / "cv-scales-32-40.json").read_text())
+    assert len({of_views["together"]["loss"] for of_views in (plain, results, again)}) == 3
+    # one crop's results are as they were
+    assert json.loads((run / "cv.json").read_text()) == plain
+    assert (run / "predictions-val.parquet").read_bytes() == one
+    assert (
+        read_predictions(run / "predictions-val-10-crops.parquet").ids.tolist()
+        == read_predictions(run / "predictions-val-scales-32-40.parquet").ids.tolist()
+    )
+    cross_validated(tmp_path / "data", run, "--data.sizes", "all", "--overwrite")
+    assert not [*run.rglob("*-crops.*"), *run.rglob("*-scales-*")]
 
 
 def test_two_processes_cross_validate_too(data: Path, tmp_path: Path, tiny_net: None) -> None:

@@ -161,7 +161,7 @@ def test_what_is_kept_of_another_input_or_an_earlier_version_is_made_again(key: 
     write_predictions(path, replace(kept, source=source))
     ensemble(*runs, "--split", "val")
     rewritten = read_predictions(path)
-    assert rewritten.source == (source if key in ("views", "precision") else kept.source)
+    assert rewritten.source == (source if key == "precision" else kept.source)
     np.testing.assert_array_equal(rewritten.probabilities, kept.probabilities)
 
 
@@ -253,8 +253,61 @@ def test_other_data_than_the_runs_is_not_taken_for_it(runs: list[Path], data: Pa
     assert "--data.root" in refused.err
 
 
-def test_ten_crops_that_predict_left_are_taken(runs: list[Path]) -> None:
+def test_members_are_of_the_views_that_are_asked_for_and_say_them(runs: list[Path]) -> None:
     plain = ensemble(*runs, "--split", "val", "--method", "mean")
     for run in runs:
         assert fastflower("predict", run, "--split", "val", "--crops", 10).code == 0
-    assert ensemble(*runs, "--split", "val", "--method", "mean") != plain
+    made = [(run / "predictions-val-10-crops.parquet").stat().st_mtime_ns for run in runs]
+    ten = ensemble(*runs, "--split", "val", "--method", "mean", "--crops", 10)
+    assert made == [(run / "predictions-val-10-crops.parquet").stat().st_mtime_ns for run in runs]
+    assert ten != plain
+    again = fastflower("ensemble", *runs, "--split", "val", "--method", "mean")
+    assert "Runs also have predictions-val-10-crops.parquet: --crops and --scales say which" in again.out
+    assert ensemble(*runs, "--split", "val", "--method", "mean") == plain
+    assert {row["views"] for row in plain} == {"1 crop"}
+    assert {row["views"] for row in ten} == {"10 crops"}
+    shown = fastflower("ensemble", *runs, "--crops", 10)  # of test, which has no classes
+    assert shown.out.count("10 crops") == 4, shown.out
+    assert "top-1" not in shown.out
+
+
+def test_views_are_mixed_only_when_told(runs: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ten, scales = tmp_path / "ten.parquet", tmp_path / "scales.parquet"
+    assert fastflower("predict", runs[1], "--split", "val", "--crops", 10, "--out", ten).code == 0
+    assert fastflower("predict", runs[2], "--split", "val", "--scales", "40,48", "--out", scales).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("fastflower.evaluation.predict.score", lambda *_: pytest.fail("a picture is scored"))
+        refused = fastflower("ensemble", runs[0], ten, scales, "--split", "val")
+    assert refused.code == 2
+    words = f"several views, {runs[0]} by 1 crop and {ten} by 10 crops and {scales} by scales 40, 48: predict each"
+    assert words in refused.err
+    rows = ensemble(runs[0], ten, scales, "--split", "val", "--mix_views")
+    assert [row["views"] for row in rows] == [
+        "1 crop",
+        "10 crops",
+        "scales 40, 48",
+        "1 crop and scales 40, 48 and 10 crops",
+    ]
+    unknown = tmp_path / "unknown.parquet"  # it does not say by which
+    write_predictions(unknown, replace(read_predictions(ten), source={}))
+    rows = ensemble(runs[0], unknown, "--split", "val")
+    assert [row["views"] for row in rows] == ["1 crop", "", "1 crop"]
+
+
+def test_a_copy_of_a_run_counts_once(runs: list[Path], tmp_path: Path) -> None:
+    shutil.copytree(runs[0], tmp_path / "another_name")
+    refused = fastflower("ensemble", runs[0], runs[1], tmp_path / "another_name", "--split", "val")
+    assert refused.code == 2
+    assert "are the predictions of one network, which would count twice" in refused.err
+
+
+def test_members_that_trained_on_the_pictures_say_so(data: Path, runs: list[Path], tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    options = ["--train.epochs", 1, "--train.schedule", "step", "--data.train_on", "train+val"]
+    assert fastflower(*train_arguments(data, final), *options).code == 0
+    shown = fastflower("ensemble", runs[0], final, "--split", "val")
+    assert f"{final} trained on these pictures, which says nothing of new ones." in shown.out
+    assert f"{runs[0]} trained on" not in shown.out
+    weighted = fastflower("ensemble", runs[0], final, "--method", "weighted")
+    assert f"{final} trained on these pictures, which flatters its weight." in weighted.out
+    assert "trained on" not in fastflower("ensemble", runs[0], runs[1], "--split", "val").out

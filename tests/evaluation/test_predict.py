@@ -17,6 +17,7 @@ from fastflower.data.selection import largest_of_each
 from fastflower.data.sources.kaggle import load_files, load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.evaluation.predictions import read_predictions
+from fastflower.files import atomic_write
 from tests.conftest import (
     copy_run,
     example,
@@ -260,16 +261,24 @@ def test_names_and_samples_that_do_not_fit_are_refused_before_a_picture_is_score
         assert words in refused.err
 
 
-def test_views_change_predictions_and_are_kept_in_the_file(run: Path, tmp_path: Path) -> None:
+def test_views_change_predictions_and_are_kept_in_files_of_their_own(run: Path, sized: Path) -> None:
     seen = []
-    for options in ((), ("--crops", 10), ("--scales", "32,40,48")):
+    for options, name in ((), ""), (("--crops", 10), "-10-crops"), (("--scales", "32,40,48"), "-scales-32-40-48"):
         assert fastflower("predict", run, *options).code == 0
-        predictions = read_predictions(run / "predictions-test.parquet")
+        predictions = read_predictions(run / f"predictions-test{name}.parquet")
         seen.append(predictions.probabilities)
         np.testing.assert_allclose(predictions.probabilities.sum(axis=1), 1, atol=1e-6)
     assert predictions.source["views"] == {"crops": 1, "scales": [32, 40, 48]}
     assert predictions.source["geometry"] == {"crop": 32, "val_resize": 36}
     assert predictions.source["records"]["count"] == 7
+    assert (predictions.source["run"], predictions.source["checkpoint"]) == (run.name, "best.pt")
+    assert predictions.source["data"] == {
+        "root": [str(sized)],
+        "split": "test",
+        "sizes": "all",
+        "trained_on": False,
+    }
+    np.testing.assert_array_equal(read_predictions(run / "predictions-test.parquet").probabilities, seen[0])
     assert not torch.allclose(torch.tensor(seen[0]), torch.tensor(seen[1]), atol=1e-4)
     assert not torch.allclose(torch.tensor(seen[1]), torch.tensor(seen[2]), atol=1e-4)
 
@@ -287,13 +296,24 @@ def test_concatenating_keeps_stored_sizes_apart(sized: Path) -> None:
 
 
 def test_another_checkpoint_leaves_the_bests_predictions_alone(run: Path, tmp_path: Path) -> None:
-    assert fastflower("predict", run, "--crops", 10).code == 0
+    assert fastflower("predict", run).code == 0
     best = (run / "predictions-test.parquet").read_bytes()
     assert fastflower("predict", run / "checkpoints/last.pt").code == 0
     assert (run / "predictions-test-last.parquet").is_file()
     assert fastflower("eval", run / "checkpoints/last.pt").code == 0
     assert (run / "eval-val-last/figures.json").is_file()
     assert (run / "predictions-test.parquet").read_bytes() == best
+
+
+def test_what_a_killed_predict_left_goes_and_what_another_one_writes_stays(run: Path) -> None:
+    left = run / ".predictions-test.parquet.0123456789ab.tmp"
+    left.write_text("PAR")
+    with atomic_write(run / "predictions-test.parquet") as file:
+        file.write(b"another's")
+        assert fastflower("predict", run).code == 0
+        assert not left.exists()
+        assert len(list(run.glob("*.tmp"))) + len(list(run.glob(".*.tmp"))) == 1
+    assert (run / "predictions-test.parquet").read_bytes() == b"another's"
 
 
 def test_what_cannot_be_written_stops_before_the_work(run: Path, tmp_path: Path) -> None:

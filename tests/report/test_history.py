@@ -198,5 +198,6 @@ def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
 def test_names_are_as_long_as_tells_them_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [write_run(tmp_path / name, [row(1)]) for name in ("a/x/run", "b/x/run", "b/other")]
     monkeypatch.chdir(paths[2])
-    runs = read_histories([*paths[:2], Path("."), paths[0] / ".." / "run"])
+    runs, without = read_histories([*paths[:2], Path("."), paths[0] / ".." / "run"])
+    assert not without
     assert [run.name for run in runs] == ["a/x/run", "b/x/run", "other"]

@@ -7,20 +7,25 @@ import json
 import re
 import shutil
 import subprocess
+from collections.abc import Sequence
 from html.parser import HTMLParser
-from itertools import pairwise
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
+from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from PIL import Image
 
 from fastflower.report import curves
 from fastflower.report.curves import plot_accuracy, plot_bubbles, plot_curves, plot_epoch_time
-from fastflower.report.history import read_histories
+from fastflower.report.history import History, read_histories
 from fastflower.report.page import Report, convergence, levels, write_report
-from tests.conftest import fastflower, train_arguments
+from fastflower.runtime.run_folder import read_rows
+from fastflower.settings import build, load_yaml, to_plain
+from tests.conftest import copy_run, fastflower, train_arguments
 from tests.report.test_history import row, with_accuracies, write_run
 
 # Best validation accuracy and its epoch, epochs to 50, 60 and 70 %, seconds an epoch.
@@ -55,6 +60,12 @@ class Page(HTMLParser):
         return [base64.b64decode(source.removeprefix("data:image/svg+xml;base64,")).decode() for source in sources]
 
 
+def histories(folders: Sequence[Path]) -> list[History]:
+    runs, without = read_histories(folders)
+    assert not without
+    return runs
+
+
 @pytest.fixture(scope="module")
 def seed_report(seed_curves: Path, tmp_path_factory: pytest.TempPathFactory) -> Report:
     return write_report([seed_curves / name for name in SEED], tmp_path_factory.mktemp("seed"))
@@ -72,7 +83,7 @@ def test_the_seeds_runs_have_their_figures(name: str, seed_report: Report) -> No
 
 
 def test_the_seeds_runs_are_compared_in_sentences(seed_report: Report, seed_curves: Path) -> None:
-    assert convergence(read_histories([seed_curves / name for name in ("plain34", "resnet34", "resnet50")])) == [
+    assert convergence(histories([seed_curves / name for name in ("plain34", "resnet34", "resnet50")])) == [
         "resnet34 reaches 50% after 12 epochs, 3 before plain34, 9 before resnet50.",
         "resnet34 reaches 60% after 16 epochs, 13 before plain34, 15 before resnet50.",
         "resnet34 reaches 63.8% after 23 epochs, 16 before plain34, 21 before resnet50.",
@@ -180,21 +191,64 @@ def test_a_mistake_is_a_sentence(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 12])
-def test_runs_differ_in_lightness_and_in_marker(count: int) -> None:
-    looks = [curves._look(number, count) for number in range(count)]
-    lightness = [
-        sum(w * c for w, c in zip((0.299, 0.587, 0.114), to_rgb(look["color"]), strict=True)) for look in looks
-    ]
-    assert lightness == sorted(lightness)
-    assert max(lightness) < 0.8  # on white
-    assert all(a["marker"] != b["marker"] for a, b in pairwise(looks))
-    assert len({(round(light, 2), look["marker"]) for light, look in zip(lightness, looks, strict=True)}) == count
+def lab(color: str) -> np.ndarray:
+    """A color in CIELAB, in which equal distances look equally large (CIE 1976, white point D65)."""
+    rgb = np.array(to_rgb(color))
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    matrix = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = matrix @ linear / np.array([0.9505, 1, 1.089])
+    x, y, z = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / 3 / (6 / 29) ** 2 + 4 / 29)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+def test_eight_runs_differ_in_color_and_in_marker_and_more_in_both_together() -> None:
+    looks = [curves._look(number) for number in range(64)]
+    colors = [lab(look["color"]) for look in looks[:8]]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(colors, 2)) > 20  # 2 can just be told apart
+    assert max(lightness for lightness, _, _ in colors) < 75  # on white, of 100
+    assert len({look["marker"] for look in looks[:8]}) == 8
+    assert curves.DROP["marker"] not in {look["marker"] for look in looks}
+    assert len({(look["color"], look["marker"]) for look in looks}) == 64
+
+
+def numbers(axes: Axes, axis: str) -> list[float]:
+    """What the ticks within an axis say."""
+    low, high = axes.get_xlim() if axis == "x" else axes.get_ylim()
+    ticks = axes.get_xticks() if axis == "x" else axes.get_yticks()
+    formatter = (axes.xaxis if axis == "x" else axes.yaxis).get_major_formatter()
+    texts = formatter.format_ticks(list(ticks))
+    return [float(text) for tick, text in zip(ticks, texts, strict=True) if low <= tick <= high and text]
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("cost", [1.8236, 812.5, 3e-4])
+def test_equal_values_have_axes_that_can_be_read(accuracy: float, cost: float, tmp_path: Path) -> None:
+    same = {"val_accuracy": accuracy, "train_accuracy": accuracy, "val_loss": 2.5, "train_loss": 2.5}
+    runs = histories([write_run(tmp_path / name, [row(1, **same)]) for name in "ab"])
+    bubbles = plot_bubbles(runs, [cost] * 2, [10**6] * 2, "cost")
+    assert bubbles
+    loss, accuracies = plot_curves(runs).axes
+    for axes in (accuracies, plot_accuracy(runs, []).axes[0], bubbles.axes[0]):
+        low, high = axes.get_ylim()
+        assert -2 <= low < 100 * accuracy < high <= 102
+        assert high - low >= 1.9
+        assert all(0 <= number <= 100 for number in numbers(axes, "y"))
+        assert len(set(numbers(axes, "y"))) >= 3
+    for axes in (loss, accuracies):
+        assert numbers(axes, "x") == [1]
+    low, high = loss.get_ylim()
+    assert low * 1.2 < high
+    assert low < 2.5 < high
+    low, high = bubbles.axes[0].get_xlim()
+    assert low * 1.2 < high
+    shown = numbers(bubbles.axes[0], "x")
+    assert len(set(shown)) >= 3
+    assert all(low <= number <= high for number in shown)  # and no offset that is to be added to them
 
 
 def test_learning_rate_drops_are_marked(tmp_path: Path) -> None:
     rows = [row(epoch, lr=0.1 if epoch < 3 else 0.01) for epoch in range(1, 5)]
-    (run,) = read_histories([write_run(tmp_path / "run", rows)])
+    (run,) = histories([write_run(tmp_path / "run", rows)])
     for axes in plot_curves([run]).axes:
         marks = [
             np.asarray(line.get_xdata()).tolist() for line in axes.lines if line.get_marker() == curves.DROP["marker"]
@@ -208,7 +262,7 @@ def test_learning_rate_drops_are_marked(tmp_path: Path) -> None:
 
 
 def test_an_epochs_time_adds_up(tmp_path: Path) -> None:
-    (run,) = read_histories([write_run(tmp_path / "run", [row(1), row(2)])])
+    (run,) = histories([write_run(tmp_path / "run", [row(1), row(2)])])
     axes = plot_epoch_time([run]).axes[0]
     spans = [(patch.get_x(), patch.get_width()) for patch in axes.patches]  # type: ignore[attr-defined]
     assert spans == [(0, 8), (8, 2), (0, 1)]  # training, validation, waiting
@@ -228,6 +282,76 @@ def test_one_epoch_can_be_drawn(tmp_path: Path) -> None:
     run = with_accuracies(tmp_path / "run", [0.0])
     for figure in (plot_curves([run]), plot_accuracy([run], levels([run])), plot_epoch_time([run])):
         assert figure.axes[0].lines or figure.axes[0].patches
+
+
+def test_ten_runs_are_read_in_80_columns(finished: Path, tmp_path: Path) -> None:
+    folders = [copy_run(finished, tmp_path / f"run_with_lr_0.{k}") for k in range(1, 11)]
+    result = fastflower("report", *folders, "--out", tmp_path / "out")
+    assert result.code == 0, result.err
+    table, costs, _ = result.out.split("\n\n")
+    assert max(map(len, table.splitlines())) <= 80
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines() if line.startswith("run_with_lr")}
+    assert list(rows) == [folder.name for folder in folders]
+    best = max(epoch["val_accuracy"] for epoch in read_rows(finished / "metrics.jsonl"))
+    assert f"{best:.1%}" in rows["run_with_lr_0.7"]
+    lines = [line for line in costs.splitlines() if line.startswith("run_with_lr")]
+    assert len(lines) == 10
+    assert max(map(len, lines)) <= 80
+
+
+def test_macro_f1_is_that_of_the_epoch_with_the_best_accuracy(tmp_path: Path) -> None:
+    rows = [row(1, val_accuracy=0.4, val_macro_f1=0.9), row(2, val_accuracy=0.5, val_macro_f1=0.375), row(3)]
+    report = write_report([write_run(tmp_path / "run", rows)], tmp_path / "out")
+    assert report.rows["run"]["macro F1"] == 0.375
+    assert "0.375" in Page(report.page).texts
+
+
+def test_settings_that_differ_are_shown(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, [row(1)]) for name in ("a", "b", "events")]
+    config = yaml.safe_load((folders[0] / "config.yaml").read_text())
+    config["train"]["lr"] = 0.025
+    config["data"]["scale"] = [264, 280]
+    (folders[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    (folders[2] / "config.yaml").unlink()
+    report = write_report(folders, tmp_path / "out")
+    before = to_plain(build(load_yaml(folders[0] / "config.yaml"), "a"))
+    assert report.settings == {
+        "a": {"data.scale": "256 480", "train.lr": str(before["train"]["lr"])},
+        "b": {"data.scale": "264 280", "train.lr": "0.025"},
+        "events": {},
+    }
+    assert {"data.scale", "train.lr", "264 280", "0.025"} <= set(Page(report.page).texts)
+    shown = fastflower("report", *folders, "--out", tmp_path / "out").out
+    assert "b       data.scale 264 280, train.lr 0.025" in shown
+    alone = write_report(folders[1:], tmp_path / "out")
+    assert not any(alone.settings.values())
+    assert "settings that" not in fastflower("report", *folders[1:], "--out", tmp_path / "out").out
+
+
+def test_no_run_at_all_is_a_sentence(tmp_path: Path) -> None:
+    result = fastflower("report", "--out", tmp_path / "out")
+    assert result.code == 2
+    assert "no run is named: give folders of runs, or one that they lie in, such as runs" in result.err
+
+
+def test_folders_of_runs_and_of_cross_validation_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("plain", "cv/fold-0", "cv/fold-1"):
+        write_run(tmp_path / "runs" / name, [row(1)])
+    write_run(tmp_path / "runs/begun", [])
+    (tmp_path / "runs/cv/cv.json").write_text("{}")
+    (tmp_path / "runs/notes.txt").write_text("of mine")
+    monkeypatch.chdir(tmp_path)
+    whole = fastflower("report", "runs", "--out", "out")
+    assert whole.code == 0, whole.err
+    given = fastflower("report", *sorted(Path("runs").glob("*")), "--out", "out")
+    assert given.code == 0, given.err
+    for result in (whole, given):
+        names = [line.split()[0] for line in result.out.split("\n\n")[0].splitlines()[3:]]
+        assert names == ["fold-0", "fold-1", "plain"], result.out
+    for name in ("begun", "notes.txt"):
+        assert f"Left out, since it holds no finished epoch of a run: runs/{name}" in given.out
+        assert f"runs/{name}" in (tmp_path / "out/report.html").read_text()
+    assert "Left out" not in whole.out
 
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

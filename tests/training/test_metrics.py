@@ -112,13 +112,15 @@ def test_the_analysis_counts_what_the_figures_count(case: Case) -> None:
     n, classes = case.scores.shape
     given_out = softmax(case.scores)
     np.testing.assert_allclose(given_out, exact_softmax(case.scores), rtol=1e-6, atol=1e-37)
-    analysis = analyse(case.labels, given_out, np.arange(n).astype(str), [str(k) for k in range(classes)])
+    names = [str(k) for k in range(classes)]
+    analysis = analyse(case.labels, given_out.argmax(axis=1), given_out.max(axis=1), np.arange(n).astype(str), names)
+    matrix = analysis.matrix(np.arange(classes))
     evaluation = metrics(case.scores, case.labels)
-    assert analysis.confusion.sum() == n
-    assert analysis.confusion.trace() / n == evaluation.accuracy
-    counts = ClassCounts.of_confusion(torch.from_numpy(analysis.confusion))
+    assert matrix.sum() == n
+    assert matrix.trace() / n == evaluation.accuracy
+    counts = ClassCounts.of_confusion(torch.from_numpy(matrix))
     assert (float(counts.accuracy), float(counts.macro_f1)) == (evaluation.accuracy, evaluation.macro_f1)
-    either = analysis.confusion.sum(axis=0) + analysis.support > 0
+    either = matrix.sum(axis=0) + analysis.support > 0
     assert analysis.f1[either].mean() == pytest.approx(evaluation.macro_f1, rel=1e-12)
     confidence = given_out.max(axis=1).astype(np.float64)
     correct = case.scores.argmax(axis=1) == case.labels
