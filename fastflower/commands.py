@@ -135,8 +135,12 @@ def _ensemble(command: EnsembleCommand) -> int:
         sample=command.sample,
     )
     if command.json:
-        rows = [asdict(row) for row in ensembled.rows]
-        print(to_json([row | (row.pop("evaluation") or {}) for row in rows]))
+        rows = [
+            {"name": row.name, "views": row.views, "weight": row.weight}
+            | (asdict(row.evaluation) if row.evaluation else {})
+            for row in ensembled.rows
+        ]
+        print(to_json(rows))
         return 0
     Console().print(members_table(ensembled.rows))
     for note in ensembled.notes:

@@ -63,7 +63,7 @@ def evaluate_run(
         settings: which data, and by which views.
         console: where progress is shown, and a warning where the network has trained on these pictures.
         names: see above.
-        out: folder for what is written of it later; None = eval-SPLIT of the run folder.
+        out: folder for what is written of it later; None = eval-SPLIT of the run folder, with the views in its name.
         write: look now whether that can be written.
 
     Raises:
@@ -75,7 +75,7 @@ def evaluate_run(
     folder = out or trained.result(RunFolder(trained.folder).evaluation(split, settings.views.suffix))
     with open_session(trained, settings, console) as session:
         with session.ranks.together():
-            if write and not is_writable(folder):
+            if write and session.ranks.is_main and not is_writable(folder):
                 raise UserError(f"{folder} cannot be written: name a folder with --out where there is permission.")
         data, records = load_split(trained, split, settings, session, once=bool(settings.views.scales))
         with session.ranks.together():

@@ -158,8 +158,8 @@ def _look(number: int) -> dict[str, Any]:
 
     Of each further eight the markers are moved on by one.
     """
-    round, place = divmod(number, len(COLORS))
-    return {"color": COLORS[place], "marker": MARKERS[(place + round) % len(MARKERS)]}
+    moved, place = divmod(number, len(COLORS))
+    return {"color": COLORS[place], "marker": MARKERS[(place + moved) % len(MARKERS)]}
 
 
 def _widen(axes: Axes, axis: Literal["x", "y"], least: float, *, share: float | None = None) -> None:

@@ -74,12 +74,6 @@ class ClassCounts:
     predicted: torch.Tensor  # those that are taken for it
     hits: torch.Tensor  # those of both
 
-    @classmethod
-    def of_confusion(cls, confusion: torch.Tensor) -> ClassCounts:
-        """From a count [C, C] of each true class (row) and predicted one (column)."""
-        counts = confusion.double()
-        return cls(counts.sum(1), counts.sum(0), counts.diagonal())
-
     @property
     def precision(self) -> torch.Tensor:
         """Share of those taken for the class that are of it; 0 where none is."""
