@@ -173,9 +173,10 @@ def true_classes(joined: Sequence[Predictions]) -> Ints:
 
 def _same(a: Predictions, b: Predictions) -> bool:
     """Whether two hold what one network says by one kind of views: copies of a file or run, or a run and its file."""
-    if not a.source or input_of(a.source) != input_of(b.source):
+    networks = input_of(a.source)
+    if not a.source or networks != input_of(b.source):
         return False
-    if "weights" in a.source:
+    if "method" not in {**a.source, **b.source} and all("weights" in network for network in networks):
         return True  # in another precision the probabilities differ a little
     return bool(np.isnan(a.probabilities - b.probabilities).any()) or np.array_equal(a.probabilities, b.probabilities)
 

@@ -150,11 +150,10 @@ def source(
     return plain
 
 
-def input_of(made_from: Any) -> Any:
-    """What a source, of one network or of several together, says of weights and input alone."""
-    if isinstance(made_from, Mapping):
-        return {key: input_of(value) for key, value in made_from.items() if key not in NOT_THE_INPUT}
-    return [input_of(value) for value in made_from] if isinstance(made_from, list) else made_from
+def input_of(made_from: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What a source says of weights and input alone, of one network or of each of several."""
+    networks = single_sources(made_from)
+    return [{key: value for key, value in network.items() if key not in NOT_THE_INPUT} for network in networks]
 
 
 def single_sources(made_from: Mapping[str, Any]) -> list[Mapping[str, Any]]:

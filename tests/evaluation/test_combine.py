@@ -21,6 +21,7 @@ from fastflower.errors import UserError
 from fastflower.evaluation.combine import Member, Method, combine, fit_weights, metrics_of
 from fastflower.evaluation.ensemble import Row, members_table
 from fastflower.evaluation.predictions import Predictions, read_predictions, write_predictions
+from fastflower.evaluation.session import input_of
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.metrics import EvaluationSums
 
@@ -285,6 +286,13 @@ def test_figures_stay_finite_where_the_truth_was_thought_impossible() -> None:
     evaluation = metrics_of(predictions([[1, 0], [0, 1]], [1, 1]))
     assert evaluation.accuracy == 0.5
     assert 10 < evaluation.loss < 100
+
+
+def test_the_input_of_several_networks_is_told_whatever_they_are_called() -> None:
+    networks = [{"weights": text, "run": "a", "data": {"root": [text]}, "precision": "fp32"} for text in "xyz"]
+    together = {"method": "mean", "members": {"run": networks[0], "data": {"folds": networks[1:]}}}
+    assert input_of(together) == [{"weights": text} for text in "xyz"]
+    assert input_of(networks[0]) == [{"weights": "x"}]
 
 
 def test_the_table_shows_weights_only_where_there_are_some() -> None:
