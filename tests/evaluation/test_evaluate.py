@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score
 
 from fastflower.evaluation.predictions import read_predictions
-from tests.conftest import fastflower, train_arguments, write_dataset
+from tests.conftest import copy_run, fastflower, train_arguments, write_dataset
 
 
 def read_csv(path: Path) -> list[list[str]]:
@@ -86,6 +86,28 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_is_scored(
     assert result.code == 2
     assert result.out == ""
     assert f"{tmp_path / 'file' / 'out'} cannot be written: name a folder with --out" in result.err
+
+
+def test_a_folder_of_runs_or_of_cross_validation_is_explained(finished: Path, tmp_path: Path) -> None:
+    folds = [copy_run(finished, tmp_path / f"runs/cv/fold-{k}") for k in range(2)]
+    cv = tmp_path / "runs/cv"
+
+    def sentence(folder: Path) -> str:
+        refused = fastflower("eval", folder)
+        assert refused.code == 2
+        return " ".join(refused.err.split())
+
+    assert f"{cv} holds the folds of a cross-validation: give one of them, such as {folds[0]}." in sentence(cv)
+    for name in ("cv.json", "cv-10-crops.json"):
+        (cv / name).write_text("{}")
+    figures = f"its figures are in {cv / 'cv-10-crops.json'}, {cv / 'cv.json'}"
+    assert f"{cv} holds the folds of a cross-validation; {figures}: give one of them" in sentence(cv)
+    runs = cv.parent
+    assert f"{runs} has no {runs / 'checkpoints/best.pt'}: give a run folder that has finished" in sentence(runs)
+    copy_run(finished, runs / "plain")
+    assert f"{runs} holds 1 run: give one of them, such as {runs / 'plain'}." in sentence(runs)
+    copy_run(finished, runs / "another")
+    assert f"{runs} holds 2 runs: give one of them, such as {runs / 'another'}." in sentence(runs)
 
 
 def test_results_of_other_views_stay(finished: Path) -> None:
