@@ -133,7 +133,7 @@ def test_eval_gives_the_logged_figures(finished: Path) -> None:
     assert (metrics["split"], metrics["n"]) == ("val", 20)
     for key in ("loss", "accuracy", "top5", "macro_f1"):
         assert metrics[key] == pytest.approx(best[f"val_{key}"], abs=1e-5)
-    assert "accuracy" in fastflower("eval", finished).out
+    assert f"top-1 {metrics['accuracy']:.1%}" in fastflower("eval", finished).out
 
 
 def test_eval_on_other_data_and_what_it_refuses(finished: Path, tmp_path: Path) -> None:
