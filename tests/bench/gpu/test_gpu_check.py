@@ -187,8 +187,9 @@ def test_no_gpu_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys:
 
 
 SCRIPT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell leaves out in the background
 from bench import gpu_check
 from tests.bench.gpu.stand_ins import stage
 from tests.bench.gpu.test_gpu_check import AROUND
