@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 import subprocess
 import sys
 import threading
 import warnings
-import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -27,7 +25,7 @@ from PIL.ExifTags import Base
 from fastflower.arrays import Bytes
 from fastflower.config import DataConfig
 from fastflower.data import pipeline as graph
-from fastflower.data.loader import Batch, Loader, Loading, _Producer, normalize
+from fastflower.data.loader import Batch, Loader, Loading, normalize
 from fastflower.data.memory import Memory
 from fastflower.data.records import Records, read_image
 from fastflower.data.resample import Region, Resampler
@@ -36,7 +34,6 @@ from fastflower.data.sources import layout_of
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.view import IMAGENET, Engine, Normalization, View
-from fastflower.errors import UserError
 from tests.conftest import example, jpeg, write_dataset
 
 CPU = torch.device("cpu")
@@ -289,51 +286,6 @@ class Wiped(Memory):
         self._free = Free()
 
 
-class LaterEvent:
-    """Of a stream of a GPU: queried, it says whether the test lets the work before it be done."""
-
-    done = False
-
-    def query(self) -> bool:
-        return self.done
-
-
-def test_a_gpu_has_what_it_decodes_until_it_is_done(pictures: Records) -> None:
-    """By a stand-in for its stream, whose batches are handed out before they are made."""
-    producer = _Producer(Loader(pictures, View(32), 8, Loading(PLAIN, Engine(device="gpu"), CPU)))
-    requests = [_stored([3 * i, 3 * i + 1, 3 * i + 2]) for i in range(5)]
-    producer._requests = iter(requests)
-    freed: list[int] = []
-    events: list[LaterEvent] = []
-
-    class Stream:
-        def record_event(self) -> LaterEvent:
-            events.append(LaterEvent())
-            return events[-1]
-
-    class Pipeline:
-        def run(self, _: object) -> tuple[()]:
-            number = len(events)
-            images, *_numbers = producer._next_inputs()
-            weakref.finalize(images[0], freed.append, number)
-            return ()
-
-        def reset(self) -> None:
-            pass
-
-    producer._stream = Stream()  # type: ignore[assignment]
-    made = producer._runs(Pipeline())
-    assert [next(made)[1] for _ in range(3)] == requests[:3]
-    assert freed == []
-    events[0].done = events[2].done = True  # in order, as on a stream
-    next(made)
-    assert freed == [0]
-    events[1].done = True
-    next(made)
-    assert freed == [0, 1, 2]
-    assert next(made, None) is None
-
-
 def test_one_iteration_after_another_uses_one_pipeline(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
     original = graph.build_decoder
@@ -379,21 +331,6 @@ def test_an_iteration_may_be_collected_as_garbage_by_its_own_thread(small: Path)
     assert len(epoch(made)) == 6
 
 
-def test_a_file_that_goes_while_a_failure_is_looked_into_is_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records = load_split(write_dataset(tmp_path, {"val": 8}, files=1), "val")
-    made = loader(records, View(32), 2)
-
-    def fail(*_: Any) -> None:
-        os.truncate(records.files[0], 10)
-        raise RuntimeError("the decoder failed")
-
-    monkeypatch.setattr(Resampler, "batches", fail)
-    with pytest.raises(UserError, match="record 2 .* has changed since it was indexed"):
-        list(made.batches(evaluation_requests(8, shorter=36, batch=2)))
-
-
 @pytest.mark.parametrize(("count", "batch"), [(10, 3), (9, 8), (5, 8), (1, 1)])
 def test_evaluation_sees_every_record_once(tmp_path: Path, count: int, batch: int) -> None:
     records = load_split(write_dataset(tmp_path, {"val": count}), "val")
@@ -402,52 +339,6 @@ def test_evaluation_sees_every_record_once(tmp_path: Path, count: int, batch: in
         batches = list(made.batches(evaluation_requests(count, shorter=36, batch=batch)))
         assert np.concatenate([b.indices for b in batches]).tolist() == list(range(count))
         assert [len(b.labels) for b in batches] == [len(b.images) for b in batches]
-
-
-def test_a_picture_that_cannot_be_decoded_is_named_after_the_good_batches(tmp_path: Path) -> None:
-    records = [example(i, 0) for i in range(12)]
-    records[9]["image"] = jpeg(40, 40)[:200]
-    write_tfrecord(tmp_path / "val" / "a.tfrec", records)
-    made = loader(load_split(tmp_path, "val"), View(32), 4)
-    seen = []
-    with pytest.raises(UserError, match=r"a\.tfrec, record 9 \(id 000009\) cannot be decoded as a picture"):
-        for batch in made.batches(evaluation_requests(12, shorter=36, batch=4)):
-            seen += batch.indices.tolist()
-    assert seen == list(range(8))
-    good = made.batches(evaluation_requests(8, shorter=36, batch=4))
-    assert sum(len(batch.labels) for batch in good) == 8  # the loader is usable again
-
-
-@pytest.mark.parametrize("image", [b"", b"<html>not found</html>"])
-def test_bytes_that_are_no_picture_are_named(tmp_path: Path, image: bytes) -> None:
-    write_tfrecord(tmp_path / "val" / "a.tfrec", [example(0, 0), example(1, 0, image)])
-    made = loader(load_split(tmp_path, "val"), View(32), 2)
-    with pytest.raises(UserError, match="record 1 .* cannot be decoded"):
-        list(made.batches(evaluation_requests(2, shorter=36, batch=2)))
-
-
-@pytest.mark.parametrize("missing", [2, 300])
-def test_a_picture_that_is_cut_off_is_named_though_no_crop_reaches_its_end(tmp_path: Path, missing: int) -> None:
-    write_tfrecord(tmp_path / "val" / "a.tfrec", [example(0, 0), example(1, 0, jpeg(200, 200)[:-missing])])
-    made = loader(load_split(tmp_path, "val"), View(32), 2)
-    with pytest.raises(UserError, match="record 1 .* cannot be decoded"):
-        list(made.batches(evaluation_requests(2, shorter=100, batch=2)))
-
-
-def test_bytes_after_the_end_of_a_picture_do_no_harm(tmp_path: Path) -> None:
-    write_tfrecord(tmp_path / "val" / "a.tfrec", [example(0, 0, jpeg(40, 40)), example(1, 0, jpeg(40, 40) + b"more")])
-    made = loader(load_split(tmp_path, "val"), View(32), 2)
-    (batch,) = made.batches(evaluation_requests(2, shorter=36, batch=2))
-    assert torch.equal(batch.images[0], batch.images[1])
-
-
-def test_a_file_that_shrinks_is_a_sentence(tmp_path: Path) -> None:
-    root = write_dataset(tmp_path, {"val": 8}, files=1)
-    records = load_split(root, "val")
-    os.truncate(records.files[0], int(records.offset[5]) + 10)
-    made = loader(records, View(32), 2)
-    with pytest.raises(UserError, match="record 0 .* has changed since it was indexed"):
-        list(made.batches(evaluation_requests(8, shorter=36, batch=2)))
 
 
 def test_the_pipeline_warns_of_nothing(small: Path) -> None:
