@@ -22,6 +22,8 @@ from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.optimizer import with_momentum
 
+Makers = dict[str, tuple[dict[str, Any], Make]]  # by what is measured: what its rows say more, and how it is made
+
 AUTOTUNE = "max-autotune-no-cudagraphs"
 GRAPHS = "reduce-overhead"
 RESERVE_S = 10  # to time what was compiled
@@ -90,9 +92,7 @@ def step(task: Task, build: Callable[[], nn.Module], *, ours: bool, mode: str = 
     return lambda batch: one_pass(work, role, build, "step", not task.tiny, batch, mode)  # type: ignore[arg-type]
 
 
-def images_per_s(
-    task: Task, name: str, makers: dict[str, tuple[dict[str, Any], Make]], batch: int, turns: Turns
-) -> list[dict[str, Any]]:
+def images_per_s(task: Task, name: str, makers: Makers, batch: int, turns: Turns) -> list[dict[str, Any]]:
     """Rows of training steps of one network, in turns, with what they are shares of; `makers` have more to say."""
     work, plan = work_on(task), plan_of(task, batch)
     dtype = work.precision.dtype or torch.float32
@@ -111,7 +111,7 @@ def images_per_s(
 
 def throughput(task: Task, name: str) -> Outcome:
     """Our network by torch's operators and by the kernels, and torchvision's, all compiled."""
-    makers: dict[str, tuple[dict[str, Any], Make]] = {
+    makers: Makers = {
         "fastflower": ({"norm": TORCHS}, step(task, partial(network, name, TORCHS), ours=True)),
         "fastflower, kernels": ({"norm": KERNELS}, step(task, partial(network, name, KERNELS), ours=True)),
         "torchvision": ({"norm": None}, step(task, partial(torchvisions, name), ours=False)),
@@ -126,36 +126,41 @@ resnet50 = partial(throughput, name="resnet50")
 
 def autotuned(task: Task) -> Outcome:
     """Torchvision's by the compiler's longest search, beside ours: the best of it counts."""
-    rows, turns = list[dict[str, Any]](), Turns(task)
-    for name in ("resnet18", "resnet50")[: 1 if task.tiny else 2]:
-        makers: dict[str, tuple[dict[str, Any], Make]] = {
-            "fastflower": ({"norm": TORCHS}, step(task, partial(network, name, TORCHS), ours=True)),
-            f"torchvision, {AUTOTUNE}": (
-                {"norm": None, "mode": AUTOTUNE},
-                step(task, partial(torchvisions, name), ours=False, mode=AUTOTUNE),
-            ),
-            f"fastflower, {AUTOTUNE}": (
-                {"norm": None, "mode": AUTOTUNE},
-                step(task, partial(network, name, TORCHS), ours=True, mode=AUTOTUNE),
-            ),
+
+    def makers(name: str) -> Makers:
+        longest = {"norm": None, "mode": AUTOTUNE}
+        peer = step(task, partial(torchvisions, name), ours=False, mode=AUTOTUNE)
+        ours = partial(network, name, TORCHS)
+        return {
+            "fastflower": ({"norm": TORCHS}, step(task, ours, ours=True)),
+            f"torchvision, {AUTOTUNE}": (longest, peer),
+            f"fastflower, {AUTOTUNE}": (longest, step(task, ours, ours=True, mode=AUTOTUNE)),
         }
-        rows += images_per_s(task, name, makers, 256, turns)
-        turns.longest_s *= DEEPER
-    return outcome(rows, "torchvision and ours, autotuned")
+
+    return outcome(on_two_networks(task, makers, 256), "torchvision and ours, autotuned")
 
 
 def graphs(task: Task) -> Outcome:
     """CUDA graphs on batches of 32, which launches bound."""
-    rows, turns = list[dict[str, Any]](), Turns(task)
-    for name in ("resnet18", "resnet50")[: 1 if task.tiny else 2]:
-        makers: dict[str, tuple[dict[str, Any], Make]] = {
-            label: ({"norm": None, "mode": mode}, step(task, partial(network, name, TORCHS), ours=True, mode=mode))
-            for label, mode in (("default", "default"), (GRAPHS, GRAPHS))
+
+    def makers(name: str) -> Makers:
+        ours = partial(network, name, TORCHS)
+        return {
+            mode: ({"norm": None, "mode": mode}, step(task, ours, ours=True, mode=mode)) for mode in ("default", GRAPHS)
         }
-        rows += images_per_s(task, name, makers, 32, turns)
-        turns.longest_s *= DEEPER
+
+    rows = on_two_networks(task, makers, 32)
     require_steady(rows)
     return outcome(rows, "batch 32")
+
+
+def on_two_networks(task: Task, makers: Callable[[str], Makers], batch: int) -> list[dict[str, Any]]:
+    """Rows of `images_per_s` of resnet18 and of resnet50, which is compiled where its time is left."""
+    rows, turns = list[dict[str, Any]](), Turns(task)
+    for name in ("resnet18", "resnet50")[: 1 if task.tiny else 2]:
+        rows += images_per_s(task, name, makers(name), batch, turns)
+        turns.longest_s *= DEEPER
+    return rows
 
 
 def require_steady(rows: list[dict[str, Any]]) -> None:
