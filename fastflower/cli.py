@@ -5,34 +5,24 @@ Nothing heavy (torch, DALI) is imported before a command runs, so that help answ
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, Union
 
 import tyro
 from rich.text import Text
 from tyro.conf import OmitSubcommandPrefixes, subcommand
 
+from fastflower.arguments import Option, filled, find_command, options_of, read_words
 from fastflower.commands import carry_out, run_name
 from fastflower.config import Config, resolve
 from fastflower.environment import versions
 from fastflower.errors import UserError
-from fastflower.options import (
-    CvCommand,
-    DataCommand,
-    DoctorCommand,
-    EnsembleCommand,
-    EvalCommand,
-    FlopsCommand,
-    Options,
-    PredictCommand,
-    ReportCommand,
-    TrainCommand,
-)
+from fastflower.helptext import command_help, group_help, program_help
+from fastflower.options import COMMANDS, CvCommand, Options, TrainCommand
 from fastflower.runtime.output import Console, discard, tolerant_output
 from fastflower.runtime.signals import Interrupted, handling, interrupt
 from fastflower.settings import build, find_config, load_yaml, merge
@@ -41,7 +31,8 @@ DESCRIPTION = (
     "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs.\n\n"
     "fastflower --version prints the versions of fastflower, torch, DALI and Triton."
 )
-_NO_COMPILE = ("--train.no_compile", "--train.no-compile", "--no-train.compile", "--no_train.compile")
+HELP = {"--help", "-h"}
+SHELLS = ("bash", "zsh", "fish")
 
 
 def main() -> None:
@@ -90,67 +81,85 @@ def parse(argv: Sequence[str]) -> Options:
     """The command and its options; what --config or --resume say are the defaults of a training run.
 
     Raises:
-        UserError: a bad configuration file or value.
+        UserError: a wrong word, or a bad configuration file or value.
+        SystemExit: help or a script for the shell was asked for, and is printed.
     """
-    argv = ["--train.compile=off" if word in _NO_COMPILE else word for word in argv]
-    settings, checkpoint = _training_defaults(argv) if argv[:1] in (["train"], ["cv"]) else (Config(), None)
-    commands: Any = (
-        Annotated[TrainCommand, subcommand("train", default=TrainCommand(settings))]
-        | Annotated[EvalCommand, subcommand("eval")]
-        | Annotated[PredictCommand, subcommand("predict")]
-        | Annotated[EnsembleCommand, subcommand("ensemble")]
-        | Annotated[CvCommand, subcommand("cv", default=CvCommand(settings))]
-        | Annotated[FlopsCommand, subcommand("flops")]
-        | Annotated[ReportCommand, subcommand("report")]
-        | Annotated[DoctorCommand, subcommand("doctor")]
-        | Annotated[DataCommand, subcommand("data", description=DataCommand.__doc__)]
-    )
-    command = tyro.cli(
-        commands,
-        prog="fastflower",
-        description=DESCRIPTION,
-        args=argv,
-        use_underscores=True,
-        config=(OmitSubcommandPrefixes,),
-    )
-    if isinstance(command, TrainCommand):
-        if command.resume and command.overwrite:
+    if argv and argv[0].replace("_", "-").startswith("--tyro-"):
+        _print_completion(argv)
+    if not argv or argv[0] in HELP:
+        _show(program_help(DESCRIPTION, COMMANDS, Config()), asked=bool(argv))
+    name, words = find_command(argv, COMMANDS)
+    if name not in COMMANDS:
+        _show(group_help(name, COMMANDS), asked=bool(words))
+    kind, options = COMMANDS[name], options_of(COMMANDS[name])
+    if not HELP.isdisjoint(words):
+        _show(command_help(name, kind, _settings_shown(kind, [word for word in words if word not in HELP])))
+    given = read_words(words, name, options)
+    own = {option.path[0]: value for option, value in given.items() if not option.is_setting}
+    if kind not in (TrainCommand, CvCommand):
+        return kind(**own)
+    settings, checkpoint = _training_defaults(given)
+    settings = filled(settings, given)
+    if kind is TrainCommand:
+        if own.get("resume") and own.get("overwrite"):
             raise UserError("--resume goes on with a run, --overwrite replaces it by a new one: give one of them.")
-        return replace(command, settings=_checked(command.settings), resume=checkpoint)
-    if isinstance(command, CvCommand):
-        data = command.settings.data
-        folds = (data.folds or 5) if command.folds is None else command.folds
-        folded = replace(command.settings, data=replace(data, folds=folds, fold=0))
-        return replace(command, settings=_checked(folded))
-    return command.command if isinstance(command, DataCommand) else command
+        return TrainCommand(**own | {"settings": _checked(settings), "resume": checkpoint})
+    data = settings.data
+    folds = own.get("folds") or data.folds or 5
+    return CvCommand(**own | {"settings": _checked(replace(settings, data=replace(data, folds=folds, fold=0)))})
+
+
+def _show(text: str, *, asked: bool = True) -> NoReturn:
+    """Print help and end: where nobody asked for it, as of a mistake."""
+    print(text, end="", file=sys.stdout if asked else sys.stderr)
+    raise SystemExit(0 if asked else 2)
+
+
+def _settings_shown(kind: type[Options], words: Sequence[str]) -> Config:
+    """The settings that hold before the options, where the words beside --help say so."""
+    try:
+        return _training_defaults(read_words(words, "", options_of(kind)))[0]
+    except UserError:
+        return Config()
+
+
+def _print_completion(argv: Sequence[str]) -> NoReturn:
+    """Print or write the script by which a shell completes commands and options: --tyro-print-completion bash."""
+    groups: dict[str, list[Any]] = {}
+    for name, kind in COMMANDS.items():
+        group, _, last = name.rpartition(" ")
+        groups.setdefault(group, []).append(Annotated[kind, subcommand(last)])
+    commands = groups.pop("")
+    commands += [Annotated[Union[tuple(kinds)], subcommand(group)] for group, kinds in groups.items()]  # noqa: UP007
+    if argv[1:2] and argv[1] not in SHELLS:
+        raise UserError(f"{argv[0]} is {argv[1]}: it takes {', '.join(SHELLS)}.")
+    union: Any = Union[tuple(commands)]  # noqa: UP007
+    tyro.cli(union, prog="fastflower", args=argv, config=(OmitSubcommandPrefixes,))
+    raise UserError(f"{argv[0]} has no value: give a shell, such as fastflower --tyro-print-completion bash.")
 
 
 def _checked(settings: Config) -> Config:
     return resolve(build(asdict(settings), "command line"))
 
 
-def _training_defaults(argv: Sequence[str]) -> tuple[Config, Path | None]:
+def _training_defaults(options: Mapping[Option, Any]) -> tuple[Config, Path | None]:
     """Settings before the command line's own, and the checkpoint to resume.
 
     The settings are those of the resumed run, then of --config; the demo's where neither they nor data are named.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for option in ("--config", "--resume", "--run"):
-        parser.add_argument(option, nargs="?")  # a missing value is for the real parser to name
-    parser.add_argument("--data.root", dest="root", nargs="?")
-    given, _ = parser.parse_known_args(argv)
+    given = {option.name: value for option, value in options.items()}
+    config, root = given.get("config"), given.get("data.root")
     settings: dict[str, Any] = {}
     source, checkpoint = "defaults", None
-    if given.resume:
+    if given.get("resume"):
         from fastflower.runtime.checkpoint import load_trained
         from fastflower.runtime.run_folder import find_checkpoint
 
-        run = Path(given.run) if given.run else None
-        checkpoint = find_checkpoint(given.resume, run, run_name(given.config, given.root))
+        checkpoint = find_checkpoint(str(given["resume"]), given.get("run"), run_name(config, root))
         if checkpoint:
             source, settings = str(checkpoint), load_trained(checkpoint)["config"]
-    if given.config or not (given.root or settings):
-        path = find_config(given.config or "demo")
+    if config or not (root or settings):
+        path = find_config(config or "demo")
         source = str(path)
         settings = merge(settings, load_yaml(path))
     return build(settings, source), checkpoint

@@ -9,8 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BeforeValidator, Field
-from tyro.constructors import PrimitiveConstructorSpec
+from pydantic import Field
 
 from fastflower.models import NETWORKS, BottleneckStride, NormChoice, Shortcut, find_network
 
@@ -23,30 +22,13 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 RGB = tuple[Finite, Finite, Finite]
-# YAML may name one folder without a list around it.
-Folders = Annotated[
-    tuple[Path, ...], BeforeValidator(lambda value: [value] if isinstance(value, str | Path) else value)
-]
-
-_SWITCH = {"on": True, "true": True, "off": False, "false": False, "auto": None, "none": None}
-# A flag with a third state: `--x`, `--x on|off|auto`.
-Switch = Annotated[
-    bool | None,
-    PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[on|off|auto]",
-        instance_from_str=lambda args: _SWITCH[" ".join(args).lower()] if args else True,
-        is_instance=lambda value: value is None or isinstance(value, bool),
-        str_from_instance=lambda value: ["auto" if value is None else "on" if value else "off"],
-    ),
-]
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Pictures: where they are and how they become batches."""
 
-    root: Folders | None = None
+    root: tuple[Path, ...] | None = None
     """Folder of the pictures, or several that are taken together; None = the built-in synthetic flowers. A folder holds
     tfrecords-jpeg-SxS/{train,val,test}/*.tfrec, or pictures in {train,val}/CLASS/ and test/, or in CLASS/ alone."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -193,7 +175,7 @@ class TrainConfig:
     profile: bool = False
     """Record some steps of the first epoch with torch's profiler: trace.json in the run folder, and a list of the ten
     heaviest operations."""
-    compile: Switch = None
+    compile: bool | None = None
     """torch.compile the network; auto = on a GPU only."""
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = "default"
     """torch.compile's mode."""

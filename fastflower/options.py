@@ -6,22 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg, subcommand
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.conf import Positional, arg
 
-from fastflower.config import Config, Split
-
-# Whole numbers in one word, such as 224,256,384.
-Numbers = Annotated[
-    tuple[int, ...],
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="INT,INT,...",
-        instance_from_str=lambda args: tuple(int(word) for word in args[0].split(",")),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [",".join(map(str, value)) or "none"],
-    ),
-]
+from fastflower.config import Config, PositiveInt, Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +50,17 @@ class EvaluationOptions(Options):
 
     root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
     """Data folder, or several that are taken together; None = the run's."""
-    sizes: Literal["all"] | tuple[int, ...] | None = None
+    sizes: Annotated[Literal["all"] | tuple[PositiveInt, ...] | None, arg(name="data.sizes", aliases=["--sizes"])] = (
+        None
+    )
     """Stored sizes to take (pixels); None = training's to evaluate by one or ten crops, and where data.val_resize is
     none; else all. Predictions and scales take each picture once, from the largest of them."""
     crops: Literal[1, 10] = 1
     """1 = the center of each picture; 10 = corners and center and their mirror images, averaged."""
-    scales: Numbers = ()
+    scales: tuple[PositiveInt, ...] = ()
     """Shorter sides (pixels) at which all positions of each picture and of its mirror image are averaged, such as
     224,256,384,480,640."""
-    batch_size: int | None = None
+    batch_size: Annotated[PositiveInt | None, arg(aliases=["--train.batch-size"])] = None
     """Crops at once, over all processes together; None = as in training."""
     device: Literal["run", "auto", "cpu", "cuda"] = "run"
     """Where the network runs; run = as in training."""
@@ -143,7 +132,7 @@ class EnsembleCommand(Options):
     """Data folder, or several, for what is predicted now; None = each run's."""
     crops: Literal[1, 10] = 1
     """1 = runs are predicted by the center of each picture; 10 = by corners and center and their mirror images."""
-    scales: Numbers = ()
+    scales: tuple[PositiveInt, ...] = ()
     """Shorter sides (pixels) at which all positions of each picture and of its mirror image are averaged."""
     mix_views: bool = False
     """Combine members that were predicted by other crops or scales than others, which is refused without it."""
@@ -180,7 +169,7 @@ class CvCommand(Options):
     """Begin anew, and replace the folds that --run already holds."""
     crops: Literal[1, 10] = 1
     """1 = each picture is predicted by its center; 10 = by corners and center and their mirror images."""
-    scales: Numbers = ()
+    scales: tuple[PositiveInt, ...] = ()
     """Shorter sides (pixels) at which all positions of each picture and of its mirror image are averaged."""
     test: bool = False
     """Also predict the test split, by the mean of the folds' networks."""
@@ -280,12 +269,17 @@ class StatsCommand(Options):
     """Stored sizes to measure (pixels), as data.sizes names them."""
 
 
-@dataclass(frozen=True)
-class DataCommand:
-    """Draw, check or measure data sets."""
-
-    command: (
-        Annotated[DemoCommand, subcommand("demo")]
-        | Annotated[CheckCommand, subcommand("check")]
-        | Annotated[StatsCommand, subcommand("stats")]
-    )
+# By what each is called; a name of two words is one of a group.
+COMMANDS: dict[str, type[Options]] = {
+    "train": TrainCommand,
+    "eval": EvalCommand,
+    "predict": PredictCommand,
+    "ensemble": EnsembleCommand,
+    "cv": CvCommand,
+    "flops": FlopsCommand,
+    "report": ReportCommand,
+    "doctor": DoctorCommand,
+    "data demo": DemoCommand,
+    "data check": CheckCommand,
+    "data stats": StatsCommand,
+}

@@ -4,30 +4,46 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
+from fastflower import hints, values
 from fastflower.config import Config
 from fastflower.errors import UserError
 from fastflower.models import find_network
+from fastflower.yaml_files import Dumper, read_yaml
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 
 def find_config(given: str | Path) -> Path:
-    """A configuration file by its path, or by its name where it comes with fastflower."""
-    path = Path(given)
-    if not path.suffix and not path.is_file():
-        resource = importlib.resources.files("fastflower.configs").joinpath(f"{given}.yaml")
-        with importlib.resources.as_file(resource) as bundled:
-            if bundled.is_file():
-                return bundled
+    """A configuration file by its path, or by its name where it comes with fastflower.
+
+    Raises:
+        UserError: a name of which there is none.
+    """
+    path = Path(given).expanduser()
+    bundled = importlib.resources.files("fastflower.configs")
+    names = sorted(entry.name.removesuffix(".yaml") for entry in bundled.iterdir() if entry.name.endswith(".yaml"))
+    if path.is_file():
+        return path
+    if str(given) in names:
+        with importlib.resources.as_file(bundled.joinpath(f"{given}.yaml")) as file:
+            return file
+    if path.name == str(given) and path.stem in names:
+        raise UserError(f"there is no file {path}; the configuration that comes with fastflower is called {path.stem}.")
+    if not path.suffix and path.name == str(given):
+        near = difflib.get_close_matches(path.name, names, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"there is no configuration {given}; {hint}With fastflower come {', '.join(names)}; "
+            "of your own give the file, such as mine.yaml."
+        )
     return path
 
 
@@ -37,15 +53,28 @@ def load_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, not YAML, or not a mapping.
     """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): give an existing configuration file.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}).") from error
+    settings = read_yaml(path)
     if not isinstance(settings, dict | None):
         raise UserError(f"{path} holds no settings: write keys such as 'train: {{epochs: 10}}'.")
-    return settings or {}
+    return nested(settings or {}, str(path))
+
+
+def nested(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Settings whose keys may be dotted (train.epochs), as nested ones.
+
+    Raises:
+        UserError: a setting that is given in both ways.
+    """
+    plain: dict[str, Any] = {key: value for key, value in settings.items() if "." not in str(key)}
+    for dotted, value in settings.items():
+        section, dot, name = str(dotted).partition(".")
+        if not dot:
+            continue
+        inner = plain.get(section) or {}
+        if not isinstance(inner, Mapping) or name in inner:
+            raise UserError(f"{source}: {dotted} stands beside {section}, which gives it too: keep one of them.")
+        plain[section] = {**inner, name: value}
+    return plain
 
 
 def build(settings: Mapping[str, Any], source: str) -> Config:
@@ -58,16 +87,36 @@ def build(settings: Mapping[str, Any], source: str) -> Config:
     Raises:
         UserError: an unknown key (the nearest is suggested), or a value that is wrong by itself or beside another.
     """
-    _refuse_unknown_keys(settings, Config, "", source)
-    try:
-        config = TypeAdapter(Config).validate_python(settings)
-    except ValidationError as error:
-        # of the branches of a union, the one that got furthest says best what is wrong
-        first = max(error.errors(), key=lambda problem: len(problem["loc"]))
-        key = ".".join(str(part) for part in _key_path(first["loc"]))
-        raise UserError(f"{source}: {key} is {first['input']!r}: {_lower_first(first['msg'])}.") from error
+    config: Config = _built(Config, settings, "", source)
     _check_together(config, source)
     return config
+
+
+def _built(kind: type, settings: Mapping[str, Any], prefix: str, source: str) -> Any:
+    """A section's dataclass of its settings."""
+    annotations = get_type_hints(kind, include_extras=True)
+    built = {}
+    for key, value in settings.items():
+        if key not in annotations:
+            raise UserError(f"{source}: there is no setting {prefix}{key}; {_hint(prefix, str(key), annotations)}")
+        annotation = annotations[key]
+        if is_dataclass(annotation):
+            inner = {} if value is None else value  # a section whose settings are all commented out
+            if not isinstance(inner, Mapping):
+                first = keys(annotation)[0]  # type: ignore[arg-type]
+                raise UserError(f"{source}: {prefix}{key} is {value!r}: it takes keys such as {first}.")
+            built[key] = _built(annotation, inner, f"{prefix}{key}.", source)  # type: ignore[arg-type]
+            continue
+        try:
+            built[key] = values.read(annotation, value)
+        except ValueError as error:
+            raise UserError(f"{source}: {values.refusal(prefix + key, value, annotation)}") from error
+    return kind(**built)
+
+
+def _hint(prefix: str, key: str, names: Collection[str]) -> str:
+    near = hints.nearest(prefix + key.replace("-", "_"), keys())
+    return f"did you mean {near}?" if near else f"the keys here are {', '.join(sorted(names))}."
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +130,7 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load_yaml` and `build` read back to the same."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None, width=120)
+    return yaml.dump(to_plain(config), Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120)
 
 
 def to_plain(config: DataclassInstance) -> dict[str, Any]:
@@ -105,29 +154,6 @@ def keys(kind: type = Config, prefix: str = "") -> list[str]:
         section = f.default_factory if is_dataclass(f.default_factory) else None
         names += keys(section, f"{prefix}{f.name}.") if isinstance(section, type) else [prefix + f.name]
     return names
-
-
-def _refuse_unknown_keys(settings: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
-    sections = {f.name: f.default_factory for f in fields(kind) if is_dataclass(f.default_factory)}
-    names = {f.name for f in fields(kind)}
-    for key, value in settings.items():
-        if key not in names:
-            near = _nearest(prefix, str(key))
-            hint = f"did you mean {near}?" if near else f"the keys here are {', '.join(sorted(names))}."
-            raise UserError(f"{source}: there is no setting {prefix}{key}; {hint}")
-        section = sections.get(key)
-        if isinstance(section, type):
-            if not isinstance(value, Mapping):
-                raise UserError(f"{source}: {prefix}{key} is {value!r}: it takes keys such as {keys(section)[0]}.")
-            _refuse_unknown_keys(value, section, f"{prefix}{key}.", source)
-
-
-def _nearest(prefix: str, key: str) -> str | None:
-    """The dotted key that is most like the unknown one, wherever it stands."""
-    if near := difflib.get_close_matches(prefix + key, keys(), n=1):
-        return near[0]
-    by_name = {dotted.rpartition(".")[2]: dotted for dotted in keys()}
-    return next((by_name[name] for name in difflib.get_close_matches(key, by_name, n=1)), None)
 
 
 def _check_together(config: Config, source: str) -> None:
@@ -179,17 +205,3 @@ def _check_together(config: Config, source: str) -> None:
     for problem, holds in problems.items():
         if holds:
             raise UserError(f"{source}: {problem}.")
-
-
-def _key_path(location: tuple[int | str, ...]) -> list[int | str]:
-    # pydantic appends the branch of a union that it tried; the user's key ends before it
-    path: list[int | str] = []
-    for part in location:
-        if path and not any(key.startswith(".".join(map(str, [*path, part]))) for key in keys()):
-            break
-        path.append(part)
-    return path
-
-
-def _lower_first(text: str) -> str:
-    return text[:1].lower() + text[1:]

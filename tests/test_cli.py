@@ -48,7 +48,7 @@ def test_help_takes_less_than_a_second_of_processor_time() -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["train", "--help"], ["(default: 256)", "(pixels)", "--amp, --no_amp", "--train.epochs", "--resume"]),
+        (["train", "--help"], ["(default: 256)", "(pixels)", "--amp, --no-amp", "--train.epochs", "--resume"]),
         (["eval", "--help"], ["--data.root", "(default: val)", "--json"]),
         (["flops", "--help"], ["(pixels)", "(default: 224)", "--layers", "--json", "resnet50-v1", "2 x MACs"]),
         (["data", "demo", "--help"], ["(default: 2400)", "(pixels)"]),

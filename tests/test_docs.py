@@ -19,9 +19,11 @@ from torch.distributed.run import get_args_parser
 
 from bench.harness.common import start
 from fastflower import cli
+from fastflower.arguments import options_of
 from fastflower.config import Config
 from fastflower.data.dataset import builtin_root
 from fastflower.errors import UserError
+from fastflower.options import COMMANDS
 from fastflower.settings import find_config, to_plain
 from tests.conftest import ROOT, write_dataset
 from tests.markdown import Block, commands, mentioned_commands, read, spans
@@ -239,9 +241,8 @@ def options_in_help() -> set[str]:
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
             importlib.import_module(f"bench.{module}").main([*words, "--help"])
         shown.append(out.getvalue())
-    return {
-        option.replace("-", "_") for text in (*shown, *cli._NO_COMPILE) for option in re.findall(r"--[\w.-]*\w", text)
-    }
+    shown += [option.opposite for kind in COMMANDS.values() for option in options_of(kind)]
+    return {option.replace("-", "_") for text in shown for option in re.findall(r"--[\w.-]*\w", text)}
 
 
 @pages()

@@ -46,9 +46,9 @@ def test_every_command_is_among_them() -> None:
     """What they are found by sees all commands and their nested settings."""
     named = options()
     for command in ("train", "eval", "predict", "ensemble", "cv", "flops", "report", "doctor", "data check"):
-        assert f"fastflower {command} --debug, --no_debug" in named
+        assert f"fastflower {command} --debug, --no-debug" in named
         assert fastflower(*command.split(), "--help").code == 0
-    assert "fastflower train --train.batch_size" in named
+    assert "fastflower train --train.batch-size" in named
 
 
 if __name__ == "__main__":
