@@ -107,8 +107,9 @@ class PredictCommand(EvaluationOptions):
     submission: Path | None = None
     """Write the competition's CSV, id,label."""
     sample: Path | None = None
-    """Sample submission, whose ids must be those of the records, and whose labels show whether classes are written by
-    name; None = by name where a class is called by a number, else by place."""
+    """Sample submission, whose ids must be those of the records: the answers are written in its form, as labels by name
+    or by place, or as a probability for each class; None = id,label, by name where a class is called by a number, else
+    by place."""
     names: str | None = None
     """Names of the classes for --images: a JSON list, a text file with one a line, or kaggle104; None = the data's."""
 
@@ -143,8 +144,8 @@ class EnsembleCommand(Options):
     submission: Path | None = None
     """Write the competition's CSV, id,label."""
     sample: Path | None = None
-    """Sample submission, whose ids must be those of the members, and whose labels show whether classes are written by
-    name; None = by name where a class is called by a number, else by place."""
+    """Sample submission, whose ids must be those of the members: the answers are written in its form (see predict);
+    None = id,label, by name where a class is called by a number, else by place."""
     json: bool = False
     """Print the figures as one JSON list of objects: name, weight, n, loss, accuracy, top5, macro_f1."""
 

@@ -27,7 +27,7 @@ from fastflower.evaluation.combine import (
 from fastflower.evaluation.predict import hand_in, predictions_of
 from fastflower.evaluation.predictions import Predictions, read_predictions, sort_by_id
 from fastflower.evaluation.session import EvaluationSettings, open_session, trained_on, views_of
-from fastflower.evaluation.submission import labels_of
+from fastflower.evaluation.submission import form_of
 from fastflower.evaluation.trained_run import open_trained
 from fastflower.evaluation.views import Views
 from fastflower.files import require_writable
@@ -97,7 +97,7 @@ def ensemble_runs(
     members, _ = _find_all(paths, method, split, settings, fit_on, console, mix_views=mix_views, ahead=True)
     joined, weights, notes = join(members), None, []
     if sample:
-        labels_of(joined[0].classes, joined[0].ids.tolist(), sample)
+        form_of(joined[0].classes, joined[0].ids.tolist(), sample)
     members, others = _find_all(paths, method, split, settings, fit_on, console, mix_views=mix_views)
     joined = join(members)
     if others:

@@ -17,7 +17,7 @@ from fastflower.errors import UserError
 from fastflower.evaluation.predictions import Predictions, read_predictions, sort_by_id, write_predictions
 from fastflower.evaluation.score import ready, score, softmax
 from fastflower.evaluation.session import EvaluationSettings, Session, input_of, load_split, open_session, source
-from fastflower.evaluation.submission import labels_of, meaning, write_submission
+from fastflower.evaluation.submission import form_of, meaning, write_submission
 from fastflower.evaluation.trained_run import Planned, Trained, open_trained
 from fastflower.files import require_writable
 from fastflower.runtime.run_folder import RunFolder
@@ -82,7 +82,7 @@ def load_pictures(
     with session.ranks.together():
         _require_ids(records)
         if sample:
-            labels_of(planned.classes, records.ids.tolist(), sample)
+            form_of(planned.classes, records.ids.tolist(), sample)
     return data, records
 
 
@@ -162,15 +162,15 @@ def hand_in(
     """Write the files that are asked for, the submission in the form of the sample; sentences that say so.
 
     Raises:
-        UserError: see `fastflower.evaluation.submission.labels_of`.
+        UserError: see `fastflower.evaluation.submission.form_of`.
     """
     notes: list[str] = []
     if submission:
-        ids, classes = predictions.ids.tolist(), predictions.classes
-        labels = labels_of(classes, ids, sample)
-        answers = [labels[place] for place in predictions.likeliest.tolist()]
-        write_submission(submission, dict(zip(ids, answers, strict=True)), set(ids), labels)
-        notes += filter(None, (f"Submission: {submission}", meaning(classes, labels)))
+        form = form_of(predictions.classes, predictions.ids.tolist(), sample)
+        write_submission(submission, form, predictions)
+        notes.append(f"Submission: {submission}")
+        if form.columns is None and (sentence := meaning(predictions.classes, form.labels)):
+            notes.append(sentence)
     if out:
         write_predictions(out, predictions)
         notes.append(f"Predictions of {len(predictions.ids)} pictures: {out}")

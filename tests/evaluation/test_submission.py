@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fastflower.data.records import NO_LABEL
@@ -18,7 +21,7 @@ from fastflower.errors import UserError
 from fastflower.evaluation.combine import Member, Method, combine
 from fastflower.evaluation.predict import hand_in
 from fastflower.evaluation.predictions import Predictions, read_predictions, sort_by_id, write_predictions
-from fastflower.evaluation.submission import labels_of, meaning, write_submission
+from fastflower.evaluation.submission import Form, form_of, meaning, write_submission
 from tests.conftest import fastflower, train_arguments, write_dataset, write_folders
 
 
@@ -121,7 +124,7 @@ FOLDERS, FLOWERS = ["10", "2", "30"], ["daisy", "rose", "tulip"]
 def test_a_sample_decides_between_names_and_places(
     classes: list[str], labels: list[object], written: list[str], tmp_path: Path
 ) -> None:
-    assert labels_of(classes, ["0", "1", "2"], sample(tmp_path / "s.csv", labels)) == written
+    assert form_of(classes, ["0", "1", "2"], sample(tmp_path / "s.csv", labels)).labels == written
 
 
 @pytest.mark.parametrize(
@@ -142,28 +145,35 @@ def test_a_sample_of_other_classes_is_refused(
 ) -> None:
     path = sample(tmp_path / "s.csv", labels)
     with pytest.raises(UserError, match=words) as error:
-        labels_of(classes, ["0", "1", "2"], path)
+        form_of(classes, ["0", "1", "2"], path)
     assert str(path) in str(error.value)
 
 
+def answered(answers: dict[str, int], classes: list[str]) -> Predictions:
+    """Predictions whose likeliest class, by its place, is given for each id."""
+    rows = np.eye(len(classes), dtype=np.float32)[list(answers.values())]
+    return Predictions("test", classes, np.array(list(answers)), rows, np.full(len(rows), NO_LABEL))
+
+
 def test_a_submission_has_exact_ids_and_labels_sorted_and_the_header(tmp_path: Path) -> None:
-    path = tmp_path / "submission.csv"
-    labels = {"b": "1", "000123": "103", "a,b": "rose, red", 'q"\n': "007"}
-    write_submission(path, labels, set(labels), list(labels.values()))
+    path, classes = tmp_path / "submission.csv", ["1", "103", "rose, red", "007"]
+    predictions = answered({"b": 0, "000123": 1, "a,b": 2, 'q"\n': 3}, classes)
+    write_submission(path, form_of(classes, predictions.ids.tolist()), predictions)
     assert path.read_bytes().startswith(b"id,label\n000123,103\n")
-    assert rows(path) == labels
-    assert list(rows(path)) == sorted(labels)
+    assert rows(path) == dict(zip(predictions.ids.tolist(), classes, strict=True))
+    assert list(rows(path)) == sorted(rows(path))
 
 
-@pytest.mark.parametrize("wanted", [{"a"}, {"a", "b", "c"}, {"a", "x"}])
-def test_a_submission_with_other_ids_than_the_records_is_not_written(wanted: set[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("wanted", [["a"], ["a", "b", "c"], ["a", "x"]])
+def test_a_submission_with_other_ids_than_the_records_is_not_written(wanted: list[str], tmp_path: Path) -> None:
     path = tmp_path / "submission.csv"
     path.write_text("earlier")
+    predictions = answered({"a": 0, "b": 1}, FLOWERS)
     with pytest.raises(UserError, match="was not written"):
-        write_submission(path, {"a": "0", "b": "1"}, wanted, ["0", "1"])
-    for bad in ("2", "00", "1.0", "", "x"):
-        with pytest.raises(UserError, match="id b would be"):
-            write_submission(path, {"a": "0", "b": bad}, {"a", "b"}, ["0", "1"])
+        write_submission(path, form_of(FLOWERS, wanted), predictions)
+    nan = replace(predictions, probabilities=np.full((2, 3), np.nan, np.float32))
+    with pytest.raises(UserError, match="ids a, b would have no answer"):
+        write_submission(path, Form(["0", "1", "2"], {"a": "a", "b": "b"}, [0, 1, 2], ["id", *FLOWERS]), nan)
     assert path.read_text() == "earlier"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -171,22 +181,124 @@ def test_a_submission_with_other_ids_than_the_records_is_not_written(wanted: set
 def test_a_sample_must_have_the_records_ids(tmp_path: Path) -> None:
     path = tmp_path / "sample.csv"
     path.write_bytes("\ufeffid,label\r\n01,0\r\n2,0\r\n".encode())
-    labels_of(FLOWERS, ["2", "01"], path)
+    form_of(FLOWERS, ["2", "01"], path)
     with pytest.raises(UserError, match="the records lack id 01, and it lacks ids 1, 3"):
-        labels_of(FLOWERS, ["1", "2", "3"], path)
+        form_of(FLOWERS, ["1", "2", "3"], path)
     names = [f"{i:02}" for i in range(9)]
     with pytest.raises(UserError, match="it lacks ids 00, 02, 03, 04, 05 and 3 more"):
-        labels_of(FLOWERS, [*names, "2"], path)
+        form_of(FLOWERS, [*names, "2"], path)
     for text, words in [
-        ("", "does not begin with the header"),
-        ("name,label\na,0\n", "does not begin with the header"),
+        ("", "is empty"),
+        ("a,0\nb,0\n", "has no header, but begins with id a"),
+        ("id,label\na,0\nb\n", "has 1 fields in the line of 'b', and 2 in its header"),
         ("id,label\na,0\na,1\n", "has id a more than once"),
     ]:
         path.write_text(text)
         with pytest.raises(UserError, match=words):
-            labels_of(FLOWERS, ["a"], path)
+            form_of(FLOWERS, ["a"], path)
     with pytest.raises(UserError, match="cannot be read"):
-        labels_of(FLOWERS, ["a"], tmp_path / "none.csv")
+        form_of(FLOWERS, ["a"], tmp_path / "none.csv")
+
+
+FIELD = st.text("abcXYZ01 ,;\"'öß花-_.", min_size=1, max_size=6).filter(lambda text: text.strip() == text)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    classes=st.lists(NAMES.filter(lambda name: name.strip() == name), min_size=2, max_size=6, unique_by=str.casefold),
+    stems=st.lists(st.text("abc012", min_size=1, max_size=4), min_size=2, max_size=12, unique=True),
+    header=st.tuples(FIELD, FIELD).filter(lambda pair: pair[0] != pair[1]),
+    shape=st.sampled_from(["places", "names", "probabilities"]),
+    suffix=st.sampled_from(["", ".jpg", ".PNG"]),
+    separator=st.sampled_from([",", ";", "\t"]),
+    line_end=st.sampled_from(["\n", "\r\n"]),
+    mark=st.booleans(),
+    quoted=st.booleans(),
+    reverse=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_what_is_handed_in_has_the_samples_form_as_pandas_reads_it(
+    classes: list[str],
+    stems: list[str],
+    header: tuple[str, str],
+    shape: str,
+    suffix: str,
+    separator: str,
+    line_end: str,
+    mark: bool,
+    quoted: bool,
+    reverse: bool,
+    seed: int,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    others = set(",;\t") - {separator}
+    assume(header[0] not in stems and not any(is_numeric(name) for name in classes))
+    assume(not any(others & set(text) for text in (*header, *classes)))
+    rng, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("sample")
+    predictions = replace(made(classes, seed, len(stems)), ids=np.array(sorted(stems)))
+    order = rng.permutation(len(stems))
+    if shape == "probabilities":
+        columns = [classes[k] for k in rng.permutation(len(classes))]
+        cells = {name: ["0.5"] * len(stems) for name in columns}
+    else:
+        given_labels = ["0"] * len(stems) if shape == "places" else list(rng.choice(classes, len(stems)))
+        cells = {header[1]: given_labels}
+    assume(header[0] not in cells)
+    table = {header[0]: [stems[k] + suffix for k in order]} | cells
+    frame = pandas.DataFrame(dict(reversed(table.items())) if reverse and len(table) == 2 else table)
+    frame.to_csv(
+        folder / "sample.csv",
+        sep=separator,
+        index=False,
+        lineterminator=line_end,
+        encoding="utf-8-sig" if mark else "utf-8",
+        quoting=csv.QUOTE_ALL if quoted else csv.QUOTE_MINIMAL,
+    )
+    hand_in(predictions, submission=folder / "s.csv", sample=folder / "sample.csv")
+    content = (folder / "s.csv").read_bytes()
+    assert content.startswith(codecs.BOM_UTF8) == mark
+    assert (b"\r\n" in content) == (line_end == "\r\n")
+    assert content.removeprefix(codecs.BOM_UTF8).startswith(b'"') or not quoted
+    kinds: Any = {"sep": separator, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    read = pandas.read_csv(folder / "s.csv", **kinds)
+    assert list(read.columns) == list(pandas.read_csv(folder / "sample.csv", **kinds).columns)
+    assert read[header[0]].tolist() == [stems[k] + suffix for k in order]
+    row_of = {name: row for row, name in enumerate(predictions.ids.tolist())}
+    probabilities = predictions.probabilities[[row_of[stems[k]] for k in order]]
+    if shape == "probabilities":
+        wanted = probabilities[:, [classes.index(name) for name in columns]]
+        np.testing.assert_array_equal(read[columns].to_numpy().astype(np.float32), wanted)
+    else:
+        places = probabilities.argmax(axis=1)
+        assert read[header[1]].tolist() == [str(k) if shape == "places" else classes[k] for k in places]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            "id,daisy,rose\n0,0,0\n1,0,0\n2,0,0\n",
+            "2 columns beside its ids, and they are not the 3 classes: ",
+        ),
+        ("id,daisy,rose,iris\n0,0,0,0\n1,0,0,0\n2,0,0,0\n", "iris are no classes, and it lacks tulip"),
+        ("id,label,Usage\n0,0,a\n1,0,a\n2,0,a\n", "label, Usage are no classes"),
+        ("id,daisy,rose,tulip\n0,0,0,\n1,0,x,0\n2,0,0,0\n", "has 'x' in the column rose, where a probability"),
+        ("id;daisy;rose;tulip\n0;0,5;0;0\n1;0;0;0\n2;0;0;0\n", "has '0,5' in the column daisy"),
+        ("id,label\n0.jpg,0\n1.jpg,0\n", "it lacks"),
+        ("id,label\n0.jpg,0\n1.jpg,0\n3.jpg,0\n", "the records lack"),
+    ],
+)
+def test_a_sample_of_another_form_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "sample.csv").write_text(text)
+    with pytest.raises(UserError, match=re.escape(words)):
+        form_of(FLOWERS, ["0", "1", "2"], tmp_path / "sample.csv")
+
+
+@pytest.mark.parametrize("headers", [["Rose", "DAISY", "tulip"], ["1", "0", "2"]])
+def test_columns_are_classes_by_name_in_any_capitals_or_by_number(headers: list[str], tmp_path: Path) -> None:
+    (tmp_path / "sample.csv").write_text(f"id,{','.join(headers)}\n0,0,0,0\n1,0,0,0\n2,0,0,0\n")
+    form = form_of(FLOWERS, ["0", "1", "2"], tmp_path / "sample.csv")
+    assert (form.columns, form.header) == ([1, 0, 2], ["id", *headers])
 
 
 def test_only_places_are_explained() -> None:
