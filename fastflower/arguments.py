@@ -36,6 +36,7 @@ class Option:
     default: Any  # MISSING where it must be given
     text: str
     is_positional: bool
+    said_default: Any = None  # what help says of the default, or a function of its text; None = the default itself
 
     @property
     def flag(self) -> str:
@@ -84,7 +85,8 @@ def _options(kind: type, path: tuple[str, ...], prefix: str) -> Iterable[Option]
         default = field.default if field.default_factory is MISSING else field.default_factory()
         others = tuple(other.lstrip("-").replace("-", "_") for other in (naming and naming.aliases) or ())
         text, positional = texts.get(field.name, ""), _POSITIONAL in metadata
-        yield Option((*path, field.name), prefix + name, others, annotation, default, text, positional)
+        said = naming and naming.help_behavior_hint
+        yield Option((*path, field.name), prefix + name, others, annotation, default, text, positional, said)
 
 
 @functools.cache
@@ -217,7 +219,7 @@ def _read(option: Option, words: Sequence[str], flag: str) -> Any:
 
 def _placed(words: Sequence[str], positional: Sequence[Option], command: str) -> dict[Option, Any]:
     """The values of the options that have no names: the first words, and all that are left for one that takes many."""
-    usage = f"fastflower {command} {' '.join(_usage(option) for option in positional)}".rstrip()
+    line = usage(command, positional)
     given: dict[Option, Any] = {}
     left = list(words)
     for option in positional:
@@ -226,11 +228,9 @@ def _placed(words: Sequence[str], positional: Sequence[Option], command: str) ->
         if taken:
             given[option] = _read(option, taken, option.flag)
         elif option.default is MISSING:
-            raise UserError(f"fastflower {command} needs {option.flag}: {usage}.")
+            raise UserError(f"fastflower {command} needs {option.flag}: it is {line}.")
     if left:
-        raise UserError(
-            f"there is no place for {left[0]}: {usage or 'fastflower'} takes options beside it, --help lists them."
-        )
+        raise UserError(f"there is no place for {left[0]} in {line}.")
     return given
 
 

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
 def carry_out(command: Options) -> int:
     """Carry out a command; the exit code."""
-    decodes = type(command) in DECODING and not command.debug
-    with without_decoders() if decodes else contextlib.nullcontext():
+    silenced = not command.debug and type(command) not in WITHOUT_PICTURES
+    with without_decoders() if silenced else contextlib.nullcontext():
         return FUNCTIONS[type(command)](command)
 
 
@@ -295,4 +295,4 @@ FUNCTIONS: dict[type[Options], Callable[[Any], int]] = {
     CheckCommand: _check,
     StatsCommand: _stats,
 }
-DECODING = (TrainCommand, EvalCommand, PredictCommand, EnsembleCommand, CvCommand, CheckCommand, StatsCommand)
+WITHOUT_PICTURES = (FlopsCommand, ReportCommand, DoctorCommand)  # which decode none

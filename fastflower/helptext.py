@@ -22,8 +22,8 @@ MOST_USED = (
     *("train.epochs", "train.batch_size", "train.lr", "train.hours", "data.threads", "amp", "device"),
 )
 EXAMPLES = """\
-fastflower train --data.root PICTURES         # a folder of pictures for each class
-fastflower eval runs/NAME                     # how good it is, and where it errs
+fastflower train --data.root PICTURES         # a folder for each class
+fastflower eval runs/NAME                     # how good it is, where it errs
 fastflower predict runs/NAME --images *.jpg   # what is on new pictures
 fastflower train --config resnet34 --data.root DATA --amp
 fastflower COMMAND --help                     # all options of a command"""
@@ -97,6 +97,9 @@ def explained(option: Option, default: Any) -> str:
     text = re.sub(r"([.)]) default: ", r"\1 Default: ", text)
     if choices := choices_left_out(option.annotation):
         text += f" One of {', '.join(choices)}."
+    if option.said_default:
+        said = option.said_default
+        return f"{text} {said(written(default)) if callable(said) else said}"
     if default is MISSING or default == () or (default is False and not option.is_setting):
         return text
     if default is None:
