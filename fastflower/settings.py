@@ -65,12 +65,14 @@ def nested(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     Raises:
         UserError: a setting that is given in both ways.
     """
-    plain: dict[str, Any] = {key: value for key, value in settings.items() if "." not in str(key)}
+    sections = {field.name for field in fields(Config) if is_dataclass(field.default_factory)}
+    empty = {key for key in sections & set(settings) if settings[key] is None}  # all its keys are commented out
+    plain = {key: value for key, value in settings.items() if "." not in str(key) and key not in empty}
     for dotted, value in settings.items():
         section, dot, name = str(dotted).partition(".")
         if not dot:
             continue
-        inner = plain.get(section) or {}
+        inner = plain.get(section, {})
         if not isinstance(inner, Mapping) or name in inner:
             raise UserError(f"{source}: {dotted} stands beside {section}, which gives it too: keep one of them.")
         plain[section] = {**inner, name: value}
@@ -101,11 +103,10 @@ def _built(kind: type, settings: Mapping[str, Any], prefix: str, source: str) ->
             raise UserError(f"{source}: there is no setting {prefix}{key}; {_hint(prefix, str(key), annotations)}")
         annotation = annotations[key]
         if is_dataclass(annotation):
-            inner = {} if value is None else value  # a section whose settings are all commented out
-            if not isinstance(inner, Mapping):
+            if not isinstance(value, Mapping):
                 first = keys(annotation)[0]  # type: ignore[arg-type]
                 raise UserError(f"{source}: {prefix}{key} is {value!r}: it takes keys such as {first}.")
-            built[key] = _built(annotation, inner, f"{prefix}{key}.", source)  # type: ignore[arg-type]
+            built[key] = _built(annotation, value, f"{prefix}{key}.", source)  # type: ignore[arg-type]
             continue
         try:
             built[key] = values.read(annotation, value)

@@ -85,14 +85,14 @@ def read_yaml(path: Path) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        raise UserError(f"{path} is not YAML ({_reason(error, text)}).") from error
+        raise UserError(f"{path} is not YAML ({_reason(error)}).") from error
     except _Twice as error:
         raise UserError(f"{path}: {error}.") from error
     except (yaml.YAMLError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not YAML ({' '.join(str(error).split())}).") from error
 
 
-def _reason(error: yaml.MarkedYAMLError, text: str) -> str:
+def _reason(error: yaml.MarkedYAMLError) -> str:
     mark = error.problem_mark or error.context_mark
     line = mark.line + 1 if mark else 1
     if "single document" in (error.context or ""):
