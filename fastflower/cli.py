@@ -105,7 +105,7 @@ def parse(argv: Sequence[str]) -> Options:
             raise UserError("--resume goes on with a run, --overwrite replaces it by a new one: give one of them.")
         return TrainCommand(**own | {"settings": _checked(settings), "resume": checkpoint})
     data = settings.data
-    folds = own.get("folds") or data.folds or 5
+    folds = (data.folds or 5) if own.get("folds") is None else own["folds"]
     return CvCommand(**own | {"settings": _checked(replace(settings, data=replace(data, folds=folds, fold=0)))})
 
 

@@ -241,7 +241,7 @@ def test_single_pictures_are_printed_with_their_likeliest_classes(tmp_path: Path
     assert "--submission, --sample, --data.root and --sizes are about a split" in refused.err
     refused = fastflower("predict", run, "--images")
     assert refused.code == 2
-    assert "--images names no picture" in refused.err
+    assert "--images has no value" in refused.err
 
 
 def test_names_and_samples_that_do_not_fit_are_refused_before_a_picture_is_scored(
