@@ -232,8 +232,10 @@ def _check(command: CheckCommand) -> int:
     if command.json:
         print(to_json(report.to_plain()))
     else:
-        Console().print(overview(report))
-        for sentence in sentences(report):
+        for table in overview(report):
+            Console().print(table)
+            _say("")
+        for sentence in (*report.notes, *sentences(report)):
             _say(sentence)
     return 1 if report.problems else 0
 

@@ -18,6 +18,7 @@ from fastflower.data.dataset import Dataset, look_over, open_dataset
 from fastflower.data.loader import Iteration, Loader, Loading
 from fastflower.data.records import Records
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
+from fastflower.data.splits import require_two_classes
 from fastflower.data.stats import PixelStatistics, pixel_statistics
 from fastflower.data.view import MOST_THREADS, Engine, Normalization, View
 from fastflower.errors import UserError
@@ -197,7 +198,10 @@ def open_batches(
     ranks.share_of(batch_size)
     with ranks.main_first():
         read = display.follow("read pictures")
-        dataset, notes = look_over(open_dataset(data, seed, read), read)
+        dataset = open_dataset(data, seed, read)
+        if data.root:
+            require_two_classes(data.root[0], dataset.classes)
+        dataset, notes = look_over(dataset, read)
         for note in notes:
             display.say(note)
         engine = choose_engine(data, device, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,20 +11,24 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from fastflower.arrays import Hashes, Ints, Strings
 from fastflower.config import SPLITS
-from fastflower.data.classes import MAX_CLASSES, listed_classes, numbered_classes
+from fastflower.data.classes import MAX_CLASSES, class_notes, listed_classes, numbered_classes, pictures_per_class
 from fastflower.data.contents import picture_digest
 from fastflower.data.decoding import BATCH, ShapeDecoder, has_header
 from fastflower.data.records import NO_LABEL, Progress, Records, concatenate, read_image
 from fastflower.data.sources import layout_of
-from fastflower.data.sources.layout import Kind, Loaded, Problem
+from fastflower.data.sources.layout import Inventory, Kind, Loaded, Problem
+from fastflower.data.splits import require_two_classes
 from fastflower.errors import UserError
+from fastflower.tables import NOTHING, new_table
 
 MAX_ASPECT = 8  # a square crop of anything longer shows less than an eighth of it
 MIN_SIDE = 16  # pixels; what is smaller is an icon or a placeholder, and a blur once it is enlarged
 SHOWN = 40  # problems on screen
+SHOWN_CLASSES = 40  # the most that a table has a row for
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,13 @@ class Report:
     classes: dict[str, dict[str, int]]  # pictures by class name and split, of splits that have classes
     problems: list[Problem]
     picture_files: frozenset[str]  # those of the problems' files that are pictures themselves
+    inventory: Inventory  # what is there and not used
+    notes: list[str]  # sentences on what is no problem, but not plain either
 
     def to_plain(self) -> dict[str, Any]:
         """What --json prints."""
-        plain = asdict(self) | {"root": str(self.root)}
-        del plain["picture_files"]
+        plain = asdict(self) | {"root": str(self.root), "left_out": [asdict(row) for row in self.inventory.left_out]}
+        del plain["picture_files"], plain["inventory"]
         return plain
 
 
@@ -81,8 +88,13 @@ def check(root: Path, *, threads: int, follow: Callable[[str], Progress]) -> Rep
         ]
         problems += [_problem(everything, split, *finding) for finding in findings]
         picture_files = frozenset(everything.describe(index) for index, _, _ in findings if everything.is_file(index))
+    inventory = Inventory.join([layout.survey(root), *(part.inventory for part in loaded.values())])
+    per_class = {split: pictures_per_class(part, len(names)) for split, part in records.items()}
+    notes = [*inventory.notes]
+    if "train" in records:
+        notes += class_notes(names, {split: per_class[split] for split in ("train", "val") if split in records})
+        problems += [Problem("class", "train", str(root), None, "", text) for text in _single_class(root, names)]
     problems.sort(key=lambda p: (SPLITS.index(p.split), p.file, -1 if p.record is None else p.record))
-    per_class = {split: _pictures_per_class(part, len(names)) for split, part in records.items()}
     return Report(
         root,
         splits={
@@ -101,7 +113,17 @@ def check(root: Path, *, threads: int, follow: Callable[[str], Progress]) -> Rep
         },
         problems=problems,
         picture_files=picture_files,
+        inventory=inventory,
+        notes=notes,
     )
+
+
+def _single_class(root: Path, names: Sequence[str]) -> Iterator[str]:
+    """What training would be refused with, where there is but one class."""
+    try:
+        require_two_classes(root, names)
+    except UserError as error:
+        yield str(error)
 
 
 def _in_one_list(root: Path, loaded: Mapping[str, Loaded]) -> tuple[dict[str, Records], list[str], list[str]]:
@@ -115,10 +137,12 @@ def _in_one_list(root: Path, loaded: Mapping[str, Loaded]) -> tuple[dict[str, Re
     names = listed_classes(root) or next((names for names in named if names), [])
     place = {name: label for label, name in enumerate(names)}
     for split, part in records.items():
-        own = loaded[split].names or []
-        for name in own:
+        own = loaded[split].names
+        numbers = np.unique(part.labels[part.labels != NO_LABEL]).tolist()
+        called = dict(enumerate(own)) if own is not None else {number: str(number) for number in numbers}
+        for name in called.values():
             place.setdefault(name, len(place))
-        labels = [label if label == NO_LABEL else place[own[label]] for label in part.labels.tolist()]
+        labels = [label if label == NO_LABEL else place[called[label]] for label in part.labels.tolist()]
         records[split] = replace(part, labels=np.array(labels, np.int64))
     return records, names, list(place)[len(names) :]
 
@@ -238,23 +262,27 @@ def _repeats(chosen: Ints, values: Hashes | Strings) -> Iterator[tuple[int, int]
     yield from zip(chosen[repeated].tolist(), chosen[first[group[repeated]]].tolist(), strict=True)
 
 
-def _pictures_per_class(records: Records, count: int) -> Ints:
-    """[count] pictures; one id at several sizes is one."""
-    once = records.ids == ""
-    once[np.unique(records.ids, return_index=True)[1]] = True
-    labels = records.labels[once]
-    return np.bincount(labels[(labels >= 0) & (labels < count)], minlength=count)
-
-
-def overview(report: Report) -> Table:
-    """The splits, for a terminal."""
-    grid = Table("split", "records", "pictures", "classes", "sizes")
-    for column in grid.columns[1:]:
-        column.justify = "right"
+def overview(report: Report) -> list[Table]:
+    """The splits, the classes and what is left out, for a terminal."""
+    splits = new_table("split", "records", "pictures", "classes", "sizes")
     for name, split in report.splits.items():
-        sizes = ", ".join(map(str, split["sizes"])) or "-"
-        grid.add_row(name, f"{split['records']:,}", f"{split['pictures']:,}", f"{split['classes']:,}", sizes)
-    return grid
+        sizes = ", ".join(map(str, split["sizes"])) or NOTHING
+        splits.add_row(name, f"{split['records']:,}", f"{split['pictures']:,}", f"{split['classes']:,}", sizes)
+    tables = [splits]
+    if 0 < len(report.classes) <= SHOWN_CLASSES:
+        shown = [name for name in report.splits if any(name in counts for counts in report.classes.values())]
+        classes = new_table("class", *shown)
+        for name, counts in report.classes.items():
+            classes.add_row(Text(name), *(f"{counts[split]:,}" if split in counts else NOTHING for split in shown))
+        tables.append(classes)
+    if report.inventory.left_out:
+        left_out = new_table("left out", "why", "such as", "files", names=3)
+        for row in report.inventory.left_out:
+            example = os.path.relpath(row.example, report.root)
+            number = NOTHING if row.kind.endswith("/") else f"{row.count:,}"
+            left_out.add_row(Text(row.kind), row.why or "no picture", Text(example), number)
+        tables.append(left_out)
+    return tables
 
 
 def sentences(report: Report) -> Iterator[str]:

@@ -11,10 +11,12 @@ import numpy as np
 from fastflower.arrays import Bools
 from fastflower.config import DataConfig
 from fastflower.data import demo
+from fastflower.data.classes import class_notes, pictures_per_class
 from fastflower.data.contents import content_digests, require_pictures
 from fastflower.data.demo import write_demo
 from fastflower.data.records import Progress, Records, concatenate, miscounted
-from fastflower.data.splits import class_list, is_listed, join, load_parts
+from fastflower.data.sources.layout import NOTHING_ELSE, Inventory
+from fastflower.data.splits import class_list, inventory_of, is_listed, join, load_parts
 from fastflower.errors import UserError
 from fastflower.files import cache_dir, code_digest
 from fastflower.runtime.distributed import Ranks
@@ -67,6 +69,7 @@ class Dataset:
     whole: Records  # what would train if data.skip listed nothing
     kept: Bools  # [n], which of `whole` train
     left_out: int = 0  # records of both splits that data.skip lists
+    inventory: Inventory = NOTHING_ELSE  # of all their folders
 
 
 def open_dataset(data: DataConfig, seed: int, progress: Progress | None = None) -> Dataset:
@@ -81,6 +84,7 @@ def open_dataset(data: DataConfig, seed: int, progress: Progress | None = None) 
     train_parts, val_parts = load_parts(data, seed, "train", "val", progress=progress)
     # with folds, all pictures of a class may be in one, and it counts even where that one validates
     classes = class_list([*train_parts, *val_parts] if data.folds else train_parts)
+    inventory = inventory_of([*train_parts, *val_parts])
     train, val = join(train_parts, classes), join(val_parts, classes)
     for records in (train, val):
         records.require_classes(len(classes))
@@ -90,8 +94,8 @@ def open_dataset(data: DataConfig, seed: int, progress: Progress | None = None) 
     left_out = int((~train_kept).sum() + (~val_kept).sum())
     if data.train_on == "train+val":
         whole, kept = concatenate([train, val]), np.concatenate([train_kept, val_kept])
-        return Dataset(whole.select(kept), None, classes, whole, kept, left_out)
-    return Dataset(train.select(train_kept), val.select(val_kept), classes, train, train_kept, left_out)
+        return Dataset(whole.select(kept), None, classes, whole, kept, left_out, inventory)
+    return Dataset(train.select(train_kept), val.select(val_kept), classes, train, train_kept, left_out, inventory)
 
 
 def look_over(dataset: Dataset, progress: Progress | None = None) -> tuple[Dataset, list[str]]:
@@ -118,7 +122,7 @@ def look_over(dataset: Dataset, progress: Progress | None = None) -> tuple[Datas
 
 def summary(dataset: Dataset, data: DataConfig) -> list[str]:
     """What trains, what validates and what is left out: sentences for the user."""
-    sentences = []
+    sentences = [*dataset.inventory.notes]
     for name, records in (("train", dataset.train), ("val", dataset.val)):
         if records is None:
             continue
@@ -129,4 +133,10 @@ def summary(dataset: Dataset, data: DataConfig) -> list[str]:
         sentences.append(f"Fold {data.fold} of 0 to {data.folds - 1} validates, the others train.")
     if data.skip:
         sentences.append(f"Left out {dataset.left_out} records that {data.skip} lists.")
+    if line := dataset.inventory.left_out_line():
+        sentences.append(line)
+    splits = {"train": dataset.train} | ({"val": dataset.val} if dataset.val else {})
+    sentences += class_notes(
+        dataset.classes, {split: pictures_per_class(part, len(dataset.classes)) for split, part in splits.items()}
+    )
     return sentences

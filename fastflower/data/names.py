@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.resources
 import json
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastflower.errors import UserError
 
@@ -17,6 +18,23 @@ T = TypeVar("T")
 
 KAGGLE = "kaggle104"
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+
+
+def composed(name: str) -> str:
+    """A name in the one form (Unicode's NFC) that it has here, however a file system or an editor writes it."""
+    return name if name.isascii() else unicodedata.normalize("NFC", name)
+
+
+def alike(names: Sequence[str]) -> list[list[str]]:
+    """Those that differ from each other by case, or by spaces and the signs that replace them, alone."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_plain(name), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", " ", composed(name)).strip().casefold()
 
 
 def number_of(name: str) -> Decimal | None:
@@ -40,14 +58,14 @@ def class_index(classes: Sequence[str]) -> dict[str | Decimal, int]:
     """Where each class is, by its name, and by its number if that is no other's; see `find`."""
     numbers = [number_of(name) for name in classes]
     times = Counter(numbers)
-    index: dict[str | Decimal, int] = {name: k for k, name in enumerate(classes)}
+    index: dict[str | Decimal, int] = {composed(name): k for k, name in enumerate(classes)}
     return index | {number: k for k, number in enumerate(numbers) if number is not None and times[number] == 1}
 
 
 def find(index: Mapping[str | Decimal, int], name: str, missing: T) -> int | T:
     """Where the class of that name is, or else of that number: 7 finds 007, if there is no 7; `missing` without one."""
-    if name in index:
-        return index[name]
+    if composed(name) in index:
+        return index[composed(name)]
     number = number_of(name)
     return missing if number is None else index.get(number, missing)
 
@@ -67,7 +85,7 @@ def display_names(classes: list[str], given: str | None) -> list[str]:
         given: None for the classes' own names (the Kaggle competition's where they are its numbers, 0 to 103),
             "kaggle104" for those of its numbers that they are (of its first classes, where none is a number), else a
             file with a name for each class, in the order of their numbers where they are numbers: a JSON list (*.json)
-            or text with one name a line.
+            or text with one name a line; or a JSON object of the classes' names to show (see `read_names`).
 
     Raises:
         UserError: classes that the competition does not have, or the file has no name of its own for each class.
@@ -78,10 +96,7 @@ def display_names(classes: list[str], given: str | None) -> list[str]:
         return _kaggle_names_of(classes) if is_kaggles else classes
     if given == KAGGLE:
         return _kaggle_names_of(classes)
-    names = _read_names(Path(given), len(classes))
-    if numbers is None:
-        return names
-    return [names[place] for place in _ranks(numbers)]
+    return _read_names(Path(given), classes)
 
 
 def _ranks(numbers: Sequence[Decimal]) -> list[int]:
@@ -118,20 +133,76 @@ def kaggle_names() -> list[str]:
     return file.read_text(encoding="utf-8").splitlines()
 
 
-def _read_names(path: Path, count: int) -> list[str]:
+def _read_names(path: Path, classes: Sequence[str]) -> list[str]:
+    """What to call the classes: a list is by number, an object by class, or by place where classes are no numbers."""
+    names, numbers = read_names(path), numbers_of(classes)
+    if isinstance(names, dict):
+        index = class_index([*names])
+        places_of = [find(index, name, None) for name in classes]
+        if None not in places_of:
+            by_class = [*names.values()]
+            return [by_class[place] for place in places_of if place is not None]
+        by_number = in_order(names)
+        if numbers is not None or by_number is None:
+            raise UserError(f"{path} has no name for class {classes[places_of.index(None)]}: write one.")
+        names = by_number
+    if len(names) != len(classes):
+        raise UserError(
+            f"{path} has {len(names)} class names for {len(classes)} classes: write one for each, by number."
+        )
+    return names if numbers is None else [names[place] for place in _ranks(numbers)]
+
+
+def read_names(path: Path) -> list[str] | dict[str, str]:
+    """The class names that a file lists, by number: a JSON list (*.json), or text with one a line.
+
+    A JSON object has names by what classes are called, or numbered by: {"21": "fire lily"} or {"fire lily": 21}.
+
+    Raises:
+        UserError: it cannot be read, holds something else, or a name twice or an empty one.
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
-        names = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines()]
+        if path.suffix.lower() != ".json":
+            return _own_names(path, [line.strip() for line in text.splitlines()])
+        plain = json.loads(text, object_pairs_hook=_Pairs)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): give a file of class names, or {KAGGLE}."
         ) from error
     except ValueError as error:
-        raise UserError(f"{path} cannot be read as class names ({error}): write one for each class.") from error
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{path} is not a JSON list of class names: write one for each class, by number.")
-    if len(names) != count:
-        raise UserError(f"{path} has {len(names)} class names for {count} classes: write one for each, by number.")
+        raise UserError(
+            f"{path} cannot be read as class names ({error}): write a list of class names, in UTF-8."
+        ) from error
+    if isinstance(plain, _Pairs) and plain:
+        keys, values = [key for key, _ in plain], [value for _, value in plain]
+        if all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+            keys, values = [str(number) for number in values], keys
+        if all(isinstance(value, str) for value in values):
+            return dict(zip(_own_names(path, keys), _own_names(path, values), strict=True))
+    if not isinstance(plain, list) or not plain or not all(isinstance(name, str) for name in plain):
+        raise UserError(
+            f"{path} is not a JSON list of class names, nor an object of names and numbers: write one name for each "
+            "class, by number."
+        )
+    return _own_names(path, plain)
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object, of which no key that stands twice is lost."""
+
+
+def in_order(names: Mapping[str, str]) -> list[str] | None:
+    """Names by number; None where the numbers are not 0, 1, 2, ..."""
+    numbers = numbers_of([*names])
+    if numbers is None or sorted(numbers) != [*range(len(names))]:
+        return None
+    return [name for _, name in sorted(zip(numbers, names.values(), strict=True))]
+
+
+def _own_names(path: Path, names: Sequence[str]) -> list[str]:
+    """The names as they are kept, each of which is one."""
+    names = [composed(name) for name in names]
     if empty := [number for number, name in enumerate(names) if not name.strip()]:
         raise UserError(f"{path} has no name for class {empty[0]}: write one.")
     if twice := [name for name, times in Counter(names).items() if times > 1]:

@@ -14,9 +14,10 @@ from fastflower.config import DataConfig
 from fastflower.data.classes import listed_classes, numbered_classes
 from fastflower.data.contents import contents_of, examined
 from fastflower.data.folds import assign_folds, hold_out
-from fastflower.data.names import are_places, class_index, find
+from fastflower.data.names import alike, are_places, class_index, find
 from fastflower.data.records import NO_LABEL, Progress, Records, concatenate
 from fastflower.data.sources import layout_of
+from fastflower.data.sources.layout import NOTHING_ELSE, Inventory
 from fastflower.errors import UserError
 
 
@@ -29,6 +30,7 @@ class Part:
     records: Records
     names: list[str] | None  # what the labels stand for; None where they are mere numbers
     listed: list[str] | None  # the folder's own list of names, if it has one
+    inventory: Inventory = NOTHING_ELSE  # of the folders that all its records are from
 
 
 def load_parts(data: DataConfig, seed: int, *splits: str, progress: Progress | None = None) -> list[list[Part]]:
@@ -50,7 +52,12 @@ def load_parts(data: DataConfig, seed: int, *splits: str, progress: Progress | N
         if split == "test" or not parts:
             return [_load(data, root, split)]
         return [
-            replace(part, split=split, records=part.records.select(validates if split == "val" else ~validates))
+            replace(
+                part,
+                split=split,
+                records=part.records.select(validates if split == "val" else ~validates),
+                inventory=part.inventory if part.split == split else NOTHING_ELSE,  # once, although both are of it
+            )
             for part, validates in parts
         ]
 
@@ -140,6 +147,24 @@ def class_list(train: Sequence[Part]) -> list[str]:
     return [*listed, *sorted({name for part in named for name in part.names or ()} - set(listed))]
 
 
+def inventory_of(parts: Sequence[Part]) -> Inventory:
+    """How the data folders were understood: what these parts have beside their records, and what is beside them."""
+    roots = dict.fromkeys(part.root for part in parts)
+    return Inventory.join([*(layout_of(root).survey(root) for root in roots), *(part.inventory for part in parts)])
+
+
+def require_two_classes(root: Path, classes: Sequence[str]) -> None:
+    """Raise UserError where there is but one class, which a network would always be right about.
+
+    The data are then likely to lie elsewhere than in `root`.
+    """
+    if len(classes) != 1:
+        return
+    inner = layout_of(root).likely_root(root)
+    mend = f"its classes seem to be in {inner}: give --data.root {inner}" if inner else "add pictures of another class"
+    raise UserError(f"{root} has one class, {classes[0]}, and nothing to tell it from: {mend}.")
+
+
 def join(parts: Sequence[Part], classes: list[str]) -> Records:
     """One table of a split, with labels by the class list of the training split.
 
@@ -225,14 +250,14 @@ def _load(data: DataConfig, root: Path, split: str) -> Part:
     if names is None:
         if listed and (records.labels != NO_LABEL).any():
             records.require_classes(len(listed))
-        return Part(root, split, records, listed, listed)
+        return Part(root, split, records, listed, listed, loaded.inventory)
     unknown = set(names) - set(listed or names)
     if unknown and split != "test":
         raise UserError(
             f"{root} has pictures of class {min(unknown)!r} in {split}, which its class_names.json does not list: "
             f"{layout.renaming} or the list."
         )
-    return Part(root, split, records, names, listed)
+    return Part(root, split, records, names, listed, loaded.inventory)
 
 
 def _relabel(part: Part, classes: list[str]) -> Records:
@@ -250,9 +275,11 @@ def _relabel(part: Part, classes: list[str]) -> Records:
         label = part.records.labels[first]
         name = part.names[label] if part.names else str(label)
         some = ", ".join(classes[:5]) + (", …" if len(classes) > 5 else "")
+        near = next((own for own in classes if alike([own, name])), None)
+        hint = f"call it {near!r}, if it is the same," if near else "correct the name"
         raise UserError(
             f"{part.root} has pictures of class {name!r} in {part.split} "
             f"({part.records.describe(first)}), which is none of the {len(classes)} classes of training ({some}): "
-            "correct the name or take them away."
+            f"{hint} or take them away."
         )
     return replace(part.records, labels=labels)

@@ -35,7 +35,20 @@ def test_class_numbers_that_are_no_classes_are_refused(tmp_path: Path, label: in
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"[", b"rose\ndaisy\n", b"\xff\xfe", b"[]", b'{"0": "rose"}', b'["rose", 1]', b'"rose"']
+    "text",
+    [
+        b"",
+        b"[",
+        b"rose\ndaisy\n",
+        b"\xff\xfe",
+        b"[]",
+        b'{"1": "rose", "2": "iris"}',
+        b'{"0": ["rose"]}',
+        b'{"rose": 0.5}',
+        b'{"rose": true}',
+        b'["rose", 1]',
+        b'"rose"',
+    ],
 )
 def test_broken_class_names_are_refused(small: Path, text: bytes) -> None:
     path = small / "class_names.json"

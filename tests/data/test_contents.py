@@ -82,7 +82,7 @@ def stored(folder: Path) -> Records:
         (folder / "pictures" / "train" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         (folder / "pictures" / "train" / "ab"[i % 2] / f"{i}.jpg").write_bytes(data)
     parts = [write(folder / "t/train/1.tfrec", BYTES[:5]), write(folder / "t/train/2.tfrec", BYTES[5:], 5)]
-    return concatenate([*parts, load_folder(folder / "pictures", "train")[0]])
+    return concatenate([*parts, load_folder(folder / "pictures", "train").records])
 
 
 @settings(deadline=None, max_examples=20)
@@ -168,10 +168,10 @@ def test_a_picture_file_of_the_old_size_and_time_is_seen_to_be_another(
     tmp_path: Path, replace: Callable[[Path, bytes], None]
 ) -> None:
     root = write_folders(tmp_path, {"train/rose": 3, "train/tulip": 3})
-    records = load_folder(root, "train")[0]
+    records = load_folder(root, "train").records
     kept = content_digests(records)
     swap(records.files[2], replace, records.files[2].read_bytes()[::-1])
-    again = contents_of(load_folder(root, "train")[0])
+    again = contents_of(load_folder(root, "train").records)
     assert (again.digests != kept).tolist() == [i == 2 for i in range(6)]
     assert again.sound.tolist() == [i != 2 for i in range(6)]
 

@@ -46,7 +46,7 @@ def validating(records: Records, share: float, seed: int = 0) -> set[str]:
 )
 def test_of_each_class_its_share_validates(tmp_path: Path, pictures: int, share: float, count: int) -> None:
     touch(tmp_path, *(f"rose/{i}.jpg" for i in range(pictures)), *(f"tulip/{i}.jpg" for i in range(20)))
-    chosen = validating(load_folder(tmp_path, "train")[0], share)
+    chosen = validating(load_folder(tmp_path, "train").records, share)
     assert sum(name.startswith("rose/") for name in chosen) == count
     assert sum(name.startswith("tulip/") for name in chosen) == min(round(share * 20), 19)
 
@@ -56,7 +56,7 @@ def test_the_split_is_the_seeds_alone(tmp_path: Path) -> None:
     first = opened(root, val_share=0.2)
     assert first.val is not None
     assert len(first.val) == 12
-    assert sorted([*first.train.ids, *first.val.ids]) == sorted(load_folder(root, "train")[0].ids)
+    assert sorted([*first.train.ids, *first.val.ids]) == sorted(load_folder(root, "train").records.ids)
     for seed, same in ((0, True), (1, False)):
         again = load_records(DataConfig(root=(root,), val_share=0.2), "val", first.classes, seed)
         assert (again.ids.tolist() == first.val.ids.tolist()) == same
@@ -64,7 +64,7 @@ def test_the_split_is_the_seeds_alone(tmp_path: Path) -> None:
     more = opened(root, val_share=0.2)
     assert more.val is not None
     assert [name for name in more.val.ids if "daisy" not in name] == first.val.ids.tolist()
-    records, _ = load_folder(root, "train")
+    records = load_folder(root, "train").records
     backwards = records.select(np.arange(len(records))[::-1])
     assert validating(backwards, 0.2) == validating(records, 0.2)
 

@@ -116,7 +116,12 @@ def test_names_come_from_a_file(tmp_path: Path, file: str, data: bytes) -> None:
         ("a.txt", "rose\nGänse\niris\n".encode("latin-1"), "cannot be read as class names"),
         ("a.json", b'["rose", "iris", ""]', "has no name for class 2"),
         ("a.json", b'["rose", "iris", 3]', "is not a JSON list"),
-        ("a.json", b'{"0": "rose", "1": "iris", "2": "tulip"}', "is not a JSON list"),
+        ("a.json", b'{"0": "rose", "1": "iris", "2": 7}', "is not a JSON list"),
+        ("a.json", b'{"0": "rose", "1": "iris", "3": "tulip"}', "has no name for class 2"),
+        ("a.json", b'{"0": "rose", "1": "iris", "1": "tulip"}', "has the class name '1' twice"),
+        ("a.json", b'{"rose": 0, "iris": 1, "tulip": 1}', "has the class name '1' twice"),
+        ("a.json", '["é", "e\u0301", "tulip"]'.encode(), "has the class name 'é' twice"),
+        ("a.json", b"{}", "is not a JSON list"),
         ("a.json", b'["rose", "iris"', "cannot be read as class names"),
     ],
 )

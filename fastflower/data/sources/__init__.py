@@ -7,6 +7,7 @@ from pathlib import Path
 from fastflower.data.sources.folder import ClassFolders
 from fastflower.data.sources.kaggle import SizedTFRecords
 from fastflower.data.sources.layout import Layout, one_of
+from fastflower.data.sources.naming import require_text
 from fastflower.errors import UserError
 
 _RECOGNIZED: tuple[Layout, ...] = (SizedTFRecords(),)  # by what only they hold, in this order
@@ -21,6 +22,7 @@ def layout_of(root: Path) -> Layout:
     """
     if not root.is_dir():
         raise UserError(f"--data.root {root} is not a folder: {one_of(LAYOUTS)}.")
+    require_text(root.absolute())
     try:
         return next(layout for layout in LAYOUTS if layout.holds(root))
     except OSError as error:

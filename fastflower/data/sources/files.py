@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,51 @@ import numpy as np
 
 from fastflower.arrays import Ints, Strings
 from fastflower.data.records import NO_LABEL, Records
-from fastflower.data.sources import tfrecord
+from fastflower.data.sources.tfrecord import is_shard
 from fastflower.data.stamp import Stamp, stamp_of
 from fastflower.errors import UserError
+
+# Names that say that a file is a picture, in any case; its content says which kind.
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".bmp", ".webp", ".tif", ".tiff"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
+)
+# Names that say the contrary. Files that are named otherwise, or not at all, are known by how they begin.
+_NO_PICTURES = (
+    *(".txt", ".md", ".csv", ".tsv", ".json", ".jsonl", ".xml", ".html", ".htm", ".yaml", ".yml", ".log", ".pdf"),
+    *(".npy", ".npz", ".mat", ".h5", ".pt", ".pth", ".parquet", ".zip", ".gz", ".tar", ".tgz", ".rar", ".7z", ".py"),
+    *(".ipynb", ".doc", ".docx", ".xls", ".xlsx", ".mp4", ".mov", ".avi", ".aae", ".xmp"),
+)
+# How files begin, by one of the names of such pictures; what has none in SUFFIXES is not read.
+_BEGINNINGS = {
+    ".jpg": rb"\xff\xd8\xff",
+    ".png": rb"\x89PNG\r\n\x1a\n",
+    ".webp": rb"RIFF....WEBP",
+    ".tif": rb"II\*\0|MM\0\*",
+    ".bmp": rb"BM....\0\0\0\0",
+    ".jp2": rb"\0\0\0\x0cjP  \r\n\x87\n",
+    ".j2k": rb"\xff\x4f\xff\x51",
+    ".ppm": rb"P[1-6]\s+(\d|#)",
+    ".gif": rb"GIF8[79]a",
+    ".avif": rb"....ftypavi[fs]",
+    ".heic": rb"....ftyp(hei[cxms]|hev[cx]|mif1|msf1)",
+}
+_BEGINNING = re.compile(b"|".join(start for name, start in _BEGINNINGS.items() if name in SUFFIXES), re.DOTALL)
+_HEAD = 16  # bytes that tell
+
+
+def begins_as_picture(path: str | Path) -> bool:
+    """Whether a file that SUFFIXES does not name is a picture, by its first bytes.
+
+    A file whose name says that it is something else is not opened.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if str(path).lower().endswith(_NO_PICTURES):
+        return False
+    with open(path, "rb", buffering=0) as file:
+        return bool(_BEGINNING.match(file.read(_HEAD)))
 
 
 def picture_files(paths: Sequence[Path]) -> Records:
@@ -26,7 +69,7 @@ def picture_files(paths: Sequence[Path]) -> Records:
     for path, times in Counter(paths).items():
         if path.is_dir():
             raise UserError(f"{path} is a folder: give picture files, or a data set's folder as --data.root.")
-        if path.suffix in tfrecord.SUFFIXES:
+        if is_shard(path.name):
             raise UserError(f"{path} holds records and is no picture: give its data set's folder as --data.root.")
         if times > 1:
             raise UserError(f"{path} is given twice: give each picture once.")

@@ -1,32 +1,40 @@
 """Class folders: pictures as files, in ROOT/{train,val}/CLASS/ and ROOT/test/, or in ROOT/CLASS/ alone.
 
-Each picture is a record of its own file. Its name's extension says that it is a picture, its content which kind.
+Each picture is a record of its own file. Its name's extension says that it is a picture, its content which kind; where
+the extension says nothing, its first bytes do. Names are the same whatever their Unicode form (NFC is taken).
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from fastflower.config import SPLITS, DataConfig
+from fastflower.config import DataConfig
+from fastflower.data.names import composed
 from fastflower.data.records import NO_LABEL, Progress, Records
-from fastflower.data.sources.files import records_of_files
-from fastflower.data.sources.layout import Layout, Loaded, Problem, one_of
+from fastflower.data.sources.files import SUFFIXES, begins_as_picture, records_of_files
+from fastflower.data.sources.layout import HIDDEN, NAMES_FILE, Inventory, Layout, LeftOuts, Loaded, Problem, one_of
+from fastflower.data.sources.naming import (
+    folders_by_split,
+    folders_in,
+    is_foreign,
+    one_each,
+    other_names,
+    require_text,
+    split_meant,
+    unreadable,
+)
 from fastflower.data.stamp import Stamp
 from fastflower.errors import UserError
 
-# What DALI decodes.
-SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".webp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
-)
 FORM = "pictures as train/CLASS/*.jpg, val/CLASS/*.jpg and test/*.jpg, or as CLASS/*.jpg alone"
-_NO_CLASSES = ("__MACOSX", "@eaDir")  # what archives and network drives put beside pictures
 
 Picture = tuple[str, Stamp]  # path below the split's folder, with "/"
 
@@ -48,42 +56,92 @@ class ClassFolders(Layout):
 
     def splits(self, root: Path) -> list[str]:
         """Those that have a folder."""
-        return [split for split in SPLITS if split_folder(root, split)]
+        return [*split_folders(root)] or ["train"]
 
     def load(self, root: Path, split: str, data: DataConfig) -> Loaded:
         """See `load_folder`."""
         return self._load(root, split)
 
+    def survey(self, root: Path) -> Inventory:
+        """What lies beside the splits' folders, and which folders are taken for what."""
+        folders = split_folders(root)
+        if not folders:
+            flat = [path.name for paths in folders_by_split(root).values() for path in paths]
+            notes = [f"{root / name} is taken as a class: it holds no folders of classes." for name in flat]
+            return Inventory(notes=(*notes, *_splits_beside(root)))
+        left_out = LeftOuts()
+        with os.scandir(root) as entries:
+            for entry in entries:
+                if is_foreign(entry.name):
+                    left_out.add(entry.path, kind=HIDDEN)
+                elif not (split_meant(entry.name) and entry.is_dir()) and entry.name != NAMES_FILE:
+                    left_out.add_entry(entry, "beside the splits")
+        return Inventory(left_out.total(), tuple(other_names(folders)))
+
+    def likely_root(self, root: Path) -> Path | None:
+        """Where wrappings, each the only folder of another, end: at folders of classes, or at splits."""
+        divided = split_folders(root)
+        inner = _unwrapped(divided.get("train", root))
+        return inner if inner != root and len(folders_in(inner)) > 1 else None
+
     def inspect(self, root: Path, follow: Callable[[str], Progress]) -> tuple[dict[str, Loaded], list[Problem]]:
         """The pictures of each split, also where classes of train are empty."""
         loaded, problems = {}, []
         for split in self.splits(root):
-            empty: list[Path] = []
+            empty: list[str] = []
             try:
                 loaded[split] = self._load(root, split, empty)
             except UserError as error:
-                problems.append(Problem("file", split, str(split_folder(root, split)), None, "", str(error)))
+                place = split_folders(root).get(split, root)
+                problems.append(Problem("file", split, str(place), None, "", str(error)))
             else:
+                place = split_folders(root).get(split, root)
                 problems += [
-                    Problem("file", split, str(folder), None, "", without_pictures(folder)) for folder in empty
+                    Problem("file", split, str(place / name), None, "", without_pictures(place / name))
+                    for name in empty
                 ]
         return loaded, problems
 
-    def _load(self, root: Path, split: str, empty: list[Path] | None = None) -> Loaded:
-        return Loaded(*load_folder(root, split, empty, expected=one_of((*self.besides, self))))
+    def _load(self, root: Path, split: str, empty: list[str] | None = None) -> Loaded:
+        try:
+            return load_folder(root, split, empty, expected=one_of((*self.besides, self)))
+        except NoPicturesError as error:
+            inner = _unwrapped(root)
+            if any(layout.holds(inner) for layout in self.besides) or (inner != root and len(folders_in(inner)) > 1):
+                raise UserError(f"{error} Its data seem to be in {inner}: give --data.root {inner}.") from error
+            raise
 
 
-def split_folder(root: Path, split: str) -> Path | None:
-    """Where the pictures of a split are; None where `root` has no such split. Without any, all of it is train."""
-    if (root / split).is_dir():
-        return root / split
-    divided = any((root / name).is_dir() for name in SPLITS)
-    return root if split == "train" and not divided else None
+class NoPicturesError(UserError):
+    """A split's folder has none."""
+
+
+def split_folders(root: Path) -> dict[str, Path]:
+    """Where the pictures of each split are; empty where all of `root` is train.
+
+    Names that mean a split (`split_meant`) may be those of classes too, such as valid beside invalid, or train beside
+    car. Beside other folders they divide `root` only if train or val hold folders, as splits have classes.
+
+    Raises:
+        UserError: two folders mean the same split, or there is no telling what they mean.
+    """
+    folders = folders_by_split(root)
+    others = [name for name in folders_in(root) if not split_meant(name)] if folders else []
+    divides = any(folders_in(path) for split in ("train", "val") for path in folders.get(split, ()))
+    if not others or divides:
+        return one_each(folders)
+    if "test" in folders:
+        test = folders["test"][0]
+        raise UserError(
+            f"{root} has a folder {test.name} beside classes ({_some(others)}), but no train: move the folders of "
+            f"classes into {root / 'train'}; {test.name} too, if it is a class."
+        )
+    return {}
 
 
 def load_folder(
-    root: Path, split: str, empty: list[Path] | None = None, *, expected: str = f"a data folder holds {FORM}"
-) -> tuple[Records, list[str]]:
+    root: Path, split: str, empty: list[str] | None = None, *, expected: str = f"a data folder holds {FORM}"
+) -> Loaded:
     """Index the pictures of a split, sorted by path, with the names of their classes by label.
 
     A picture's id is its path below the split's folder, without the extension unless two differ in nothing else. Test
@@ -92,39 +150,107 @@ def load_folder(
     Args:
         root: the data set's folder.
         split: train, val or test.
-        empty: takes the class folders of train without a picture; None = they are an error.
+        empty: takes the names of class folders of train without a picture; None = they are an error.
         expected: what a data folder holds, for the errors.
 
     Raises:
         UserError: there is no such split, no picture in it or in a class of train, a picture of train or val outside
-            the class folders, or something cannot be read.
+            the class folders, a name that is no text or twice, splits within classes, or something cannot be read.
     """
-    folder = split_folder(root, split)
-    if folder is None:
+    folders = split_folders(root)
+    if folders and split not in folders:
+        loose = [name for name in folders_in(root) if not split_meant(name)] if split == "train" else []
+        mend = f"move those of the classes ({_some(loose)}) into {root / split}" if loose else expected
+        raise UserError(f"{root} has no folder {split}: {mend}.")
+    if not folders and split != "train":
         raise UserError(f"{root} has no folder {split}: {expected}.")
+    folder, left_out = folders.get(split, root), LeftOuts()
     try:
-        pictures = sorted(_pictures(str(folder)))
-        hollow = _class_folders(folder) - {path.partition("/")[0] for path, _ in pictures}
+        # by the same order whatever the form of their names
+        pictures = sorted(_pictures(str(folder), left_out), key=lambda picture: (composed(picture[0]), picture[0]))
+        hollow = set(folders_in(folder)) - {path.partition("/")[0] for path, _ in pictures}
     except OSError as error:
-        raise UserError(f"{error.filename} cannot be read ({error.strerror}): mend it or take it away.") from error
-    loose = [path for path, _ in pictures if "/" not in path]
-    if loose and split != "test":
-        raise UserError(f"{folder / loose[0]} is in no class's folder: move it into one ({expected}).")
+        raise unreadable(error) from error
+    beside = [path for path, _ in pictures if "/" not in path]
+    if beside and split != "test":
+        raise UserError(_outside(root, folder, beside[0], expected))
     if not pictures:
-        raise UserError(f"{folder} holds no pictures ({', '.join(SUFFIXES)}): {expected}.")
+        others = Inventory(left_out.total()).left_out_line(10_000)
+        raise NoPicturesError(
+            f"{folder} holds no pictures ({', '.join(SUFFIXES)}): {expected}.{f' {others}' if others else ''}"
+        )
     if hollow and split == "train":
         if empty is None:
             raise UserError(without_pictures(folder / min(hollow)))
-        empty += [folder / name for name in sorted(hollow)]
-    return _records(folder, pictures)
+        empty += sorted(hollow)
+    records, names = _records(folder, pictures)
+    notes = _depth_notes(folder, [path for path, _ in pictures]) if split != "test" else []
+    return Loaded(records, names, Inventory(left_out.total(), tuple(notes)))
 
 
 def without_pictures(folder: Path) -> str:
     """The sentence for a class's folder that is empty."""
-    return f"{folder} holds no pictures ({', '.join(SUFFIXES)}): fill it or take it away."
+    left_out = LeftOuts()
+    _pictures(str(folder), left_out)
+    others = Inventory(left_out.total()).left_out_line(10_000)
+    more = f" {others}" if others else ""
+    return f"{folder} holds no pictures ({', '.join(SUFFIXES)}): fill it or take it away.{more}"
 
 
-def _pictures(folder: str, below: str = "", above: tuple[tuple[int, int], ...] = ()) -> list[Picture]:
+def _some(names: Sequence[str], shown: int = 3) -> str:
+    return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
+
+
+def _unwrapped(folder: Path) -> Path:
+    """The first folder, from this one inward, that has more in it than one folder of folders."""
+    seen = {os.path.realpath(folder)}  # a link may lead up again
+    while len(inner := folders_in(folder)) == 1 and folders_in(folder / inner[0]):
+        if os.path.realpath(folder / inner[0]) in seen:
+            break
+        folder /= inner[0]
+        seen.add(os.path.realpath(folder))
+    return folder
+
+
+def _splits_beside(root: Path) -> list[str]:
+    """A sentence where `root` itself is named as a split, and others are beside it."""
+    place = root.resolve()
+    if split_meant(place.name) != "train" or not os.access(place.parent, os.R_OK):
+        return []
+    others = [
+        path.name for split, paths in folders_by_split(place.parent).items() if split != "train" for path in paths
+    ]
+    said = f"{', '.join(others)} beside {root} {'is' if len(others) == 1 else 'are'} not used"
+    return [f"{said}: --data.root {place.parent} takes all of it."] if others else []
+
+
+def _outside(root: Path, folder: Path, loose: str, expected: str) -> str:
+    """The sentence for a picture that is in no class's folder, perhaps since its folder is a class itself."""
+    place = root.resolve()
+    siblings: list[str] = []
+    if root == folder and os.access(place.parent, os.R_OK) and not folders_in(root):
+        siblings = [name for name in folders_in(place.parent) if name != place.name]
+    with_pictures = [name for name in siblings[:100] if _has_picture(place.parent / name)]  # of a home, not all
+    if with_pictures:
+        names = _some(sorted([place.name, *with_pictures]))
+        return (
+            f"{folder / loose} is in no class's folder: if {place.name} is a class itself, give --data.root "
+            f"{place.parent}, whose folders ({names}) are then the classes; else move it into one ({expected})."
+        )
+    return f"{folder / loose} is in no class's folder: move it into one ({expected})."
+
+
+def _has_picture(folder: Path) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(entry.name.lower().endswith(SUFFIXES) and not is_foreign(entry.name) for entry in entries)
+    except OSError:
+        return False
+
+
+def _pictures(
+    folder: str, left_out: LeftOuts, below: str = "", above: tuple[tuple[int, int], ...] = ()
+) -> list[Picture]:
     """All picture files below `folder`; a link to a folder that it lies in leads nowhere new."""
     status = os.stat(folder)
     if (status.st_dev, status.st_ino) in above:
@@ -133,33 +259,66 @@ def _pictures(folder: str, below: str = "", above: tuple[tuple[int, int], ...] =
     pictures: list[Picture] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _ignored(entry.name):
-                continue
-            if entry.is_dir():
-                pictures += _pictures(entry.path, f"{below}{entry.name}/", above)
+            if is_foreign(entry.name):
+                left_out.add(entry.path, kind=HIDDEN)
+            elif entry.is_dir():
+                pictures += _pictures(entry.path, left_out, f"{below}{entry.name}/", above)
             elif entry.name.lower().endswith(SUFFIXES):
                 status = entry.stat()
                 if stat.S_ISREG(status.st_mode):
                     pictures.append((below + entry.name, Stamp.of(status)))
+                else:
+                    left_out.add(entry.path, "no regular file")
+            elif entry.is_file() and begins_as_picture(entry.path):
+                pictures.append((below + entry.name, Stamp.of(entry.stat())))
+            elif below or entry.name != NAMES_FILE:
+                left_out.add(entry.path)
     return pictures
 
 
-def _class_folders(folder: Path) -> set[str]:
-    with os.scandir(folder) as entries:
-        return {entry.name for entry in entries if not _ignored(entry.name) and entry.is_dir()}
+def _depth_notes(folder: Path, paths: Sequence[str]) -> list[str]:
+    """A sentence where all pictures lie deeper than in the classes' folders, which may be others then.
 
-
-def _ignored(name: str) -> bool:
-    return name.startswith(".") or name in _NO_CLASSES
+    Raises:
+        UserError: folders in a class's folder are splits.
+    """
+    deep = [path.split("/", 2) for path in paths if path.count("/") > 1]
+    inner: dict[str, set[str]] = defaultdict(set)
+    for name, within, _ in deep:
+        inner[name].add(within)
+    for name, folders in sorted(inner.items()):
+        splits = [within for within in sorted(folders) if split_meant(within)]
+        if len({split_meant(within) for within in splits}) > 1:
+            place = folder / name
+            mend = f"give --data.root {place}"
+            if len({path.partition("/")[0] for path in paths}) > 1:
+                mend = f"move their pictures into {folder / splits[0] / name} and so on"
+            raise UserError(f"{place} holds splits ({', '.join(splits)}) in the place of a class: {mend}.")
+    if len(inner) > 1 and len(deep) == len(paths):
+        name = min(inner)
+        return [
+            f"Classes are the {len(inner)} folders in {folder}; all pictures are in folders of theirs, such as "
+            f"{name}/{min(inner[name])}."
+        ]
+    return []
 
 
 def _records(folder: Path, pictures: list[Picture]) -> tuple[Records, list[str]]:
-    paths, stamps = zip(*pictures, strict=True)
-    stems = np.array([path[: path.rindex(".")] for path in paths])
+    stored, stamps = zip(*pictures, strict=True)
+    for path in stored:
+        if not path.isascii():
+            require_text(folder / path)
+    paths = [composed(path) for path in stored]
+    if twice := [k for k, (one, other) in enumerate(pairwise(paths)) if one == other]:
+        raise UserError(
+            f"{folder / stored[twice[0]]} is there twice, by names that differ in their Unicode form alone: "
+            "rename or remove one."
+        )
+    stems = np.array([path[: path.rindex(".")] if path.lower().endswith(SUFFIXES) else path for path in paths])
     _, same, counts = np.unique(stems, return_inverse=True, return_counts=True)
     classes = [path.partition("/")[0] if "/" in path else "" for path in paths]
     names = sorted(set(classes) - {""})
     index = {name: label for label, name in enumerate(names)} | {"": NO_LABEL}
     ids, labels = np.where(counts[same] > 1, paths, stems), np.array([index[name] for name in classes], np.int64)
-    files = [folder / path for path in paths]
+    files = [folder / path for path in stored]
     return records_of_files(files, stamps, ids, labels, mend="put it into its class's folder"), names

@@ -12,8 +12,11 @@ To add one, derive a class from `Layout` in a file of its own, and add it to the
 
 from __future__ import annotations
 
+import os
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -22,6 +25,7 @@ from fastflower.config import DataConfig
 from fastflower.data.records import Progress, Records
 from fastflower.errors import UserError
 
+NAMES_FILE = "class_names.json"
 Kind = Literal["file", "count", "crc", "unreadable", "shape", "class", "no id", "id twice", "duplicate", "leak"]
 
 
@@ -38,11 +42,97 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Files of one kind, or a folder, that are in a data folder and not used."""
+
+    kind: str  # an extension (".txt"), a folder's name with a slash behind, NO_EXTENSION or HIDDEN
+    why: str  # "" where the kind says it
+    count: int
+    example: str  # the first of their paths
+
+
+NO_EXTENSION, HIDDEN = "without extension", "hidden or of the system"
+_EXTENSION = re.compile(r"\.\w{1,10}")
+
+
+class LeftOuts:
+    """Takes what is left out while a folder is looked through."""
+
+    def __init__(self) -> None:
+        """Nothing is, so far."""
+        self._paths: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    def add(self, path: str, why: str = "", *, kind: str | None = None) -> None:
+        """A file, of the kind that its extension says unless it is given."""
+        if kind is None:
+            extension = os.path.splitext(path)[1].lower()
+            kind = extension if _EXTENSION.fullmatch(extension) else NO_EXTENSION
+        self._paths[kind, why].append(path)
+
+    def add_entry(self, entry: os.DirEntry[str], why: str) -> None:
+        """Whatever it is: a folder, which is not looked into, or a file."""
+        self.add(entry.path, why, kind=f"{entry.name}/" if entry.is_dir() else None)
+
+    def total(self) -> tuple[LeftOut, ...]:
+        """All of it, the most first, and what is hidden last."""
+        rows = (LeftOut(kind, why, len(paths), min(paths)) for (kind, why), paths in self._paths.items())
+        return tuple(sorted(rows, key=_rank))
+
+
+def _rank(row: LeftOut) -> tuple[bool, int, str, str]:
+    return row.kind == HIDDEN, -row.count, row.kind, row.why
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """How a data folder was understood, beside the records that it gave."""
+
+    left_out: tuple[LeftOut, ...] = ()
+    notes: tuple[str, ...] = ()  # sentences on what is not plain
+
+    @classmethod
+    def join(cls, parts: Iterable[Inventory]) -> Inventory:
+        """That of several folders."""
+        parts = list(parts)
+        rows: dict[tuple[str, str], list[LeftOut]] = defaultdict(list)
+        for part in parts:
+            for row in part.left_out:
+                rows[row.kind, row.why].append(row)
+        left_out = (
+            LeftOut(*key, sum(row.count for row in own), min(row.example for row in own)) for key, own in rows.items()
+        )
+        notes = dict.fromkeys(note for part in parts for note in part.notes)
+        return cls(tuple(sorted(left_out, key=_rank)), tuple(notes))
+
+    def left_out_line(self, width: int = 80) -> str | None:
+        """What is left out, in a line of at most `width` characters; None where there is nothing but hidden files."""
+        rows = [row for row in self.left_out if row.kind != HIDDEN]
+        if not rows:
+            return None
+        items = [
+            (f"folder {row.kind}" if row.kind.endswith("/") else f"{row.count:,} {row.kind}")
+            + (f" ({row.why})" if row.why else "")
+            for row in rows
+        ]
+        for shown in range(len(items), 0, -1):
+            more = sum(row.count for row in rows[shown:])
+            rest = f", and {more:,} more: see `fastflower data check`" if more else ""
+            line = f"Left out: {', '.join(items[:shown])}{rest}."
+            if len(line) <= width:
+                return line
+        return f"Left out: {sum(row.count for row in rows):,} files or folders: see `fastflower data check`."
+
+
+NOTHING_ELSE = Inventory()
+
+
+@dataclass(frozen=True)
 class Loaded:
     """A split, and what its labels are."""
 
     records: Records
     names: list[str] | None  # of the classes, by label; None = a label is a place in the data folder's list of classes
+    inventory: Inventory = NOTHING_ELSE  # of the split's own folders
 
 
 class Layout(ABC):
@@ -77,9 +167,21 @@ class Layout(ABC):
             UserError: there is no such split, or nothing in it, or it is not as it should be; names file or folder.
         """
 
+    def survey(self, root: Path) -> Inventory:
+        """What is beside the splits' folders, and how those were found; what is in them comes with each (`load`).
+
+        Raises:
+            UserError: the splits cannot be told apart.
+        """
+        return NOTHING_ELSE
+
+    def likely_root(self, root: Path) -> Path | None:
+        """A folder below that was rather meant, where `root` has fewer than two classes; None where none is known."""
+        return None
+
     def names_file(self, root: Path) -> Path:
         """Where a list of class names is, if there is one."""
-        return root / "class_names.json"
+        return root / NAMES_FILE
 
     def inspect(self, root: Path, follow: Callable[[str], Progress]) -> tuple[dict[str, Loaded], list[Problem]]:
         """All that can be loaded of each split, at all stored sizes, and what is wrong with the rest.

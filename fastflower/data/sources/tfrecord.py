@@ -8,6 +8,7 @@ Sources: TensorFlow's documentation of TFRecord and tf.train.Example, Google's o
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,7 +21,14 @@ from fastflower.files import atomic_write
 from fastflower.framing import frame, masked_crc
 
 SUFFIXES = (".tfrec", ".tfrecord", ".tfrecords")
+# flowers.tfrec, flowers.tfrecord-00000-of-00002, train-00000-of-01024; those that are compressed too, to be refused
+_SHARD = re.compile(
+    r"(.*\.tfrec(ords?)?([-_.]\d+-of-\d+)?|.*[-_.]\d{5,}-of-\d{5,})(\.(gz|gzip|zlib|bz2|xz|zst))?",
+    re.IGNORECASE | re.DOTALL,
+)
+_ONE_OF = re.compile(r"(?P<before>.*[-_.])(?P<number>\d+)-of-(?P<count>\d+)(?P<after>.*)", re.DOTALL)
 HEADER_BYTES, FOOTER_BYTES = 12, 4
+_NUMBER = re.compile(r"-?[0-9]{1,18}")  # of a class; int64 holds more
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -30,7 +38,31 @@ class Example:
 
     image: tuple[int, int] | None  # (offset in the file, length), in bytes
     id: str | None
-    label: int | None
+    label: int | str | None  # a number, or the class's name
+
+
+def is_shard(name: str) -> bool:
+    """Whether a file's name is one of those that TFRecord files have, in any case."""
+    return _SHARD.fullmatch(name) is not None
+
+
+def missing_shards(paths: Iterable[Path]) -> list[str]:
+    """A sentence for each set of files, named NUMBER-of-COUNT, of which some are not there."""
+    numbers: dict[tuple[Path, str, str, str], set[int]] = {}
+    for path in paths:
+        if match := _ONE_OF.fullmatch(path.name):
+            key = (path.parent, match["before"], match["count"], match["after"])
+            numbers.setdefault(key, set()).add(int(match["number"]))
+    sentences = []
+    for (folder, before, count, after), present in sorted(numbers.items()):
+        first = 1 if int(count) in present else 0
+        if lacking := sorted(set(range(first, first + int(count))) - present):
+            some = ", ".join(map(str, lacking[:5])) + (", …" if len(lacking) > 5 else "")
+            sentences.append(
+                f"{folder / f'{before}*-of-{count}{after}'}: {len(lacking)} of the {int(count)} files are missing "
+                f"(number {some}): copy or download them."
+            )
+    return sentences
 
 
 def scan(path: Path) -> Iterator[Example]:
@@ -38,7 +70,7 @@ def scan(path: Path) -> Iterator[Example]:
 
     Raises:
         UserError: the file cannot be read, is no TFRecord, is cut off or empty, or a record is no tf.train.Example
-            with `image` and `id` as one bytes value and `class` as one int64.
+            with `image` and `id` as one bytes value and `class` as one int64, or as its name.
     """
     for data, number, start, end in _frames(path):
         try:
@@ -118,9 +150,9 @@ def _parse_example(data: memoryview, start: int, end: int) -> Example:
                 image = (a, b - a)
             elif key == b"id":
                 a, b = _one_bytes(data, *value, feature="id")
-                name = _text(bytes(data[a:b]))
+                name = _text(bytes(data[a:b]), feature="id")
             elif key == b"class":
-                label = _one_int64(data, *value)
+                label = _class(data, *value)
     return Example(image, name, label)
 
 
@@ -176,11 +208,20 @@ def _one_bytes(data: memoryview, start: int, end: int, feature: str) -> tuple[in
     return values[0]
 
 
-def _text(data: bytes) -> str:
+def _text(data: bytes, feature: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError("feature 'id' is not UTF-8 text") from error
+        raise ValueError(f"feature '{feature}' is not UTF-8 text") from error
+
+
+def _class(data: memoryview, start: int, end: int) -> int | str | None:
+    """A number, also where it is written as text, or a name; None where the text is empty."""
+    if not any(True for _ in _messages(data, start, end, field=1)):
+        return _one_int64(data, start, end)
+    a, b = _one_bytes(data, start, end, feature="class")
+    text = _text(bytes(data[a:b]), feature="class")
+    return int(text) if _NUMBER.fullmatch(text) else text or None
 
 
 def _one_int64(data: memoryview, start: int, end: int) -> int:

@@ -17,7 +17,8 @@ from fastflower.config import DataConfig
 from fastflower.data.dataset import Dataset, open_dataset
 from fastflower.data.decoding import decodable, has_header
 from fastflower.data.records import NO_LABEL, Records, read_image
-from fastflower.data.sources.folder import SUFFIXES, load_folder
+from fastflower.data.sources.files import SUFFIXES
+from fastflower.data.sources.folder import load_folder
 from fastflower.data.splits import load_parts, load_records
 from fastflower.data.stats import pixel_statistics
 from fastflower.data.view import Engine
@@ -36,8 +37,9 @@ def touch(root: Path, *names: str) -> Path:
     return root
 
 
-def classes_of(records: Records, names: list[str]) -> dict[str, str | None]:
+def classes_of(records: Records, names: list[str] | None) -> dict[str, str | None]:
     """What each picture is, by id."""
+    assert names is not None
     labels = [None if label == NO_LABEL else names[label] for label in records.labels]
     return dict(zip(records.ids.tolist(), labels, strict=True))
 
@@ -57,7 +59,8 @@ def refusal(call: Callable[[], object]) -> str:
 def test_each_picture_is_a_record_of_its_own_file(tmp_path: Path) -> None:
     touch(tmp_path, "train/tulip/b.jpg", "train/tulip/deep/er/c.jpg", "train/rose/z.jpg", "val/tulip/v.jpg")
     touch(tmp_path, "test/2.jpg", "test/more/1.jpg", "notes/readme.txt")
-    records, names = load_folder(tmp_path, "train")
+    loaded = load_folder(tmp_path, "train")
+    records, names = loaded.records, loaded.names
     assert names == ["rose", "tulip"]
     assert records.ids.tolist() == ["rose/z", "tulip/b", "tulip/deep/er/c"]
     assert records.labels.tolist() == [0, 1, 1]
@@ -67,14 +70,17 @@ def test_each_picture_is_a_record_of_its_own_file(tmp_path: Path) -> None:
     assert records.describe(1) == str(tmp_path / "train/tulip/b.jpg")
     assert (records.pictures, records.sizes) == (3, [])
     assert {records.offset.dtype, records.length.dtype, records.number.dtype} == {np.dtype(np.int64)}
-    val, names = load_folder(tmp_path, "val")
+    loaded = load_folder(tmp_path, "val")
+    val, names = loaded.records, loaded.names
     assert (val.ids.tolist(), names) == (["tulip/v"], ["tulip"])
-    test, names = load_folder(tmp_path, "test")
+    loaded = load_folder(tmp_path, "test")
+    test, names = loaded.records, loaded.names
     assert classes_of(test, names) == {"2": None, "more/1": "more"}
 
 
 def test_without_split_folders_all_of_it_is_train(tmp_path: Path) -> None:
-    records, names = load_folder(touch(tmp_path, "rose/a.jpg", "tulip/a.jpg"), "train")
+    loaded = load_folder(touch(tmp_path, "rose/a.jpg", "tulip/a.jpg"), "train")
+    records, names = loaded.records, loaded.names
     assert (records.ids.tolist(), names) == (["rose/a", "tulip/a"], ["rose", "tulip"])
     for split in ("val", "test"):
         assert f"{tmp_path} has no folder {split}: a data folder holds" in refusal(
@@ -91,20 +97,21 @@ def test_extensions_in_any_case_and_nothing_else(tmp_path: Path) -> None:
     touch(tmp_path, "__MACOSX/x.jpg", ".git/x.jpg")
     (tmp_path / "rose/folder.jpg").mkdir()
     os.mkfifo(tmp_path / "rose/pipe.jpg")
-    records, classes = load_folder(tmp_path, "train")
+    loaded = load_folder(tmp_path, "train")
+    records, classes = loaded.records, loaded.names
     assert classes == ["rose"]
     assert sorted(path.name for path in records.files) == sorted([*names, "two.dots.jpg"])
     assert "rose/two.dots" in records.ids
 
 
 def test_names_that_differ_in_the_extension_alone_are_two_pictures(tmp_path: Path) -> None:
-    records, _ = load_folder(touch(tmp_path, "rose/1.jpg", "rose/1.png", "rose/2.jpg"), "train")
+    records = load_folder(touch(tmp_path, "rose/1.jpg", "rose/1.png", "rose/2.jpg"), "train").records
     assert records.ids.tolist() == ["rose/1.jpg", "rose/1.png", "rose/2"]
 
 
 def test_the_order_is_not_the_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     touch(tmp_path, *(f"{kind}/{sub}{i}.jpg" for kind in "cab" for sub in ("", "s/") for i in (2, 10, 1)))
-    expected = load_folder(tmp_path, "train")[0].ids.tolist()
+    expected = load_folder(tmp_path, "train").records.ids.tolist()
     assert expected == sorted(expected)
     scandir = os.scandir
 
@@ -119,7 +126,7 @@ def test_the_order_is_not_the_file_systems(tmp_path: Path, monkeypatch: pytest.M
             pass
 
     monkeypatch.setattr("os.scandir", Backwards)
-    assert load_folder(tmp_path, "train")[0].ids.tolist() == expected
+    assert load_folder(tmp_path, "train").records.ids.tolist() == expected
 
 
 def test_links_are_followed_and_end(tmp_path: Path) -> None:
@@ -129,7 +136,8 @@ def test_links_are_followed_and_end(tmp_path: Path) -> None:
     (root / "daisy").symlink_to(tmp_path / "elsewhere")
     (root / "tulip/deep/up").symlink_to(root / "tulip")
     (tmp_path / "elsewhere/self").symlink_to(".")
-    records, names = load_folder(root, "train")
+    loaded = load_folder(root, "train")
+    records, names = loaded.records, loaded.names
     assert names == ["daisy", "rose", "tulip"]
     assert records.ids.tolist() == ["daisy/b", "daisy/c", "rose/a", "rose/b", "tulip/deep/a"]
     assert read_image(records, 3).tobytes() == b"b.jpg"
@@ -146,7 +154,7 @@ def test_content_decides_the_kind(tmp_path: Path) -> None:
         faithful: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
         picture.save(buffer, kind, **faithful)
         (tmp_path / f"rose/{kind}.jpg").write_bytes(buffer.getvalue())
-    records, _ = load_folder(tmp_path, "train")
+    records = load_folder(tmp_path, "train").records
     assert len(records) == 7
     expected = np.asarray(picture).mean((0, 1)) / 255
     for i in range(7):
@@ -373,7 +381,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, small: Path, text: st
 def test_statistics_know_a_folder_by_any_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folders(tmp_path / "a", {"rose": 2, "tulip": 2})
     (tmp_path / "b").symlink_to("a")
-    first = pixel_statistics(load_folder(tmp_path / "a", "train")[0], Engine())
+    first = pixel_statistics(load_folder(tmp_path / "a", "train").records, Engine())
     monkeypatch.setattr("fastflower.data.stats._measure", lambda *_: pytest.fail("measured again"))
-    again = pixel_statistics(load_folder(tmp_path / "b", "train")[0], Engine())
+    again = pixel_statistics(load_folder(tmp_path / "b", "train").records, Engine())
     assert again.normalization == first.normalization

@@ -43,7 +43,7 @@ def message(**features: bytes) -> bytes:
     return field(1, b"".join(field(1, field(1, k.encode()) + field(2, v)) for k, v in features.items()))
 
 
-def load(path: Path) -> list[tuple[bytes | None, str | None, int | None]]:
+def load(path: Path) -> list[tuple[bytes | None, str | None, int | str | None]]:
     """All records of a file with the image bytes that they point to."""
     data = path.read_bytes()
     return [(e.image and data[e.image[0] : sum(e.image)], e.id, e.label) for e in scan(path)]
@@ -294,7 +294,12 @@ ONE = field(1, b"x")  # a BytesList of one value
             "'class' is not one int64",
             id="class as float",
         ),
-        pytest.param(message(**{"class": field(1, field(1, b"3"))}), "'class' is not one int64", id="class as text"),
+        pytest.param(
+            message(**{"class": field(1, field(1, b"\xff"))}), "'class' is not UTF-8 text", id="class as bytes"
+        ),
+        pytest.param(
+            message(**{"class": field(1, field(1, b"a") + field(1, b"b"))}), "'class' is not one bytes", id="two names"
+        ),
         pytest.param(message(**{"class": field(3, b"\x0a\x02\x01\x02")}), "'class' is not one int64", id="class twice"),
         pytest.param(message(**{"class": field(3, b"\x08\x01\x08\x01")}), "'class' is not one int64", id="two classes"),
         pytest.param(message(**{"class": field(3, b"")}), "'class' is not one int64", id="class list empty"),
