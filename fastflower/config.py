@@ -30,7 +30,8 @@ class DataConfig:
 
     root: tuple[Path, ...] | None = None
     """Folder of the pictures, or several that are taken together; None = the built-in synthetic flowers. A folder holds
-    tfrecords-jpeg-SxS/{train,val,test}/*.tfrec, or pictures in {train,val}/CLASS/ and test/, or in CLASS/ alone."""
+    tfrecords-jpeg-SxS/{train,val,test}/*.tfrec, or pictures as train/CLASS/*.jpg, val/CLASS/*.jpg and test/*.jpg, or as
+    CLASS/*.jpg alone."""
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
     """Share of each class's training pictures that validates, chosen by the seed, where a folder of classes has no val
     and data.folds is none."""

@@ -297,3 +297,8 @@ def sentences(report: Report) -> Iterator[str]:
     kinds = Counter(problem.kind for problem in report.problems)
     total = f"{len(report.problems)} problems" if len(report.problems) > 1 else "1 problem"
     yield f"{total}: {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}" if kinds else "No problems."
+    if any(problem.record is not None and problem.kind != "no id" for problem in report.problems):
+        yield (
+            f"To train without these records: `fastflower data check {report.root} --json > bad.json`, then "
+            "`--data.skip bad.json`."
+        )

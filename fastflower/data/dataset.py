@@ -16,7 +16,7 @@ from fastflower.data.contents import content_digests, require_pictures
 from fastflower.data.demo import write_demo
 from fastflower.data.records import Progress, Records, concatenate, miscounted
 from fastflower.data.sources.layout import NOTHING_ELSE, Inventory
-from fastflower.data.splits import class_list, inventory_of, is_listed, join, load_parts
+from fastflower.data.splits import class_list, inventory_of, is_listed, join, load_parts, require_alike
 from fastflower.errors import UserError
 from fastflower.files import cache_dir, code_digest
 from fastflower.runtime.distributed import Ranks
@@ -84,6 +84,7 @@ def open_dataset(data: DataConfig, seed: int, progress: Progress | None = None) 
     train_parts, val_parts = load_parts(data, seed, "train", "val", progress=progress)
     # with folds, all pictures of a class may be in one, and it counts even where that one validates
     classes = class_list([*train_parts, *val_parts] if data.folds else train_parts)
+    require_alike([*train_parts, *val_parts])
     inventory = inventory_of([*train_parts, *val_parts])
     train, val = join(train_parts, classes), join(val_parts, classes)
     for records in (train, val):
@@ -115,7 +116,8 @@ def look_over(dataset: Dataset, progress: Progress | None = None) -> tuple[Datas
         if len(again):
             notes.append(
                 f"{len(again)} of the {len(val)} validation records are also in train, such as "
-                f"{val.describe(again[0])}: `fastflower data check` names those of a folder, for data.skip."
+                f"{val.describe(again[0])}: `fastflower data check ROOT --json > bad.json` lists those of a folder, "
+                "and --data.skip bad.json leaves them out."
             )
     return replace(dataset, train=train, val=val), notes
 

@@ -17,7 +17,7 @@ from fastflower.data.folds import assign_folds, hold_out
 from fastflower.data.names import alike, are_places, class_index, find
 from fastflower.data.records import NO_LABEL, Progress, Records, concatenate
 from fastflower.data.sources import layout_of
-from fastflower.data.sources.layout import NOTHING_ELSE, Inventory
+from fastflower.data.sources.layout import NAMES_FILE, NOTHING_ELSE, Inventory
 from fastflower.errors import UserError
 
 
@@ -134,13 +134,7 @@ def class_list(train: Sequence[Part]) -> list[str]:
     Raises:
         UserError: some folders have names and others only numbers.
     """
-    named = [part for part in train if part.names is not None]
-    numbered = [part for part in train if part.names is None]
-    if named and numbered:
-        raise UserError(
-            f"{numbered[0].root} has only numbers for classes, but {named[0].root} has names: "
-            f"write the names into {numbered[0].root / 'class_names.json'}, a JSON list."
-        )
+    named, numbered = require_alike(train)
     if numbered:
         return numbered_classes(concatenate([part.records for part in numbered]))
     listed = dict.fromkeys(name for part in named for name in part.listed or ())
@@ -163,6 +157,25 @@ def require_two_classes(root: Path, classes: Sequence[str]) -> None:
     inner = layout_of(root).likely_root(root)
     mend = f"its classes seem to be in {inner}: give --data.root {inner}" if inner else "add pictures of another class"
     raise UserError(f"{root} has one class, {classes[0]}, and nothing to tell it from: {mend}.")
+
+
+def require_alike(parts: Sequence[Part]) -> tuple[list[Part], list[Part]]:
+    """Those whose classes have names, and those whose classes are numbers: one of the two is empty.
+
+    Raises:
+        UserError: some have names and others only numbers.
+    """
+    named = [part for part in parts if part.names is not None]
+    numbered = [part for part in parts if part.names is None]
+    labelled = [part for part in numbered if (part.records.labels != NO_LABEL).any()]
+    if named and labelled:
+        one, other = labelled[0], named[0]
+        split, names_split = (f" in {part.split}" if one.root == other.root else "" for part in (one, other))
+        raise UserError(
+            f"{one.root} has only numbers for classes{split}, but {other.root} has names{names_split}: "
+            f"write the names into {one.root / NAMES_FILE}, a JSON list."
+        )
+    return named, numbered
 
 
 def join(parts: Sequence[Part], classes: list[str]) -> Records:

@@ -344,7 +344,8 @@ def test_the_command_prints_a_table_and_some_problems_or_one_object(tmp_path: Pa
     assert [name for name in ("train", "val", "test") if name in shown.out] == ["train", "val", "test"]
     lines = shown.out.splitlines()
     assert sum(line.startswith(f"unreadable: {bad}, record ") for line in lines) == SHOWN
-    assert lines[-2:] == ["and 3 more; --json lists all.", f"{SHOWN + 3} problems: {SHOWN + 3} unreadable"]
+    assert lines[-3:-1] == ["and 3 more; --json lists all.", f"{SHOWN + 3} problems: {SHOWN + 3} unreadable"]
+    assert lines[-1].endswith(f"`fastflower data check {root} --json > bad.json`, then `--data.skip bad.json`.")
     listed = fastflower("data", "check", root, "--json")
     assert listed.code == 1
     report = json.loads(listed.out)

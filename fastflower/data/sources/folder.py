@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -81,7 +81,7 @@ class ClassFolders(Layout):
     def likely_root(self, root: Path) -> Path | None:
         """Where wrappings, each the only folder of another, end: at folders of classes, or at splits."""
         divided = split_folders(root)
-        inner = _unwrapped(divided.get("train", root))
+        *_, inner = _inward(divided.get("train", root))
         return inner if inner != root and len(folders_in(inner)) > 1 else None
 
     def inspect(self, root: Path, follow: Callable[[str], Progress]) -> tuple[dict[str, Loaded], list[Problem]]:
@@ -106,8 +106,10 @@ class ClassFolders(Layout):
         try:
             return load_folder(root, split, empty, expected=one_of((*self.besides, self)))
         except NoPicturesError as error:
-            inner = _unwrapped(root)
-            if any(layout.holds(inner) for layout in self.besides) or (inner != root and len(folders_in(inner)) > 1):
+            wrapped = [*_inward(root)]
+            held = [inner for inner in wrapped if any(layout.holds(inner) for layout in self.besides)]
+            inner = held[0] if held else wrapped[-1]
+            if held or (inner != root and len(folders_in(inner)) > 1):
                 raise UserError(f"{error} Its data seem to be in {inner}: give --data.root {inner}.") from error
             raise
 
@@ -166,11 +168,12 @@ def load_folder(
         raise UserError(f"{root} has no folder {split}: {expected}.")
     folder, left_out = folders.get(split, root), LeftOuts()
     try:
-        # by the same order whatever the form of their names
-        pictures = sorted(_pictures(str(folder), left_out), key=lambda picture: (composed(picture[0]), picture[0]))
+        pictures = sorted(_pictures(str(folder), left_out))
         hollow = set(folders_in(folder)) - {path.partition("/")[0] for path, _ in pictures}
     except OSError as error:
         raise unreadable(error) from error
+    if not all(path.isascii() for path, _ in pictures):
+        pictures.sort(key=lambda picture: composed(picture[0]))  # the same order whatever the form of names
     beside = [path for path, _ in pictures if "/" not in path]
     if beside and split != "test":
         raise UserError(_outside(root, folder, beside[0], expected))
@@ -201,15 +204,16 @@ def _some(names: Sequence[str], shown: int = 3) -> str:
     return ", ".join(names[:shown]) + (", …" if len(names) > shown else "")
 
 
-def _unwrapped(folder: Path) -> Path:
-    """The first folder, from this one inward, that has more in it than one folder of folders."""
+def _inward(folder: Path) -> Iterator[Path]:
+    """The folder, and as long as it has nothing in it but one folder of folders, that one."""
+    yield folder
     seen = {os.path.realpath(folder)}  # a link may lead up again
     while len(inner := folders_in(folder)) == 1 and folders_in(folder / inner[0]):
         if os.path.realpath(folder / inner[0]) in seen:
             break
         folder /= inner[0]
         seen.add(os.path.realpath(folder))
-    return folder
+        yield folder
 
 
 def _splits_beside(root: Path) -> list[str]:
@@ -259,19 +263,20 @@ def _pictures(
     pictures: list[Picture] = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if is_foreign(entry.name):
+            name = entry.name
+            if is_foreign(name):
                 left_out.add(entry.path, kind=HIDDEN)
             elif entry.is_dir():
-                pictures += _pictures(entry.path, left_out, f"{below}{entry.name}/", above)
-            elif entry.name.lower().endswith(SUFFIXES):
+                pictures += _pictures(entry.path, left_out, f"{below}{name}/", above)
+            elif name.lower().endswith(SUFFIXES):
                 status = entry.stat()
                 if stat.S_ISREG(status.st_mode):
-                    pictures.append((below + entry.name, Stamp.of(status)))
+                    pictures.append((below + name, Stamp.of(status)))
                 else:
                     left_out.add(entry.path, "no regular file")
             elif entry.is_file() and begins_as_picture(entry.path):
-                pictures.append((below + entry.name, Stamp.of(entry.stat())))
-            elif below or entry.name != NAMES_FILE:
+                pictures.append((below + name, Stamp.of(entry.stat())))
+            elif below or name != NAMES_FILE:
                 left_out.add(entry.path)
     return pictures
 
@@ -292,7 +297,7 @@ def _depth_notes(folder: Path, paths: Sequence[str]) -> list[str]:
             place = folder / name
             mend = f"give --data.root {place}"
             if len({path.partition("/")[0] for path in paths}) > 1:
-                mend = f"move their pictures into {folder / splits[0] / name} and so on"
+                mend = f"move what they hold into {folder / splits[0] / name} and so on"
             raise UserError(f"{place} holds splits ({', '.join(splits)}) in the place of a class: {mend}.")
     if len(inner) > 1 and len(deep) == len(paths):
         name = min(inner)

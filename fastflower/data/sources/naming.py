@@ -29,7 +29,7 @@ def split_meant(name: str) -> str | None:
 
 def is_foreign(name: str) -> bool:
     """Whether a name is hidden, or of what a system puts beside the user's files."""
-    return name.startswith(".") or name.lower() in _FOREIGN
+    return name[0] == "." or name.lower() in _FOREIGN
 
 
 def folders_in(folder: Path) -> list[str]:

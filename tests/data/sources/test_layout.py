@@ -318,3 +318,13 @@ def test_nothing_but_the_registry_knows_a_layout() -> None:
     outside = [path for path in package.rglob("*.py") if path.parent != Path(sources.__file__).parent]
     assert len(outside) > 50
     assert [path for path in outside if imported.search(path.read_text())] == []
+
+
+def test_help_and_docs_name_each_layout() -> None:
+    package = Path(sources.__file__).parents[2]
+    for text in ((package / "config.py").read_text(), one_of(LAYOUTS)):
+        for layout in LAYOUTS:
+            assert layout.form in " ".join(text.split())
+    docs = (package.parent / "docs" / "data.md").read_text()
+    for word in re.findall(r"[a-zS-]+-SxS|CLASS|\{train,val,test\}", one_of(LAYOUTS)):
+        assert word.replace("CLASS", "ROOT/train/rose/1.jpg") in docs
