@@ -57,3 +57,15 @@ def test_broken_class_names_are_refused(small: Path, text: bytes) -> None:
         listed_classes(small)
     assert str(path) in str(caught.value)
     assert "list of class names" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *('["r\u00f3sa", "iris", "7"]', '["ro\u0301sa", "iris", "7"]', '{"1": "iris", "0": "r\u00f3sa", "2": "7"}'),
+        *('{"7": 2, "r\u00f3sa": 0, "iris": 1}', '\ufeff{"00": "r\u00f3sa", "01": "iris", "02": "7"}'),
+    ],
+)
+def test_class_names_as_a_list_or_an_object(small: Path, text: str) -> None:
+    (small / "class_names.json").write_text(text, encoding="utf-8")
+    assert listed_classes(small) == ["r\u00f3sa", "iris", "7"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from pathlib import Path
 from random import Random
 
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastflower.data.names import display_names, kaggle_names, places
+from fastflower.data.names import alike, composed, display_names, kaggle_names, places
 from fastflower.errors import UserError
 
 
@@ -138,3 +139,31 @@ def test_a_file_without_a_name_of_its_own_for_each_class_is_refused(
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"missing\.txt cannot be read \(No such file"):
         display_names(numbers(3), str(tmp_path / "missing.txt"))
+
+
+def test_an_object_names_classes_by_what_they_are_called(tmp_path: Path) -> None:
+    path = tmp_path / "names.json"
+    for text in ({"21": "fire lily", "3": "rose", "1": "iris"}, {"fire lily": 21, "rose": 3, "iris": 1}):
+        path.write_bytes(b"\xef\xbb\xbf" + json.dumps(text).encode())
+        assert display_names(["1", "3", "21"], str(path)) == ["iris", "rose", "fire lily"]
+        assert display_names(["021", "1"], str(path)) == ["fire lily", "iris"]
+        with pytest.raises(UserError, match="has no name for class 2: write one"):
+            display_names(["1", "2"], str(path))
+    path.write_text(json.dumps({"1": "iris", "0": "rose"}))
+    assert display_names(["a", "b"], str(path)) == ["rose", "iris"]
+    with pytest.raises(UserError, match="has no name for class 2: write one"):  # 1, 2 are not 0, 1
+        display_names(["1", "2"], str(path))
+    path.write_text(json.dumps({"ro\u0301sa": "Rose", "b": "Bush"}))
+    assert display_names(["b", "r\u00f3sa"], str(path)) == ["Bush", "Rose"]
+
+
+@given(st.lists(st.text("ab\u0301\u00e1\u00e4e\u0308\u1100\u1161 -", min_size=1), min_size=1), st.randoms())
+def test_classes_are_the_same_in_each_unicode_form(names: list[str], random: Random) -> None:
+    own = [*dict.fromkeys(unicodedata.normalize("NFC", name) for name in names)]
+    wanted = [unicodedata.normalize(random.choice(["NFC", "NFD"]), name) for name in random.sample(own, len(own))]
+    matches = places(wanted, own)
+    assert matches is not None
+    assert [own[place] for place in matches] == [unicodedata.normalize("NFC", name) for name in wanted]
+    assert places(own, [unicodedata.normalize("NFD", name) for name in own]) == [*range(len(own))]
+    assert all(composed(name) == unicodedata.normalize("NFC", name) for name in names)
+    assert len({name for group in alike(own) for name in group}) <= len(own)

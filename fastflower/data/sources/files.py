@@ -26,6 +26,11 @@ _NO_PICTURES = (
     *(".npy", ".npz", ".mat", ".h5", ".pt", ".pth", ".parquet", ".zip", ".gz", ".tar", ".tgz", ".rar", ".7z", ".py"),
     *(".ipynb", ".doc", ".docx", ".xls", ".xlsx", ".mp4", ".mov", ".avi", ".aae", ".xmp"),
 )
+# Pictures of kinds that are not read, where SUFFIXES lacks them.
+_OTHER_PICTURES = (
+    *(".gif", ".avif", ".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".ico", ".tga", ".exr", ".eps", ".dng"),
+    *(".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
+)
 # How files begin, by one of the names of such pictures; what has none in SUFFIXES is not read.
 _BEGINNINGS = {
     ".jpg": rb"\xff\xd8\xff",
@@ -42,6 +47,11 @@ _BEGINNINGS = {
 }
 _BEGINNING = re.compile(b"|".join(start for name, start in _BEGINNINGS.items() if name in SUFFIXES), re.DOTALL)
 _HEAD = 16  # bytes that tell
+
+
+def why_no_picture(name: str) -> str:
+    """Why a file is left out, "" where its extension says it."""
+    return "not read" if name.lower().endswith(_OTHER_PICTURES) else ""
 
 
 def begins_as_picture(path: str | Path) -> bool:

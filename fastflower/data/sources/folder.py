@@ -19,7 +19,7 @@ import numpy as np
 from fastflower.config import DataConfig
 from fastflower.data.names import composed
 from fastflower.data.records import NO_LABEL, Progress, Records
-from fastflower.data.sources.files import SUFFIXES, begins_as_picture, records_of_files
+from fastflower.data.sources.files import SUFFIXES, begins_as_picture, records_of_files, why_no_picture
 from fastflower.data.sources.layout import HIDDEN, NAMES_FILE, Inventory, Layout, LeftOuts, Loaded, Problem, one_of
 from fastflower.data.sources.naming import (
     folders_by_split,
@@ -277,7 +277,7 @@ def _pictures(
             elif entry.is_file() and begins_as_picture(entry.path):
                 pictures.append((below + name, Stamp.of(entry.stat())))
             elif below or name != NAMES_FILE:
-                left_out.add(entry.path)
+                left_out.add(entry.path, why_no_picture(name))
     return pictures
 
 

@@ -210,7 +210,7 @@ def _beside_shards(files: Sequence[Path], notes: Sequence[str] = ()) -> Inventor
                 if is_foreign(entry.name):
                     left_out.add(entry.path, kind=HIDDEN)
                 elif entry.path not in shards:
-                    left_out.add_entry(entry, "")
+                    left_out.add_entry(entry, "no TFRecords")
     return Inventory(left_out.total(), tuple(notes))
 
 
