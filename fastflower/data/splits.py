@@ -154,8 +154,7 @@ def require_two_classes(root: Path, classes: Sequence[str]) -> None:
     """
     if len(classes) != 1:
         return
-    inner = layout_of(root).likely_root(root)
-    mend = f"its classes seem to be in {inner}: give --data.root {inner}" if inner else "add pictures of another class"
+    mend = layout_of(root).likely_mend(root) or "add pictures of another class"
     raise UserError(f"{root} has one class, {classes[0]}, and nothing to tell it from: {mend}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -49,23 +50,21 @@ _BEGINNING = re.compile(b"|".join(start for name, start in _BEGINNINGS.items() i
 _HEAD = 16  # bytes that tell
 
 
-def why_no_picture(name: str) -> str:
-    """Why a file is left out, "" where its extension says it."""
-    return "not read" if name.lower().endswith(_OTHER_PICTURES) else ""
-
-
-def begins_as_picture(path: str | Path) -> bool:
-    """Whether a file that SUFFIXES does not name is a picture, by its first bytes.
-
-    A file whose name says that it is something else is not opened.
-
-    Raises:
-        OSError: it cannot be read.
+def why_no_picture(entry: os.DirEntry[str]) -> str | None:
+    """Why what SUFFIXES does not name is left out, "" where its extension says it; None where it is a picture, by its
+    first bytes. A file whose name says that it is something else is not opened.
     """
-    if str(path).lower().endswith(_NO_PICTURES):
-        return False
-    with open(path, "rb", buffering=0) as file:
-        return bool(_BEGINNING.match(file.read(_HEAD)))
+    name = entry.name.lower()
+    if name.endswith(_NO_PICTURES):
+        return ""
+    if not entry.is_file():
+        return "no regular file"
+    try:
+        with open(entry.path, "rb", buffering=0) as file:
+            begins = _BEGINNING.match(file.read(_HEAD))
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if begins else "not read" if name.endswith(_OTHER_PICTURES) else ""
 
 
 def picture_files(paths: Sequence[Path]) -> Records:

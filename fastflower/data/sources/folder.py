@@ -19,7 +19,7 @@ import numpy as np
 from fastflower.config import DataConfig
 from fastflower.data.names import composed
 from fastflower.data.records import NO_LABEL, Progress, Records
-from fastflower.data.sources.files import SUFFIXES, begins_as_picture, records_of_files, why_no_picture
+from fastflower.data.sources.files import SUFFIXES, records_of_files, why_no_picture
 from fastflower.data.sources.layout import HIDDEN, NAMES_FILE, Inventory, Layout, LeftOuts, Loaded, Problem, one_of
 from fastflower.data.sources.naming import (
     folders_by_split,
@@ -78,11 +78,15 @@ class ClassFolders(Layout):
                     left_out.add_entry(entry, "beside the splits")
         return Inventory(left_out.total(), tuple(other_names(folders)))
 
-    def likely_root(self, root: Path) -> Path | None:
-        """Where wrappings, each the only folder of another, end: at folders of classes, or at splits."""
-        divided = split_folders(root)
-        *_, inner = _inward(divided.get("train", root))
-        return inner if inner != root and len(folders_in(inner)) > 1 else None
+    def likely_mend(self, root: Path) -> str | None:
+        """By where wrappings, each the only folder of another, end: at folders of classes, or at splits."""
+        folders = split_folders(root)
+        outer = folders.get("train", root)
+        *_, inner = _inward(outer)
+        if inner == outer or len(folders_in(inner)) < 2:
+            return None
+        move = f"move its folders into {outer}" if len(folders) > 1 else f"give --data.root {inner}"
+        return f"its classes seem to be in {inner}: {move}"
 
     def inspect(self, root: Path, follow: Callable[[str], Progress]) -> tuple[dict[str, Loaded], list[Problem]]:
         """The pictures of each split, also where classes of train are empty."""
@@ -106,11 +110,12 @@ class ClassFolders(Layout):
         try:
             return load_folder(root, split, empty, expected=one_of((*self.besides, self)))
         except NoPicturesError as error:
-            wrapped = [*_inward(root)]
-            held = [inner for inner in wrapped if any(layout.holds(inner) for layout in self.besides)]
-            inner = held[0] if held else wrapped[-1]
-            if held or (inner != root and len(folders_in(inner)) > 1):
-                raise UserError(f"{error} Its data seem to be in {inner}: give --data.root {inner}.") from error
+            wrapped, above = [*_inward(root)], root.resolve().parent
+            near = [*wrapped, above] if split_meant(root.resolve().name) and os.access(above, os.R_OK) else wrapped
+            held = [folder for folder in near if any(layout.holds(folder) for layout in self.besides)]
+            likely = held[0] if held else wrapped[-1]
+            if held or (likely != root and len(folders_in(likely)) > 1):
+                raise UserError(f"{error} Its data seem to be in {likely}: give --data.root {likely}.") from error
             raise
 
 
@@ -274,10 +279,12 @@ def _pictures(
                     pictures.append((below + name, Stamp.of(status)))
                 else:
                     left_out.add(entry.path, "no regular file")
-            elif entry.is_file() and begins_as_picture(entry.path):
-                pictures.append((below + name, Stamp.of(entry.stat())))
             elif below or name != NAMES_FILE:
-                left_out.add(entry.path, why_no_picture(name))
+                why = why_no_picture(entry)
+                if why is None:
+                    pictures.append((below + name, Stamp.of(entry.stat())))
+                else:
+                    left_out.add(entry.path, why)
     return pictures
 
 

@@ -175,8 +175,8 @@ class Layout(ABC):
         """
         return NOTHING_ELSE
 
-    def likely_root(self, root: Path) -> Path | None:
-        """A folder below that was rather meant, where `root` has fewer than two classes; None where none is known."""
+    def likely_mend(self, root: Path) -> str | None:
+        """Where the classes of a `root` that seems to have but one are, and what to do; None where nothing is known."""
         return None
 
     def names_file(self, root: Path) -> Path:

@@ -125,6 +125,28 @@ def test_training_counts_once_what_gives_both_splits(tmp_path: Path) -> None:
     assert counted(inventory_of([part for own in parts for part in own]).left_out)[".txt"] == 6
 
 
+def test_what_cannot_be_taken_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = touch(tmp_path, *(f"{kind}/{i}.jpg" for kind in ("rose", "tulip") for i in "123"))
+    touch(root, "rose/a.psd", "rose/secret", "rose/list.txt", "rose/b.dat")
+    os.mkfifo(root / "rose/pipe")
+    os.mkfifo(root / "rose/pipe.jpg")
+    (root / "rose/gone").symlink_to("nowhere")
+    real = open
+
+    def refused(path: str, *arguments: object, **named: object) -> object:
+        assert not str(path).endswith((".txt", "pipe"))  # never opened: it is named otherwise, or would not end
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **named)  # type: ignore[call-overload]
+
+    monkeypatch.setattr("builtins.open", refused)
+    rows = layout_of(root).load(root, "train", DataConfig()).inventory.left_out
+    assert {(row.kind, row.why, row.count) for row in rows} == {
+        *((".psd", "not read", 1), (".txt", "", 1), (".dat", "", 1), (".jpg", "no regular file", 1)),
+        *(("without extension", "no regular file", 2), ("without extension", "cannot be read: Permission denied", 1)),
+    }
+
+
 def test_what_is_left_out_fits_a_line() -> None:
     rows = tuple(LeftOut(f".kind{i}", "", 1000 - i, "x") for i in range(40))
     for width in (70, 80, 200):

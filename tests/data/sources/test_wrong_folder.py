@@ -28,6 +28,16 @@ def test_a_root_too_high_is_refused_with_the_likely_one(tmp_path: Path, below: s
     assert [p.kind for p in run_check(root).problems][:1] in (["class"], ["file"])
 
 
+def test_a_split_in_itself_is_refused_with_where_to_move_it(tmp_path: Path) -> None:
+    wrapped = ("train/train/rose/1.jpg", "train/train/tulip/1.jpg")
+    root = touch(tmp_path / "alone", *wrapped)
+    assert refusal(require_two_classes, root, ["train"]).endswith(f"give --data.root {root}/train/train.")
+    root = touch(tmp_path / "both", *wrapped, "val/val/rose/1.jpg", "val/val/tulip/1.jpg")
+    assert refusal(require_two_classes, root, ["train"]).endswith(
+        f"its classes seem to be in {root}/train/train: move its folders into {root}/train."
+    )
+
+
 def test_train_refuses_one_class_before_it_reads_all(tmp_path: Path) -> None:
     root = write_folders(tmp_path / "data", {"flowers/rose": 4, "flowers/tulip": 4})
     refused = fastflower(*train_arguments(root, tmp_path / "run"))
@@ -45,6 +55,8 @@ def test_train_refuses_one_class_before_it_reads_all(tmp_path: Path) -> None:
 def test_records_in_a_folder_below_are_named(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "a" / "b", {"train": 4, "val": 2})
     assert refusal(opened, tmp_path).endswith(f"Its data seem to be in {root}: give --data.root {root}.")
+    size = root / "tfrecords-jpeg-40x40"
+    assert refusal(opened, size / "train").endswith(f"Its data seem to be in {size}: give --data.root {size}.")
 
 
 def test_a_root_too_low_is_refused_with_its_parent(tmp_path: Path) -> None:
