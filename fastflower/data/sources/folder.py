@@ -76,7 +76,8 @@ class ClassFolders(Layout):
                     left_out.add(entry.path, kind=HIDDEN)
                 elif not (split_meant(entry.name) and entry.is_dir()) and entry.name != NAMES_FILE:
                     left_out.add_entry(entry, "beside the splits")
-        return Inventory(left_out.total(), tuple(other_names(folders)))
+        without_train = _without_train(root, folders)
+        return Inventory(left_out.total(), (*other_names(folders), *([without_train] if without_train else [])))
 
     def likely_mend(self, root: Path) -> str | None:
         """By where wrappings, each the only folder of another, end: at folders of classes, or at splits."""
@@ -127,23 +128,33 @@ def split_folders(root: Path) -> dict[str, Path]:
     """Where the pictures of each split are; empty where all of `root` is train.
 
     Names that mean a split (`split_meant`) may be those of classes too, such as valid beside invalid, or train beside
-    car. Beside other folders they divide `root` only if train or val hold folders, as splits have classes.
+    car. Beside other folders train and val divide `root` only if one of them holds folders, as splits have classes.
+    Whether a folder test beside classes is one of them there is no telling, and so it is not (`_without_train`).
 
     Raises:
-        UserError: two folders mean the same split, or there is no telling what they mean.
+        UserError: two folders mean the same split, or one cannot be read.
     """
     folders = folders_by_split(root)
-    others = [name for name in folders_in(root) if not split_meant(name)] if folders else []
-    divides = any(folders_in(path) for split in ("train", "val") for path in folders.get(split, ()))
-    if not others or divides:
+    if not folders or "test" in folders or not _classes_beside(root):
         return one_each(folders)
-    if "test" in folders:
-        test = folders["test"][0]
-        raise UserError(
-            f"{root} has a folder {test.name} beside classes ({_some(others)}), but no train: move the folders of "
-            f"classes into {root / 'train'}; {test.name} too, if it is a class."
-        )
-    return {}
+    divides = any(folders_in(path) for paths in folders.values() for path in paths)
+    return one_each(folders) if divides else {}
+
+
+def _classes_beside(root: Path) -> list[str]:
+    return [name for name in folders_in(root) if not split_meant(name)]
+
+
+def _without_train(root: Path, folders: dict[str, Path]) -> str | None:
+    """The sentence for splits without train beside what may be classes; None where there is no such folder."""
+    classes = _classes_beside(root)
+    if "train" in folders or not classes:
+        return None
+    too = "".join(f"; {path.name} too, if it is a class" for path in folders.values() if not folders_in(path))
+    return (
+        f"{root} has no folder train beside {', '.join(path.name for path in folders.values())}: move the folders of "
+        f"classes ({_some(classes)}) into {root / 'train'}{too}."
+    )
 
 
 def load_folder(
@@ -165,11 +176,9 @@ def load_folder(
             the class folders, a name that is no text or twice, splits within classes, or something cannot be read.
     """
     folders = split_folders(root)
-    if folders and split not in folders:
-        loose = [name for name in folders_in(root) if not split_meant(name)] if split == "train" else []
-        mend = f"move those of the classes ({_some(loose)}) into {root / split}" if loose else expected
-        raise UserError(f"{root} has no folder {split}: {mend}.")
-    if not folders and split != "train":
+    if folders and split == "train" and (sentence := _without_train(root, folders)):
+        raise UserError(sentence)
+    if split not in (folders or ["train"]):
         raise UserError(f"{root} has no folder {split}: {expected}.")
     folder, left_out = folders.get(split, root), LeftOuts()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ from fastflower.config import DataConfig
 from fastflower.data.sources import layout_of
 from fastflower.data.sources.naming import folders_by_split, split_meant
 from fastflower.data.sources.tfrecord import write_tfrecord
-from fastflower.data.splits import load_parts
+from fastflower.data.splits import load_parts, load_records
 from tests.conftest import example, write_folders
-from tests.data.sources.on_disk import NAMES, opened, refusal, touch
+from tests.data.sources.on_disk import NAMES, opened, refusal, run_check, touch
 
 # Names of splits
 
@@ -83,14 +84,21 @@ def test_classes_may_be_called_as_splits_are(tmp_path: Path, folders: list[str],
 
 
 def test_a_test_folder_beside_classes_is_not_guessed_about(tmp_path: Path) -> None:
-    for content in ("test/1.jpg", "test/rose/1.jpg"):
+    for content, too in (("test/1.jpg", "; test too, if it is a class"), ("test/rose/1.jpg", "")):
         root = touch(tmp_path / content.replace("/", "_"), "rose/1.jpg", "tulip/1.jpg", content)
-        assert refusal(opened, root) == (
-            f"{root} has a folder test beside classes (rose, tulip), but no train: move the folders of classes into "
-            f"{root}/train; test too, if it is a class."
+        sentence = (
+            f"{root} has no folder train beside test: move the folders of classes (rose, tulip) into {root}/train{too}."
         )
+        assert refusal(opened, root) == sentence
+        report = run_check(root)
+        assert sentence in report.notes
+        assert [(row.kind, row.why) for row in report.inventory.left_out] == [
+            *(("rose/", "beside the splits"), ("tulip/", "beside the splits")),
+        ]
+        ((part,),) = load_parts(DataConfig(root=(root,)), 0, "test")  # which is what it is for `predict`
+        assert len(part.records) == 1
     root = touch(tmp_path / "b", "rose/1.jpg", "tulip/1.jpg", "Valid/rose/1.jpg")
-    assert f"move those of the classes (rose, tulip) into {root}/train" in refusal(opened, root)
+    assert f"beside Valid: move the folders of classes (rose, tulip) into {root}/train." in refusal(opened, root)
     inside = touch(tmp_path / "c", *(f"train/{kind}/{i}.jpg" for kind in ("rose", "test") for i in "123"))
     assert opened(inside).classes == ["rose", "test"]
 
@@ -144,3 +152,12 @@ def test_names_that_are_no_text_are_refused_before_training(tmp_path: Path, name
     refusal(opened, Path(os.fsdecode(os.path.join(os.fsencode(tmp_path), b"\xe4"))))
     (root / "rose" / os.fsdecode(b"\xe4.txt")).touch()  # not a picture: nothing is written of it
     shutil.rmtree(root)
+
+
+def test_a_runs_classes_are_found_in_data_of_another_form(tmp_path: Path) -> None:
+    names = ["장미", "튤립"]
+    root = touch(tmp_path, *(f"val/{name}/{i}.jpg" for name in names for i in "12"))
+    for form in ("NFC", "NFD"):
+        classes = ["iris", *(unicodedata.normalize(form, name) for name in reversed(names))]
+        records = load_records(DataConfig(root=(root,)), "val", classes, seed=0)
+        assert records.labels.tolist() == [2, 2, 1, 1]
