@@ -38,7 +38,10 @@ from fastflower.settings import to_yaml
 from fastflower.tables import written_all
 
 if TYPE_CHECKING:
+    from fastflower.evaluation.answers import Answer
     from fastflower.evaluation.session import EvaluationSettings
+
+UNLIMITED = 2**20  # characters of a line
 
 
 def carry_out(command: Options) -> int:
@@ -99,22 +102,76 @@ def _eval(command: EvalCommand) -> int:
 
 
 def _predict(command: PredictCommand) -> int:
-    from fastflower.evaluation.predict import likeliest, predict_pictures, predict_run
+    from fastflower.evaluation.answers import answers
+    from fastflower.evaluation.predict import KEY, predict_run
 
     settings = _evaluation_settings(command)
-    if command.images is None:
-        files = {"out": command.out, "submission": command.submission, "sample": command.sample}
-        predict_run(command.run, command.split, settings, Console(), **files)
-        return 0
-    if command.submission or command.sample or command.root or command.sizes:
-        raise UserError("--submission, --sample, --data.root and --sizes are about a split: drop them, or --images.")
-    predictions, shown = predict_pictures(
-        command.run, command.images, settings, Console(stderr=True), names=command.names, out=command.out
+    if command.pictures:
+        return _predict_pictures(command, settings)
+    predictions, shown = predict_run(
+        command.run,
+        command.split or "test",
+        settings,
+        Console(stderr=True),
+        out=command.out,
+        submission=command.submission,
+        sample=command.sample,
+        names=command.names,
+        top=command.top,
     )
     if is_main():
-        for line in likeliest(predictions, shown):
-            print(line)
+        _show(answers(predictions, shown, command.top), KEY, as_json=command.json, written=True)
     return 0
+
+
+def _predict_pictures(command: PredictCommand, settings: EvaluationSettings) -> int:
+    from fastflower.evaluation.answers import answers, printable
+    from fastflower.evaluation.classifier import KEY, predict_pictures
+    from fastflower.evaluation.pictures import passed_over
+
+    if command.split or command.submission or command.sample or command.root or command.sizes:
+        raise UserError(
+            "--split, --submission, --sample, --data.root and --sizes are about a split: drop them, or the pictures."
+        )
+    rows: list[Answer] = []
+    console = Console(stderr=True)
+    pictures = predict_pictures(
+        command.run,
+        command.pictures,
+        settings,
+        console,
+        take=lambda part, shown: rows.extend(answers(part, shown, command.top)),
+        names=command.names,
+        out=command.out,
+        top=command.top,
+    )
+    if is_main():
+        _show(rows, KEY, as_json=command.json, written=command.out is not None)
+        if command.out:
+            _say(f"Predictions of {len(rows)} pictures: {command.out}", console)
+        if pictures.passed_over:
+            _say(f"{passed_over(pictures)}.", console)
+        if pictures.unreadable:
+            _say(f"{len(pictures.unreadable)} cannot be read as pictures:", console)
+        for name, reason in sorted(pictures.unreadable.items()):
+            _say(f"  {printable(name)}: {reason}", console)
+    return 1 if pictures.unreadable else 0
+
+
+def _show(rows: list[Answer], key: str, *, as_json: bool, written: bool) -> None:
+    """Print what is said of pictures; of what is written into a file too, a table of the first ones."""
+    from fastflower.evaluation.answers import LISTED, answers_table, to_plain
+
+    if as_json:
+        print(to_json([to_plain(row, key) for row in rows]))
+        return
+    table = answers_table(rows[:LISTED] if written else rows, key)
+    out = Console()
+    if not out.is_terminal:  # a program reads it, to whom a line is a picture
+        out = Console(width=max(out.width, Console(width=UNLIMITED).measure(table).maximum))
+    out.print(table)
+    if written and len(rows) > LISTED:
+        _say(f"… and {len(rows) - LISTED:,} more.", Console(stderr=True))
 
 
 def _ensemble(command: EnsembleCommand) -> int:
@@ -279,9 +336,9 @@ def _evaluation_settings(options: EvaluationOptions) -> EvaluationSettings:
     )
 
 
-def _say(text: str) -> None:
+def _say(text: str, console: Console | None = None) -> None:
     """A line as it is, however long."""
-    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+    (console or Console()).print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 FUNCTIONS: dict[type[Options], Callable[[Any], int]] = {

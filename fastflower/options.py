@@ -90,28 +90,33 @@ class EvalCommand(EvaluationOptions):
 
 @dataclass(frozen=True)
 class PredictCommand(EvaluationOptions):
-    """Predict classes: fastflower predict runs/NAME --submission submission.csv
+    """Predict classes: fastflower predict runs/NAME NEWPICTURES --out names.csv
 
-    Writes ids and class probabilities of a split as Parquet, each id once. With --images it prints the likeliest
-    classes of single pictures instead.
+    Names pictures: files, folders with all folders in them, and patterns such as "photos/*.jpg". What cannot be read or
+    decoded is listed at the end (exit code 1). Without pictures it predicts a split of the run's data, each id once.
     """
 
     run: Positional[Path]
     """Run folder (its best checkpoint) or a checkpoint file."""
-    split: Split = "test"
-    """The split, which needs no classes."""
-    images: tuple[Path, ...] | None = None
-    """Picture files, in place of a split."""
+    pictures: Positional[tuple[Path, ...]] = ()
+    """Picture files, folders and patterns; without any, a split is predicted."""
+    split: Split | None = None
+    """A split of the run's data, which needs no classes; None = test, where no pictures are named."""
     out: Path | None = None
-    """Predictions file; None = predictions-SPLIT.parquet in the run folder, and no file for --images."""
+    """File of the predictions: .csv or .json with the likeliest classes, or .parquet with the probability of each
+    class; None = no file, or of a split predictions-SPLIT.parquet in the run folder."""
+    top: int = 3
+    """Classes that are named for each picture, the likeliest first."""
     submission: Path | None = None
-    """Write the competition's CSV, id,label."""
+    """Write the competition's CSV, id,label, of a split."""
     sample: Path | None = None
     """Sample submission, whose ids must be those of the records: the answers are written in its form, as labels by name
     or by place, or as a probability for each class; None = id,label, by name where a class is called by a number, else
     by place."""
     names: str | None = None
-    """Names of the classes for --images: a JSON list, a text file with one a line, or kaggle104; None = the data's."""
+    """Names of the classes: a JSON list, a text file with one a line, or kaggle104; None = the data's."""
+    json: bool = False
+    """Print a JSON list of objects, one for each picture: file (or id), name, probability, best."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ class EnsembleCommand(Options):
     fit_on: tuple[Path, ...] = ()
     """Predictions to fit the weights on, one for each member in the same order; without any, the runs' val."""
     out: Path | None = None
-    """Write the ensemble's predictions, as a file like that of predict."""
+    """Write the ensemble's predictions, as .csv, .json or .parquet, as predict does."""
     submission: Path | None = None
     """Write the competition's CSV, id,label."""
     sample: Path | None = None

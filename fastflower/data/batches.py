@@ -94,7 +94,13 @@ class TrainingBatches:
         return max(len(self.loader.records) - position, 0) // self.global_batch
 
     def epoch(self, epoch: int, start: int = 0) -> Iteration:
-        """Batches of `epoch` (from 0) from position `start` of its order."""
+        """Batches of `epoch` (from 0) from position `start` of its order.
+
+        Raises:
+            UserError: there is no such epoch or position.
+        """
+        if not 0 <= epoch < 2**63 or start < 0:
+            raise UserError(f"epoch is {epoch} and start {start}: the first of each is 0.")
         ranks = self.loader.loading.ranks
         requests = training_requests(
             len(self.loader.records),
@@ -282,10 +288,12 @@ def whole_pictures(
     loading: Loading,
     *,
     batch_size: int,
+    decoded: Decoded | None = None,
 ) -> WholePictures:
     """The resized (or stored) picture without a crop; `batch_size` is of crops, over all ranks."""
     share = _share_of_pass(batch_size, records, loading)
-    return WholePictures(Loader(records, View(data.crop, "whole"), share, loading), shapes, data.val_resize)
+    loader = Loader(records, View(data.crop, "whole"), share, loading, decoded)
+    return WholePictures(loader, shapes, data.val_resize)
 
 
 def _share_of_pass(batch_size: int, records: Records, loading: Loading) -> int:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fastflower.data.records import NO_LABEL
 from fastflower.errors import UserError
+from fastflower.evaluation.answers import require_form
 from fastflower.evaluation.combine import (
     Member,
     Method,
@@ -82,16 +83,18 @@ def ensemble_runs(
         mix_views: combine members that were predicted by other views than others.
         fit_on: of each member what weights are fitted on; empty = the same predictions where they have true classes,
             else the runs' val.
-        out: a predictions file of the ensemble; None = none is written.
+        out: a predictions file of the ensemble (see `fastflower.evaluation.answers.answers_writer`); None = none is
+            written.
         submission: the competition's CSV; None = none is written.
         sample: a sample submission, whose ids must be those of the members.
 
     Raises:
         UserError: as `combine` and `fit_weights`; a member that cannot be had, or views that differ unasked.
     """
-    for path in (out, submission):
-        if path:
-            require_writable(path)
+    if out:
+        require_form(out)
+    if submission:
+        require_writable(submission)
     settings = EvaluationSettings(roots, views=views or Views())
     # refuses before hours of work
     members, _ = _find_all(paths, method, split, settings, fit_on, console, mix_views=mix_views, ahead=True)

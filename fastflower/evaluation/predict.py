@@ -1,4 +1,4 @@
-"""Predictions of a trained run: of a split, for ensembles and competitions, or of single pictures."""
+"""Predictions of a trained run of a split, for ensembles and competitions."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fastflower.arrays import Singles
 from fastflower.config import DataConfig
 from fastflower.data.names import display_names
 from fastflower.data.records import NO_LABEL, Records
-from fastflower.data.sources.files import picture_files
 from fastflower.errors import UserError
+from fastflower.evaluation.answers import TOP, answers_writer, require_form, require_top
 from fastflower.evaluation.predictions import Predictions, read_predictions, sort_by_id, write_predictions
 from fastflower.evaluation.score import ready, score, softmax
 from fastflower.evaluation.session import EvaluationSettings, Session, input_of, load_split, open_session, source
@@ -22,7 +22,7 @@ from fastflower.evaluation.trained_run import Planned, Trained, open_trained
 from fastflower.files import require_writable
 from fastflower.runtime.run_folder import RunFolder
 
-SHOWN = 3  # classes of a single picture
+KEY = "id"  # what the ids are called where they are written
 
 
 def predict_run(
@@ -34,7 +34,9 @@ def predict_run(
     out: Path | None = None,
     submission: Path | None = None,
     sample: Path | None = None,
-) -> Predictions:
+    names: str | None = None,
+    top: int = TOP,
+) -> tuple[Predictions, list[str]]:
     """Class probabilities of a split by a run's best checkpoint (or the checkpoint file `run`), and files of them.
 
     Each id is predicted once, from its largest record (see `fastflower.evaluation.session.load_split`).
@@ -44,30 +46,41 @@ def predict_run(
         split: train, val or test; it needs no classes.
         settings: which data, and by which views.
         console: where progress is shown.
-        out: the predictions file; None = predictions-SPLIT.parquet in the run folder, with the views in its name.
+        out: the predictions file (see `fastflower.evaluation.answers.answers_writer`); None =
+            predictions-SPLIT.parquet in the run folder, with the views in its name.
         submission: the competition's CSV; None = none is written.
         sample: a sample submission, whose ids must be those of the records, and its labels names or numbers of the
             classes.
+        names: of the classes, for `out`, as `fastflower.data.names.display_names` takes it.
+        top: how many classes of a picture are written into CSV and JSON.
+
+    Returns:
+        The predictions, and the names to show for the classes.
 
     Raises:
-        UserError: no such run, data or views that do not fit it, or a sample that does not fit both.
+        UserError: no such run, data or views that do not fit it, a sample that does not fit both, or a file that cannot
+            be written.
         Stopped: a signal came.
     """
+    require_top(top)
     trained = open_trained(run)
     out = out or result_of(trained, split, settings)
+    shown = display_names(trained.classes, names)
     with open_session(trained, settings, console) as session:
         with session.ranks.together():
-            for path in (out, submission):
-                if path and session.ranks.is_main:
-                    require_writable(path)
+            if session.ranks.is_main:
+                require_form(out)
+                if submission:
+                    require_writable(submission)
         data, records = load_pictures(trained, split, settings, session, sample=sample)
         made_from = source(trained, split, data, records, settings, session)
         probabilities = _probabilities(trained, data, records, settings, session)
         predictions = _predictions(trained, split, records, probabilities, made_from)
         if session.ranks.is_main:
-            for note in hand_in(predictions, out=out, submission=submission, sample=sample):
+            files = {"out": out, "submission": submission, "sample": sample}
+            for note in hand_in(predictions, **files, names=shown, top=top):
                 session.display.say(note)
-    return predictions
+    return predictions, shown
 
 
 def load_pictures(
@@ -157,9 +170,17 @@ def _predictions(
 
 
 def hand_in(
-    predictions: Predictions, *, out: Path | None = None, submission: Path | None = None, sample: Path | None = None
+    predictions: Predictions,
+    *,
+    out: Path | None = None,
+    submission: Path | None = None,
+    sample: Path | None = None,
+    names: list[str] | None = None,
+    top: int = TOP,
 ) -> list[str]:
     """Write the files that are asked for, the submission in the form of the sample; sentences that say so.
+
+    `names` are what the classes are called in the predictions file, and `top` says how many of them CSV and JSON name.
 
     Raises:
         UserError: see `fastflower.evaluation.submission.form_of`.
@@ -172,52 +193,11 @@ def hand_in(
         if form.columns is None and (sentence := meaning(predictions.classes, form.labels)):
             notes.append(sentence)
     if out:
-        write_predictions(out, predictions)
-        notes.append(f"Predictions of {len(predictions.ids)} pictures: {out}")
+        names = display_names(predictions.classes, None) if names is None else names
+        with answers_writer(out, predictions, names, KEY, top) as write:
+            write(predictions)
+        notes.append(f"Predictions of {len(predictions)} pictures: {out}")
     return notes
-
-
-def predict_pictures(
-    run: Path,
-    paths: tuple[Path, ...],
-    settings: EvaluationSettings,
-    console: Console,
-    *,
-    names: str | None = None,
-    out: Path | None = None,
-) -> tuple[Predictions, list[str]]:
-    """Class probabilities of picture files, in their order; a path is the id. A file of them where `out` names one.
-
-    Returns:
-        The predictions, and the names to show for the classes (`fastflower.data.names.display_names`).
-
-    Raises:
-        UserError: no such run, a file that is no picture that can be decoded, or names that are not the classes'.
-        Stopped: a signal came.
-    """
-    trained = open_trained(run)
-    shown = display_names(trained.classes, names)
-    with open_session(trained, settings, console) as session:
-        with session.ranks.together():
-            if out and session.ranks.is_main:
-                require_writable(out)
-            records = picture_files(paths)
-        data = trained.data(None, None)
-        made_from = source(trained, None, data, records, settings, session)
-        probabilities = _probabilities(trained, data, records, settings, session)
-        predictions = Predictions("", trained.classes, records.ids, probabilities, records.labels, made_from)
-        if out and session.ranks.is_main:
-            write_predictions(out, predictions)
-    return predictions, shown
-
-
-def likeliest(predictions: Predictions, shown: list[str]) -> list[str]:
-    """A line for each picture: its id, and the SHOWN likeliest classes with their probabilities."""
-    order = np.argsort(-predictions.probabilities, axis=1, kind="stable")[:, :SHOWN]
-    return [
-        f"{name}  " + "  ".join(f"{shown[k]} {row[k]:.1%}" for k in best)
-        for name, row, best in zip(predictions.ids, predictions.probabilities, order, strict=True)
-    ]
 
 
 def _require_ids(records: Records) -> None:

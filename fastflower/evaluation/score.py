@@ -10,6 +10,7 @@ import torch
 from fastflower.arrays import Floats, Ints, Singles
 from fastflower.config import DataConfig
 from fastflower.data.batches import EvaluationBatches, WholePictures, choose_engine, evaluation_batches, whole_pictures
+from fastflower.data.cache import Decoded
 from fastflower.data.decoding import shapes_of
 from fastflower.data.loader import Loading
 from fastflower.data.records import Records
@@ -39,14 +40,10 @@ def score(
     return scores
 
 
-@torch.no_grad()
 def scored(
     trained: Trained, data: DataConfig, records: Records, settings: EvaluationSettings, session: Session
 ) -> Iterator[tuple[slice, Singles]]:
     """Part by part of the records (see `parts`) their scores [n, num_classes] float32, on every rank.
-
-    Their softmax is class probabilities. By one crop they are the network's logits, by more views the logarithm of the
-    mean probability.
 
     Args:
         trained: the run.
@@ -56,39 +53,77 @@ def scored(
         session: where; the processes share the records.
 
     Raises:
-        UserError: see `ready`; or a record cannot be decoded, or scores are not finite.
+        UserError: see `ready` and `Scoring.scores`.
         Stopped: a rank got a signal.
     """
-    views, device, ranks = settings.views, session.device, session.ranks
-    config = trained.config
     network, shapes = ready(trained, data, records, settings, session)
-    precision = choose_precision(config.amp, config.amp_dtype, device)
-    scorer = views.scorer(network.eval(), data.crop, compiled=settings.compiled)
-    loading = Loading(trained.normalization, choose_engine(data, device, ranks), device, ranks)
-    size = settings.batch_size or config.train.batch_size
+    scoring = Scoring(trained, data, settings, network)
+    scoring.announce(len(records), session)
     for part in parts(len(records), len(trained.classes), LOADED):
         of_part = records.select(np.arange(part.start, part.stop))
-        scores: list[Singles] = []  # of each pass
-        for geometry in views.passes(data):
+        scores = scoring.scores(of_part, None if shapes is None else shapes[part], session)
+        for piece in parts(*scores.shape):
+            yield slice(part.start + piece.start, part.start + piece.stop), scores[piece]
+
+
+class Scoring:
+    """A network that is ready to look at pictures by some views, for any number of tables of records."""
+
+    def __init__(
+        self, trained: Trained, data: DataConfig, settings: EvaluationSettings, network: torch.nn.Module
+    ) -> None:
+        """`network` is that of `ready_network`; see `scored` for the rest."""
+        self.trained, self.data, self.settings = trained, data, settings
+        views = settings.views
+        self._passes = views.passes(data)
+        self._scorer = views.scorer(network.eval(), data.crop, compiled=settings.compiled)
+
+    def announce(self, count: int, session: Session) -> None:
+        """Show from now on how many of so many records are scored."""
+        ranks = session.ranks
+        session.display.task("score", len(self._passes) * len(range(ranks.rank, count, ranks.world_size)))
+
+    @torch.no_grad()
+    def scores(
+        self, records: Records, shapes: Ints | None, session: Session, decoded: Decoded | None = None
+    ) -> Singles:
+        """Scores [n, num_classes] float32, whose softmax is class probabilities, on every rank.
+
+        By one crop they are the network's logits, by more views the logarithm of the mean probability.
+
+        Args:
+            records: at least one.
+            shapes: see `ready`.
+            session: where; the processes share the records.
+            decoded: the records' pixels, where they are in memory.
+
+        Raises:
+            UserError: a record cannot be decoded, or scores are not finite.
+            Stopped: a rank got a signal.
+        """
+        trained, data, device = self.trained, self.data, session.device
+        config = trained.config
+        precision = choose_precision(config.amp, config.amp_dtype, device)
+        engine = choose_engine(data, device, session.ranks)
+        loading = Loading(trained.normalization, engine, device, session.ranks)
+        size = self.settings.batch_size or config.train.batch_size
+        passes: list[Singles] = []
+        for geometry in self._passes:
             batches: EvaluationBatches | WholePictures
             if shapes is None:
-                batches = evaluation_batches(geometry, of_part, loading, batch_size=size)
+                batches = evaluation_batches(geometry, records, loading, batch_size=size, decoded=decoded)
             else:
-                batches = whole_pictures(geometry, of_part, shapes[part], loading, batch_size=size)
-            at = f" at {geometry.val_resize} pixels" if views.scales else ""
-            session.display.task(f"score{at}", len(range(ranks.rank, len(of_part), ranks.world_size)))
-            of_pass = _one_pass(scorer, batches, len(trained.classes), precision, session)
+                batches = whole_pictures(geometry, records, shapes, loading, batch_size=size, decoded=decoded)
+            of_pass = _one_pass(self._scorer, batches, len(trained.classes), precision, session)
             sound = np.isfinite(of_pass).all(axis=1)
             if not sound.all():
-                first = of_part.describe(int(np.argmin(sound)))
+                first = records.describe(int(np.argmin(sound)))
                 raise UserError(
                     f"{trained.checkpoint} gives outputs that are not finite, in {precision}, and so no class, for "
                     f"{len(of_pass) - sound.sum()} of {len(of_pass)} records, the first being {first}: {OTHER}."
                 )
-            scores.append(of_pass)
-        together = scores[0] if len(scores) == 1 else _log_mean(scores)
-        for piece in parts(*together.shape):
-            yield slice(part.start + piece.start, part.start + piece.stop), together[piece]
+            passes.append(of_pass)
+        return passes[0] if len(passes) == 1 else _log_mean(passes)
 
 
 def parts(records: int, classes: int, times: int = 1) -> list[slice]:
@@ -114,26 +149,36 @@ def ready(
         UserError: views that do not fit the network or the pictures, a record that cannot be read, or weights that are
             not finite.
     """
-    views, config = settings.views, planned.config
-    views.check(data, config.model.name)
-    choose_engine(data, session.device, session.ranks)
+    network = ready_network(planned, data, settings, session)
     shapes = None
     with session.ranks.together():
-        if views.whole:
-            shapes = _shapes(data, records, views)
-    classes, device, ranks = len(planned.classes), session.device, session.ranks
-    network = build_network(config.model, classes, seed=config.seed, device=device, ranks=ranks)
+        if settings.views.whole:
+            shapes = require_crops(shapes_of(records), records, data, settings.views)
+    return network, shapes
+
+
+def ready_network(
+    planned: Planned, data: DataConfig, settings: EvaluationSettings, session: Session
+) -> torch.nn.Module:
+    """The network on its device, by views that fit it; see `ready`.
+
+    Raises:
+        UserError: views that do not fit the network, or weights that are not finite.
+    """
+    config, device, ranks = planned.config, session.device, session.ranks
+    settings.views.check(data, config.model.name)
+    choose_engine(data, device, ranks)
+    network = build_network(config.model, len(planned.classes), seed=config.seed, device=device, ranks=ranks)
     if isinstance(planned, Trained):
         if name := first_non_finite(planned.weights):
             raise UserError(f"{planned.checkpoint} holds weights that are not finite ({name}): {OTHER}.")
         require_fit(network, planned.weights, planned.checkpoint)
         network.load_state_dict(planned.weights)
-    return network, shapes
+    return network
 
 
-def _shapes(data: DataConfig, records: Records, views: Views) -> Ints:
-    """Heights and widths, [n, 2]; UserError where ten crops of a picture would be the same."""
-    shapes = shapes_of(records)
+def require_crops(shapes: Ints, records: Records, data: DataConfig, views: Views) -> Ints:
+    """The heights and widths that are given, [n, 2]; UserError where ten crops of a picture would be the same."""
     small = shapes.min(axis=1) <= data.crop
     if views.crops > 1 and data.val_resize is None and small.any():
         index = int(np.argmax(small))

@@ -14,9 +14,9 @@ from fastflower.data.batches import evaluation_batches, training_batches, whole_
 from fastflower.data.decoding import shapes_of
 from fastflower.data.loader import Batch, Loader, Loading
 from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
-from fastflower.data.sources.files import picture_files
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.view import Engine, View
+from fastflower.evaluation.pictures import find_pictures, read_pictures
 from fastflower.runtime.distributed import Ranks
 from tests.conftest import jpeg
 from tests.data.test_loader import CPU, PLAIN
@@ -52,7 +52,7 @@ def test_evaluation_and_whole_pictures_follow_val_resize(tmp_path: Path, val_res
     paths = [tmp_path / f"{seed}.jpg" for seed in range(len(shapes))]
     for seed, (path, (width, height)) in enumerate(zip(paths, shapes, strict=True)):
         path.write_bytes(jpeg(width, height, seed))
-    records, data = picture_files(paths), DataConfig(crop=32, val_resize=val_resize)
+    records, data = read_pictures(find_pictures(paths)), DataConfig(crop=32, val_resize=val_resize)
     for rank in range(2):
         loading = Loading(PLAIN, Engine(), CPU, Ranks(rank, 2))
         center = evaluation_batches(data, records, loading, batch_size=4)

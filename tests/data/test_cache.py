@@ -17,10 +17,10 @@ from fastflower.data.batches import evaluation_batches, training_batches
 from fastflower.data.cache import Decoded, choose_place, open_cache
 from fastflower.data.loader import Loading
 from fastflower.data.records import Records
-from fastflower.data.sources.files import picture_files
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.view import IMAGENET, Engine
 from fastflower.errors import UserError
+from fastflower.evaluation.pictures import find_pictures, read_pictures
 from fastflower.machine import Memory
 from fastflower.runtime.distributed import Ranks
 from tests.conftest import READABLE, fastflower, train_arguments, write_folders
@@ -46,7 +46,7 @@ def batches(records: Records, pixels: Decoded | None, epoch: int) -> list[torch.
 
 
 def test_batches_are_the_same_bit_for_bit(odd_images: Path) -> None:
-    records = picture_files([odd_images / name for name in READABLE])
+    records = read_pictures(find_pictures([odd_images / name for name in READABLE]))
     records = Records(**{**vars(records), "labels": np.zeros(len(records), np.int64)})
     pixels, said = decoded(records)
     assert pixels

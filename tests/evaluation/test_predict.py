@@ -124,7 +124,8 @@ def test_predict_writes_probabilities_and_a_submission(run: Path, sized: Path, t
     assert not predictions.labelled
     rows = [[name, str(label)] for name, label in zip(ids, predictions.likeliest, strict=True)]
     assert submission(tmp_path / "submission.csv") == [["id", "label"], *rows]
-    assert f"Predictions of 7 pictures: {run / 'predictions-test.parquet'}" in result.out
+    assert f"Predictions of 7 pictures: {run / 'predictions-test.parquet'}" in result.err
+    assert [line.split()[0] for line in result.out.splitlines()[2:]] == ids
     frame = pd.read_parquet(run / "predictions-test.parquet")
     assert frame["label"].tolist() == predictions.likeliest.tolist()
 
@@ -144,8 +145,8 @@ def test_a_run_that_crops_stored_pictures_keeps_to_its_sizes(sized: Path, tmp_pa
     for views in ((), ("--scales", 48)):
         probabilities = []
         for options in ((), ("--sizes", 40), ("--sizes", 48)):
-            assert fastflower("predict", run, "--out", tmp_path / "p", *views, *options).code == 0
-            probabilities.append(read_predictions(tmp_path / "p").probabilities)
+            assert fastflower("predict", run, "--out", tmp_path / "p.parquet", *views, *options).code == 0
+            probabilities.append(read_predictions(tmp_path / "p.parquet").probabilities)
         taken = 2 if views else 1  # scales begin with the largest, since they resize anyway
         np.testing.assert_array_equal(probabilities[0], probabilities[taken])
         assert np.abs(probabilities[0] - probabilities[3 - taken]).max() > 1e-3
@@ -196,7 +197,7 @@ def test_records_without_ids_and_repeated_ones_are_named(own: Path, tmp_path: Pa
     shutil.rmtree(tmp_path / "data/tfrecords-jpeg-40x40/test")
     result = fastflower("predict", own, "--sizes", 48)
     assert result.code == 0, result.err
-    assert f"{path}, record 0 (id 000001) is taken for its id, which is there again" in " ".join(result.out.split())
+    assert f"{path}, record 0 (id 000001) is taken for its id, which is there again" in " ".join(result.err.split())
     write_tfrecord(path, [example(1, None), {"image": jpeg(40, 40)}])
     refused = fastflower("predict", own, "--sizes", 48)
     assert refused.code == 2
@@ -215,35 +216,6 @@ def test_class_folders_are_predicted_by_path(tmp_path: Path, tiny_net: None) -> 
     assert not predictions.labelled
 
 
-def test_single_pictures_are_printed_with_their_likeliest_classes(tmp_path: Path, tiny_net: None) -> None:
-    root = write_folders(tmp_path / "data", {"rose": 12, "tulip": 12})
-    run = trained(root, tmp_path / "run")
-    files = [root / "tulip/000012.jpg", root / "rose/000001.jpg", tmp_path / "wide.png"]
-    files[2].write_bytes(jpeg(90, 33))
-    result = fastflower("predict", run, "--images", *files)
-    assert result.code == 0, result.err
-    lines = result.out.splitlines()
-    assert [line.split()[0] for line in lines] == [str(path) for path in files]
-    assert all("rose" in line and "tulip" in line and "%" in line for line in lines)
-    assert not list(run.glob("predictions*"))
-    for path, words in [
-        (tmp_path / "none.jpg", "cannot be read"),
-        (root, "is a folder"),
-        (tmp_path / "a.tfrec", "holds records"),
-        (run / "config.yaml", "cannot be decoded as a picture"),
-    ]:
-        refused = fastflower("predict", run, "--images", path)
-        assert refused.code == 2
-        assert words in refused.err
-    refused = fastflower("predict", run, "--images", files[0], files[0])
-    assert "is given twice" in refused.err
-    refused = fastflower("predict", run, "--images", files[0], "--submission", tmp_path / "s.csv")
-    assert "--submission, --sample, --data.root and --sizes are about a split" in refused.err
-    refused = fastflower("predict", run, "--images")
-    assert refused.code == 2
-    assert "--images has no value" in refused.err
-
-
 def test_names_and_samples_that_do_not_fit_are_refused_before_a_picture_is_scored(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,9 +223,9 @@ def test_names_and_samples_that_do_not_fit_are_refused_before_a_picture_is_score
     picture.write_bytes(jpeg(40, 40))
     names.write_text("rose\ntulip\n")
     sample.write_text("id,label\n" + "".join(f"{i:06},{i}\n" for i in range(33, 40)))
-    monkeypatch.setattr("fastflower.evaluation.predict.score", lambda *_: pytest.fail("a picture is scored"))
+    monkeypatch.setattr("fastflower.evaluation.score.Scoring.scores", lambda *_: pytest.fail("a picture is scored"))
     for arguments, words in [
-        (("--images", picture, "--names", names), "has 2 class names for 3 classes"),
+        ((picture, "--names", names), "has 2 class names for 3 classes"),
         (("--submission", tmp_path / "s.csv", "--sample", sample), "has the label '33' (id 000033)"),
     ]:
         refused = fastflower("predict", run, *arguments)
@@ -319,7 +291,7 @@ def test_what_a_killed_predict_left_goes_and_what_another_one_writes_stays(run: 
 def test_what_cannot_be_written_stops_before_the_work(run: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for option in ("--out", "--submission"):
-        for path, words in [(tmp_path, "is a folder: name a file"), (tmp_path / "file/s", str(tmp_path / "file"))]:
+        for path, words in [(tmp_path, "is a folder: name a file"), (tmp_path / "file/s.csv", str(tmp_path / "file"))]:
             refused = fastflower("predict", run, option, path)
             assert refused.code == 2
             assert words in refused.err
@@ -336,5 +308,5 @@ def test_what_is_left_out_is_said(tmp_path: Path, tiny_net: None) -> None:
     run = trained(root, tmp_path / "run", "--data.skip", tmp_path / "skip.json")
     result = fastflower("predict", run)
     assert result.code == 0, result.err
-    assert f"Left out 1 records of test that {tmp_path / 'skip.json'} lists." in result.out
+    assert f"Left out 1 records of test that {tmp_path / 'skip.json'} lists." in result.err
     assert len(read_predictions(run / "predictions-test.parquet").ids) == 3

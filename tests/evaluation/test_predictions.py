@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,22 @@ def test_pandas_reads_it_and_what_pandas_writes_is_read(tmp_path: Path) -> None:
     made = predictions(["b", "0001", "a"])
     write_predictions(tmp_path / "p.parquet", made)
     frame = pd.read_parquet(tmp_path / "p.parquet")
-    assert list(frame.columns) == ["id", "class", "label", "class_name", "label_name", "p0", "p1", "p2"]
+    assert list(frame.columns) == ["id", "class", "label", "class_name", "label_name", *made.classes]
     assert frame.attrs["classes"] == made.classes
     assert frame["label_name"].tolist() == [made.classes[k] for k in made.likeliest]
     assert frame["id"].tolist() == ["0001", "a", "b"]
     assert frame["class"].isna().all()
     assert frame["label"].tolist() == made.likeliest.tolist()
-    np.testing.assert_array_equal(frame[["p0", "p1", "p2"]].to_numpy(), made.probabilities)
-    frame[["p2", "p0", "p1", "id"]].iloc[::-1].to_parquet(tmp_path / "other.parquet", index=False)
+    np.testing.assert_array_equal(frame[made.classes].to_numpy(), made.probabilities)
+    frame[["kind 2", "kind 0", "kind 1", "id"]].iloc[::-1].to_parquet(tmp_path / "other.parquet", index=False)
     loaded = read_predictions(tmp_path / "other.parquet")
     assert loaded.classes == made.classes
     np.testing.assert_array_equal(loaded.probabilities, made.probabilities)
     assert not loaded.labelled
     frame.attrs = {}
+    frame.to_parquet(tmp_path / "other.parquet", index=False)
+    assert read_predictions(tmp_path / "other.parquet").classes == made.classes
+    frame = frame.rename(columns={name: f"p{k}" for k, name in enumerate(made.classes)})
     frame[["id", "p0", "p1", "p2"]].to_parquet(tmp_path / "other.parquet", index=False)
     assert read_predictions(tmp_path / "other.parquet").classes == ["0", "1", "2"]
     frame.to_parquet(tmp_path / "other.parquet", index=False)
@@ -65,7 +69,9 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     made = predictions(["a", "b"], [1, 0])
     write_predictions(tmp_path / "p.parquet", made)
     table = pq.read_table(tmp_path / "p.parquet")
-    kept = table.schema.metadata[b"PANDAS_ATTRS"]
+    metadata = json.loads(table.schema.metadata[b"PANDAS_ATTRS"])
+    kept = json.dumps({key: metadata[key] for key in ("split", "classes", "source")})
+    table = table.rename_columns([*table.column_names[:5], "p0", "p1", "p2"])
     table = table.drop_columns(["class_name", "label_name"]).replace_schema_metadata({b"fastflower": kept})
     pq.write_table(table, tmp_path / "p.parquet")
     loaded = read_predictions(tmp_path / "p.parquet")
@@ -96,7 +102,7 @@ def table_with(**columns: Any) -> pa.Table:
         (table_with(p1=[-0.5, 0.0]), "is damaged .of id 'a'"),
         (table_with().drop_columns("id"), "has no column 'id'"),
         (table_with().drop_columns("p0"), "has no column 'p0'"),
-        (table_with().drop_columns(["p0", "p1"]), "has no column 'p0'"),
+        (table_with().drop_columns(["p0", "p1"]), "has no columns of classes"),
         (table_with(p1=["x", "y"]), "is damaged"),
         (table_with(id=pa.array(["a", None])), "is damaged .of id ''"),
         (table_with(**{"class": [0, 2]}), "is damaged .of id 'b'"),

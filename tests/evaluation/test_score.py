@@ -100,6 +100,6 @@ def test_weights_that_are_not_finite_are_refused_where_outputs_would_hide_them(r
 def test_pictures_without_records_are_named_by_their_paths(run: Path, tmp_path: Path) -> None:
     path = with_weights(run, lambda model: model["fc.weight"].fill_(3e38))
     picture = ROOT / "docs/synthetic_flowers.jpg"
-    result = fastflower("predict", path, "--images", picture)
+    result = fastflower("predict", path, picture)
     assert result.code == 2
     assert f"1 of 1 records, the first being {picture}" in result.err

@@ -22,9 +22,9 @@ from fastflower.config import DataConfig
 from fastflower.data.batches import whole_pictures
 from fastflower.data.decoding import shapes_of
 from fastflower.data.loader import Loading
-from fastflower.data.sources.files import picture_files
 from fastflower.data.view import Engine, Normalization
 from fastflower.errors import UserError
+from fastflower.evaluation.pictures import find_pictures, read_pictures
 from fastflower.evaluation.views import Views, log_mean_probabilities, window_of
 from fastflower.models import create_model
 from tests.conftest import READABLE, TinyNet, copy_run, fastflower, jpeg, shared_run, train_arguments, write_folders
@@ -112,7 +112,7 @@ def test_views_that_would_degenerate_are_refused() -> None:
 
 
 def test_whole_pictures_of_all_kinds_come_once_upright_and_by_shape(odd_images: Path) -> None:
-    records = picture_files([odd_images / name for name in READABLE])
+    records = read_pictures(find_pictures([odd_images / name for name in READABLE]))
     data = DataConfig(crop=32, val_resize=48, prefetch=1)
     plain = Normalization((0, 0, 0), (1 / 255, 1 / 255, 1 / 255))
     whole = whole_pictures(data, records, shapes_of(records), Loading(plain, Engine(), CPU), batch_size=8)
@@ -133,7 +133,7 @@ def test_whole_pictures_are_resized_as_torchvision_does(tmp_path: Path) -> None:
     for seed, (width, height) in enumerate([(90, 60), (60, 90), (90, 60), (61, 75)]):
         paths.append(tmp_path / f"{seed}.jpg")
         paths[-1].write_bytes(jpeg(width, height, seed))
-    records = picture_files(paths)
+    records = read_pictures(find_pictures(paths))
     data = DataConfig(crop=32, val_resize=45, prefetch=1)
     plain = Normalization((0, 0, 0), (1 / 255, 1 / 255, 1 / 255))
     whole = whole_pictures(data, records, shapes_of(records), Loading(plain, Engine(), CPU), batch_size=8)

@@ -81,7 +81,7 @@ def test_a_wrapped_network_is_evaluated_and_gone_on_with_as_itself(
 def commands(checkpoint: Path, picture: Path) -> Iterator[Result]:
     """Everything that puts a checkpoint's weights into a network."""
     yield fastflower("eval", checkpoint, "--json")
-    yield fastflower("predict", checkpoint, "--images", picture)
+    yield fastflower("predict", checkpoint, picture)
     yield fastflower("train", "--resume", checkpoint, "--train.epochs", "3")
 
 

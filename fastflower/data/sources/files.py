@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fastflower.arrays import Ints, Strings
-from fastflower.data.records import NO_LABEL, Records
-from fastflower.data.sources.tfrecord import is_shard
-from fastflower.data.stamp import Stamp, stamp_of
-from fastflower.errors import UserError
+from fastflower.data.records import Records
+from fastflower.data.stamp import Stamp
 
 # Names that say that a file is a picture, in any case; its content says which kind.
 SUFFIXES = (
@@ -50,7 +47,7 @@ _BEGINNING = re.compile(b"|".join(start for name, start in _BEGINNINGS.items() i
 _HEAD = 16  # bytes that tell
 
 
-def why_no_picture(entry: os.DirEntry[str]) -> str | None:
+def why_no_picture(entry: os.DirEntry[str] | Path) -> str | None:
     """Why what SUFFIXES does not name is left out, "" where its extension says it; None where it is a picture, by its
     first bytes. A file whose name says that it is something else is not opened.
     """
@@ -60,31 +57,11 @@ def why_no_picture(entry: os.DirEntry[str]) -> str | None:
     if not entry.is_file():
         return "no regular file"
     try:
-        with open(entry.path, "rb", buffering=0) as file:
+        with open(entry, "rb", buffering=0) as file:
             begins = _BEGINNING.match(file.read(_HEAD))
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     return None if begins else "not read" if name.endswith(_OTHER_PICTURES) else ""
-
-
-def picture_files(paths: Sequence[Path]) -> Records:
-    """Picture files that are named one by one, without classes; a path is the id.
-
-    Raises:
-        UserError: one cannot be read, is not a picture's file, or is given twice.
-    """
-    if not paths:
-        raise UserError("--images names no picture: give one or more files.")
-    for path, times in Counter(paths).items():
-        if path.is_dir():
-            raise UserError(f"{path} is a folder: give picture files, or a data set's folder as --data.root.")
-        if is_shard(path.name):
-            raise UserError(f"{path} holds records and is no picture: give its data set's folder as --data.root.")
-        if times > 1:
-            raise UserError(f"{path} is given twice: give each picture once.")
-    stamps = [stamp_of(path) for path in paths]
-    ids, labels = np.array([str(path) for path in paths]), np.full(len(paths), NO_LABEL)
-    return records_of_files(paths, stamps, ids, labels, mend="give its data set's folder as --data.root")
 
 
 def records_of_files(
