@@ -6,10 +6,33 @@ from typing import Any as _Any
 from fastflower.files import lend_cache as _lend_cache
 
 if _TYPE_CHECKING:
-    from fastflower.api import build_model, evaluate, load_config, load_data, train
+    from fastflower.api import (
+        build_model,
+        cross_validate,
+        ensemble,
+        evaluate,
+        load,
+        load_config,
+        load_data,
+        predict,
+        resume,
+        train,
+    )
     from fastflower.errors import UserError
 
-__all__ = ["UserError", "build_model", "evaluate", "load_config", "load_data", "train"]
+__all__ = [
+    "UserError",
+    "build_model",
+    "cross_validate",
+    "ensemble",
+    "evaluate",
+    "load",
+    "load_config",
+    "load_data",
+    "predict",
+    "resume",
+    "train",
+]
 
 _lend_cache()  # before anything is imported that looks for a place
 
@@ -25,3 +48,8 @@ def __getattr__(name: str) -> _Any:
 
         return getattr(api, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """What is here for users, whether it has been asked for or not."""
+    return __all__

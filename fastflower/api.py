@@ -5,54 +5,82 @@ Everything runs in this process and on its own; many GPUs are the command line's
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from fastflower.config import Config, resolve
+from fastflower.config import Config, Split, resolve
 from fastflower.data.batches import Batches, open_batches
 from fastflower.data.dataset import with_folders
+from fastflower.errors import UserError, naming_arguments
+from fastflower.evaluation import classifier, crossval
+from fastflower.evaluation.answers import TOP
+from fastflower.evaluation.classifier import Classifier
+from fastflower.evaluation.combine import Method
+from fastflower.evaluation.crossval import CrossValidation
+from fastflower.evaluation.ensemble import Ensembled, ensemble_runs
 from fastflower.evaluation.evaluate import evaluate_run
+from fastflower.evaluation.predict import predict_run
+from fastflower.evaluation.predictions import Predictions
 from fastflower.evaluation.session import EvaluationSettings
+from fastflower.evaluation.trained_run import StoredSizes
 from fastflower.evaluation.views import Views
+from fastflower.runtime.checkpoint import load_trained
 from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.output import Console, Tolerant
 from fastflower.runtime.progress import Display
-from fastflower.settings import build, find_config, load_yaml, merge
+from fastflower.runtime.run_folder import find_checkpoint
+from fastflower.settings import build, find_config, load_yaml, merge, nested
 from fastflower.training.metrics import Evaluation
 from fastflower.training.network import build_network
 from fastflower.training.pretrained import load_pretrained, open_pretrained
 from fastflower.training.run import train_run
 from fastflower.training.setup import require_two_values
 
+StrPath = str | os.PathLike[str]
+Settings = Mapping[str, Any]  # nested, as in a file, or by dotted keys
+Paths = StrPath | Sequence[StrPath]
+SETTINGS = "settings"  # what messages call those that are given as an argument
 
-def load_config(source: str | Path | None = None, settings: Mapping[str, Any] | None = None) -> Config:
+
+@naming_arguments()
+def load_config(source: StrPath | None = None, settings: Settings | None = None) -> Config:
     """A configuration: the defaults, then a file's, then your own.
 
     Args:
         source: a YAML file, or the name of one that comes with fastflower ("demo", "resnet34", ...).
-        settings: nested, as in the file: {"data": {"root": "DATA"}, "train": {"epochs": 10}}.
+        settings: nested as in the file, {"data": {"root": "DATA"}}, or by dotted keys, {"train.epochs": 10}, or both.
 
     Raises:
-        UserError: no such file, an unknown key, or a bad value.
+        UserError: no such file, an unknown key, or a bad value; says which of the two has it.
     """
-    path = find_config(source) if source else None
-    merged = merge(load_yaml(path) if path else {}, settings or {})
-    return resolve(build(merged, str(path or "settings")))
+    if not isinstance(source, str | os.PathLike | None):
+        raise UserError(f"source is {type(source).__name__}: give a file or a name, and your own settings as settings.")
+    if not isinstance(settings, Mapping | None):
+        raise UserError(f"settings is {type(settings).__name__}: give a dict, such as {{'train.epochs': 10}}.")
+    of_file: dict[str, Any] = {}
+    if source is not None:
+        path = find_config(Path(source))
+        of_file = load_yaml(path)
+        build(of_file, str(path))  # what is wrong with the file is not blamed on what is above it
+    return resolve(build(merge(of_file, nested(settings or {}, SETTINGS)), SETTINGS))
 
 
-def load_data(config: Config) -> Batches:
+@naming_arguments()
+def load_data(config: Config | Settings) -> Batches:
     """Both splits: classes in `dataset.classes`, training batches of an epoch by `train.epoch(number)`, validation's by
     `val.once()`. A batch has `images` [N, 3, S, S], normalized and channels-last, `labels` [N] and `indices` [N].
 
     Raises:
         UserError: bad data, settings that do not fit it or this machine, or pretrained weights that cannot be had.
     """
-    ranks = Ranks()
+    config, ranks = _configured(config), Ranks()
     display = Display(_console(quiet=True), shown=False)
     data = with_folders(config.data, ranks, display)
     pretrained = open_pretrained(config.model, lambda _: None)
@@ -63,12 +91,14 @@ def load_data(config: Config) -> Batches:
     return batches
 
 
-def build_model(config: Config, classes: int) -> torch.nn.Module:
+@naming_arguments()
+def build_model(config: Config | Settings, classes: int) -> torch.nn.Module:
     """The configured network: logits [N, classes] for images [N, 3, H, W], with seeded or pretrained weights.
 
     Raises:
         UserError: settings that do not fit together, or pretrained weights that cannot be had.
     """
+    config = _configured(config)
     device = choose_device(config.device)
     network = build_network(config.model, classes, seed=config.seed, device=device, ranks=Ranks())
     if pretrained := open_pretrained(config.model, lambda _: None):
@@ -76,11 +106,12 @@ def build_model(config: Config, classes: int) -> torch.nn.Module:
     return network
 
 
-def train(config: Config, run: str | Path, *, overwrite: bool = False, quiet: bool = False) -> Path:
+@naming_arguments()
+def train(config: Config | Settings, run: StrPath, *, overwrite: bool = False, quiet: bool = False) -> Path:
     """Train as `fastflower train` does; the run folder, with checkpoints, metrics.jsonl and TensorBoard's events.
 
     Args:
-        config: the settings.
+        config: the settings: a configuration, or a dict as `load_config` takes it.
         run: folder for the results.
         overwrite: replace a run that is already there.
         quiet: show no progress.
@@ -89,15 +120,37 @@ def train(config: Config, run: str | Path, *, overwrite: bool = False, quiet: bo
         UserError: the folder holds a run, bad data, settings that do not fit it, or a loss that is not finite.
         KeyboardInterrupt: by Ctrl-C or another signal to stop; all steps until then are saved.
     """
-    console = _console(quiet)
-    return train_run(config, name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=console)
+    settings = _configured(config)
+    return train_run(settings, name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=_console(quiet))
 
 
+@naming_arguments()
+def resume(run: StrPath, settings: Settings | None = None, *, quiet: bool = False) -> Path:
+    """Go on with a run as `fastflower train --resume` does; the run folder.
+
+    Args:
+        run: a run folder (its last checkpoint) or a checkpoint file in one.
+        settings: what is to be other than before, as `load_config` takes it, such as {"train.epochs": 20}.
+        quiet: show no progress.
+
+    Raises:
+        UserError: there is nothing to go on from, or as `train`.
+        KeyboardInterrupt: as of `train`.
+    """
+    checkpoint = find_checkpoint(os.fspath(run), None, "")
+    if checkpoint is None:
+        raise UserError(f"{run} is no run: give a run folder or a checkpoint file.")
+    before: dict[str, Any] = load_trained(checkpoint)["config"]
+    config = build(merge(before, nested(settings or {}, SETTINGS)), SETTINGS)
+    return train_run(config, name="", run=None, checkpoint=checkpoint, overwrite=False, console=_console(quiet))
+
+
+@naming_arguments()
 def evaluate(
-    run: str | Path,
+    run: StrPath,
     *,
-    root: str | Path | None = None,
-    split: str = "val",
+    root: Paths | None = None,
+    split: Split = "val",
     crops: int = 1,
     scales: Sequence[int] = (),
 ) -> Evaluation:
@@ -105,7 +158,7 @@ def evaluate(
 
     Args:
         run: a run folder or a checkpoint file.
-        root: the data's folder; None = the run's.
+        root: the data's folder, or several; None = the run's.
         split: train, val or test.
         crops: 1 = the center of each picture, or 10.
         scales: shorter sides (pixels) at which all positions are averaged; empty = crops.
@@ -113,8 +166,222 @@ def evaluate(
     Raises:
         UserError: no such run, or data or views that do not fit it.
     """
-    settings = EvaluationSettings((Path(root),) if root else None, views=Views(crops, tuple(scales)))
+    settings = EvaluationSettings(_paths(root), views=Views(crops, tuple(scales)))
     return evaluate_run(Path(run), split, settings, _console(quiet=True)).metrics
+
+
+@naming_arguments()
+def load(
+    run: StrPath,
+    *,
+    crops: int = 1,
+    scales: Sequence[int] = (),
+    names: StrPath | None = None,
+    device: Literal["run", "auto", "cpu", "cuda"] = "run",
+    batch_size: int | None = None,
+) -> Classifier:
+    """A run's network (of its best checkpoint, or of a checkpoint file) that is ready for pictures.
+
+    Its `predict` takes paths, arrays or PIL's pictures, its `classes` are the names in the order of the network's
+    outputs, and its `network` is the torch module, on its device and in evaluation mode.
+
+    Args:
+        run: a run folder or a checkpoint file.
+        crops: 1 = the center of each picture, or 10.
+        scales: shorter sides (pixels) at which all positions are averaged; empty = crops.
+        names: of the classes: a JSON list, a text file with one a line, or "kaggle104"; None = the data's.
+        device: where the network runs; run = as in training.
+        batch_size: crops at once; None = as in training.
+
+    Raises:
+        UserError: no such run, views that do not fit it, or names that are not the classes'.
+    """
+    settings = EvaluationSettings(views=Views(crops, tuple(scales)), device=device, batch_size=batch_size)
+    return classifier.load(Path(run), settings, _text(names))
+
+
+@naming_arguments()
+def predict(
+    run: StrPath,
+    pictures: Paths = (),
+    *,
+    split: Split | None = None,
+    root: Paths | None = None,
+    sizes: StoredSizes | None = None,
+    crops: int = 1,
+    scales: Sequence[int] = (),
+    out: StrPath | None = None,
+    top: int = TOP,
+    submission: StrPath | None = None,
+    sample: StrPath | None = None,
+    names: StrPath | None = None,
+) -> Predictions:
+    """Class probabilities of pictures, or of a split of the run's data, as `fastflower predict` gives them.
+
+    Args:
+        run: a run folder or a checkpoint file.
+        pictures: a file, a folder, a pattern, or several of them; empty = a split is predicted.
+        split: train, val or test; None = test, where no pictures are given.
+        root: the split's data folder, or several; None = the run's.
+        sizes: stored sizes of the split to take (pixels), or "all"; None = see `fastflower predict --help`.
+        crops: 1 = the center of each picture, or 10.
+        scales: shorter sides (pixels) at which all positions are averaged; empty = crops.
+        out: file of the predictions, .csv, .json or .parquet; None = no file, or of a split
+            predictions-SPLIT.parquet in the run folder.
+        top: classes of each picture in .csv and .json, the likeliest first.
+        submission: the competition's CSV of a split; None = none is written.
+        sample: a sample submission.
+        names: of the classes, as `load` takes them.
+
+    Returns:
+        `ids` [n], paths or a split's ids; `probabilities` [n, num_classes] float32; `names` [n], the likeliest classes;
+        and files that cannot be read, with the reason of each, in `unreadable`, of which a warning is given.
+
+    Raises:
+        UserError: no such run, pictures, data or views that do not fit it, or a file that cannot be written.
+        KeyboardInterrupt: by Ctrl-C.
+    """
+    settings = EvaluationSettings(_paths(root), sizes, Views(crops, tuple(scales)))
+    console, shown = _console(quiet=True), _text(names)
+    given, of_split = _paths(pictures) or (), (split, root, sizes, submission, sample)
+    if given:
+        classifier.refuse_split(*of_split)
+        return classifier.collect_pictures(Path(run), given, settings, console, names=shown, out=_path(out), top=top)
+    predictions, classes = predict_run(
+        Path(run),
+        split or "test",
+        settings,
+        console,
+        out=_path(out),
+        submission=_path(submission),
+        sample=_path(sample),
+        names=shown,
+        top=top,
+    )
+    return replace(predictions, classes=classes)
+
+
+@naming_arguments()
+def ensemble(
+    members: Sequence[StrPath],
+    method: Method = "vote",
+    *,
+    split: Split = "test",
+    root: Paths | None = None,
+    crops: int = 1,
+    scales: Sequence[int] = (),
+    mix_views: bool = False,
+    fit_on: Sequence[StrPath] = (),
+    out: StrPath | None = None,
+    submission: StrPath | None = None,
+    sample: StrPath | None = None,
+) -> Ensembled:
+    """Combine networks as `fastflower ensemble` does.
+
+    Args:
+        members: run folders, checkpoints, folders of cross-validation or predictions files, at least two.
+        method: vote, mean or weighted.
+        split: which of a run's.
+        root: the data's folder, or several, for what is predicted now; None = each run's.
+        crops: 1 = runs are predicted by the center of each picture, or 10.
+        scales: shorter sides (pixels) at which all positions are averaged; empty = crops.
+        mix_views: combine members that were predicted by other crops or scales than others.
+        fit_on: predictions to fit the weights on, one for each member; empty = the runs' val.
+        out: a file of the predictions, .csv, .json or .parquet; None = none is written.
+        submission: the competition's CSV; None = none is written.
+        sample: a sample submission.
+
+    Returns:
+        `predictions` of the ensemble, `rows` with the figures of each member and of all, and `notes`.
+
+    Raises:
+        UserError: members that cannot be had or combined, or a file that cannot be written.
+    """
+    return ensemble_runs(
+        _paths(members) or (),
+        method,
+        split,
+        _console(quiet=True),
+        roots=_paths(root),
+        views=Views(crops, tuple(scales)),
+        mix_views=mix_views,
+        fit_on=_paths(fit_on) or (),
+        out=_path(out),
+        submission=_path(submission),
+        sample=_path(sample),
+    )
+
+
+@naming_arguments()
+def cross_validate(
+    config: Config | Settings,
+    run: StrPath,
+    *,
+    folds: int | None = None,
+    overwrite: bool = False,
+    crops: int = 1,
+    scales: Sequence[int] = (),
+    test: bool = False,
+    submission: StrPath | None = None,
+    quiet: bool = False,
+) -> CrossValidation:
+    """Cross-validate as `fastflower cv` does; the same call again goes on where it was stopped.
+
+    Args:
+        config: the settings: a configuration, or a dict as `load_config` takes it.
+        run: folder for the folds, and for what they give together.
+        folds: how many; None = data.folds, or else 5.
+        overwrite: begin anew, and replace the folds that are already there.
+        crops: 1 = each picture is predicted by its center, or 10.
+        scales: shorter sides (pixels) at which all positions are averaged; empty = crops.
+        test: also predict the test split, by the mean of the folds' networks.
+        submission: write those predictions as the competition's CSV; None = none is written.
+        quiet: show no progress.
+
+    Returns:
+        The figures of the `folds`, their `mean` and `std`, and those of all predictions together, `whole`.
+
+    Raises:
+        UserError: as `train`; or the folder holds folds of other settings.
+        KeyboardInterrupt: as of `train`.
+    """
+    settings = _configured(config)
+    folds = (settings.data.folds or 5) if folds is None else folds
+    settings = replace(settings, data=replace(settings.data, folds=folds, fold=0))
+    return crossval.cross_validate(
+        resolve(build(asdict(settings), "config")),
+        name="",
+        run=Path(run),
+        overwrite=overwrite,
+        views=Views(crops, tuple(scales)),
+        test=test,
+        submission=_path(submission),
+        console=_console(quiet),
+    )
+
+
+def _configured(config: Any) -> Config:
+    """A configuration, which may be given as its settings."""
+    if isinstance(config, Config):
+        return config
+    if isinstance(config, Mapping):
+        return load_config(settings=config)
+    raise UserError(f"config is {type(config).__name__}: give what load_config returns, or a dict of settings.")
+
+
+def _text(given: StrPath | None) -> str | None:
+    return None if given is None else os.fspath(given)
+
+
+def _path(given: StrPath | None) -> Path | None:
+    return None if given is None else Path(given)
+
+
+def _paths(given: Paths | None) -> tuple[Path, ...] | None:
+    """One path or several."""
+    if given is None:
+        return None
+    return tuple(map(Path, [given] if isinstance(given, str | os.PathLike) else given))
 
 
 def _console(quiet: bool) -> Console:

@@ -126,13 +126,10 @@ def _predict(command: PredictCommand) -> int:
 
 def _predict_pictures(command: PredictCommand, settings: EvaluationSettings) -> int:
     from fastflower.evaluation.answers import answers, printable
-    from fastflower.evaluation.classifier import KEY, predict_pictures
+    from fastflower.evaluation.classifier import KEY, predict_pictures, refuse_split
     from fastflower.evaluation.pictures import passed_over
 
-    if command.split or command.submission or command.sample or command.root or command.sizes:
-        raise UserError(
-            "--split, --submission, --sample, --data.root and --sizes are about a split: drop them, or the pictures."
-        )
+    refuse_split(command.split, command.submission, command.sample, command.root, command.sizes)
     rows: list[Answer] = []
     console = Console(stderr=True)
     pictures = predict_pictures(

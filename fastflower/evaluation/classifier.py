@@ -21,7 +21,7 @@ from fastflower.data.names import display_names
 from fastflower.data.records import NO_LABEL, Records
 from fastflower.data.sources.files import records_of_files
 from fastflower.data.stamp import Stamp
-from fastflower.errors import UserError
+from fastflower.errors import UserError, naming_arguments
 from fastflower.evaluation.answers import answers_writer, require_form, require_top
 from fastflower.evaluation.pictures import Pictures, faults, find_pictures, leave_out, read_pictures, require_some
 from fastflower.evaluation.predictions import Predictions
@@ -48,6 +48,7 @@ class Classifier:
     def __repr__(self) -> str:
         return f"Classifier({str(self.trained.checkpoint)!r}, {len(self.classes)} classes)"
 
+    @naming_arguments()
     def predict(self, pictures: Picture | Iterable[Picture]) -> Predictions:
         """Class probabilities of pictures.
 
@@ -74,9 +75,6 @@ class Classifier:
                 predicted = [
                     *self.of_files(records, found, session, source_of(self.trained, records, self.settings, session))
                 ]
-        if found.unreadable:
-            reasons = "; ".join(f"{name}: {why}" for name, why in found.unreadable.items())
-            warnings.warn(f"{len(found.unreadable)} of the files cannot be read: {reasons}.", stacklevel=2)
         return joined(predicted, self.classes, found.unreadable)
 
     def of_files(
@@ -240,8 +238,48 @@ def predict_pictures(
     return pictures
 
 
+def collect_pictures(
+    run: Path,
+    given: Sequence[str | Path],
+    settings: EvaluationSettings,
+    console: Console,
+    *,
+    names: str | None = None,
+    out: Path | None = None,
+    top: int,
+) -> Predictions:
+    """What `predict_pictures` gives, as a whole, by the names to show for the classes.
+
+    Raises:
+        UserError: see there.
+        Stopped: see there.
+    """
+    parts: list[Predictions] = []
+    classes: list[str] = []
+
+    def take(part: Predictions, shown: list[str]) -> None:
+        parts.append(part)
+        classes[:] = shown
+
+    pictures = predict_pictures(run, given, settings, console, take=take, names=names, out=out, top=top)
+    return joined(parts, classes, pictures.unreadable)
+
+
+def refuse_split(*given: object) -> None:
+    """Raise UserError where pictures are named and any of what is about a split is given too."""
+    if any(given):
+        raise UserError(
+            "--split, --submission, --sample, --data.root and --sizes are about a split: drop them, or the pictures."
+        )
+
+
 def joined(predicted: Sequence[Predictions], classes: list[str], unreadable: dict[str, str]) -> Predictions:
-    """Parts, of which there is at least one, as a whole, with other names for the classes."""
+    """Parts, of which there is at least one, as a whole, with other names for the classes; a warning names files that
+    are not among them.
+    """
+    if unreadable:
+        reasons = "; ".join(f"{name}: {why}" for name, why in unreadable.items())
+        warnings.warn(f"{len(unreadable)} cannot be read as pictures: {reasons}.", stacklevel=4)
     return replace(
         predicted[0],
         classes=classes,
