@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import fastflower
+from fastflower.errors import in_python
+from fastflower.evaluation.predictions import read_predictions
 from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.settings import nested
 from tests.conftest import ROOT, train_arguments, write_dataset
 from tests.conftest import fastflower as command
 from tests.training.test_run import without_times
@@ -77,6 +86,174 @@ def test_configurations_have_names_and_defaults() -> None:
         fastflower.load_config("demo", {"train": {"epoch": 2}})
     with pytest.raises(fastflower.UserError, match="none.yaml cannot be read"):
         fastflower.load_config("none.yaml")
+
+
+def test_settings_are_nested_or_dotted_or_both(small: Path) -> None:
+    wanted = fastflower.load_config(settings=settings(small))
+    flat = {f"{section}.{key}": value for section, inside in settings(small).items() for key, value in inside.items()}
+    assert fastflower.load_config(settings=flat) == wanted
+    half = {key: value for key, value in flat.items() if not key.startswith("train.")}
+    assert fastflower.load_config(settings=half | {"train": settings(small)["train"]}) == wanted
+    mixed = {"data.crop": 32, "data": {"scale": [36, 48], "val_resize": 36}, "seed": 3}
+    config = fastflower.load_config("demo", mixed)
+    assert (config.data.crop, config.data.scale, config.seed) == (32, (36, 48), 3)
+
+
+KEYS = st.sampled_from(["a", "b", "a.b", "a.c", "b.a", "b.a.c", "a.b.c"])
+
+
+@given(st.recursive(st.integers(), lambda inner: st.dictionaries(KEYS, inner, min_size=1, max_size=3), max_leaves=6))
+def test_dotted_keys_lose_nothing(value: Any) -> None:
+    """Against a reference that goes through all leaves: each is where its keys, joined by dots, say."""
+
+    def leaves(inside: Any, path: str = "") -> list[tuple[str, int]]:
+        if not isinstance(inside, dict):
+            return [(path, inside)]
+        return [leaf for key, below in inside.items() for leaf in leaves(below, f"{path}.{key}".lstrip("."))]
+
+    if not isinstance(value, dict):
+        return
+    paths = [path for path, _ in leaves(value)]
+    clash = any(a == b or b.startswith(f"{a}.") for i, a in enumerate(paths) for j, b in enumerate(paths) if i != j)
+    if clash:
+        with pytest.raises(fastflower.UserError, match="is given twice: give it once"):
+            nested(value, "settings")
+        return
+    whole = nested(value, "settings")
+    assert sorted(leaves(whole)) == sorted(leaves(value))
+    assert not any("." in key for key in _keys(whole))
+
+
+def _keys(inside: Any) -> list[str]:
+    return [key for k, below in inside.items() for key in (k, *_keys(below))] if isinstance(inside, dict) else []
+
+
+def test_what_is_wrong_is_blamed_on_where_it_is(tmp_path: Path) -> None:
+    good, bad, pair = tmp_path / "good.yaml", tmp_path / "bad.yaml", tmp_path / "pair.yaml"
+    good.write_text("train: {epochs: 3}")
+    bad.write_text("train: {epoch: 3}")
+    pair.write_text("data: {crop: 300}")
+    for source, given_settings, words in [
+        (good, {"train.epoch": 2}, "^settings: there is no setting train.epoch; did you mean train.epochs"),
+        (good, {"train": {"epochs": "many"}}, "^settings: train.epochs is 'many'"),
+        (good, {"data.crop": 300}, "^settings: data.scale starts at 256 pixels, below data.crop"),
+        (good, {"train": 3}, "^settings: train is 3: it takes keys such as"),
+        (good, {"train.epochs": 3, "train": {"epochs": 3}}, "^settings: train.epochs is given twice: give it once"),
+        (good, {"train.epochs": 3, "train": 4}, "^settings: train is given twice"),
+        (good, {3: 4}, "^settings: 3 is no setting: give text"),
+        (good, [("train.epochs", 3)], "^settings is list: give a dict"),
+        (bad, {"train.epochs": 2}, f"^{bad}: there is no setting train.epoch"),
+        (pair, {"train.epochs": 2}, f"^{pair}: data.scale starts at 256"),
+        ({"train.epochs": 2}, None, "^source is dict: give a file or a name, and your own settings as settings"),
+    ]:
+        with pytest.raises(fastflower.UserError, match=words):
+            fastflower.load_config(source, given_settings)  # type: ignore[arg-type]
+
+
+def test_a_dict_is_a_configuration(small: Path, tmp_path: Path, tiny_net: None) -> None:
+    run = fastflower.train(settings(small), tmp_path / "run", quiet=True)
+    assert (run / "config.yaml").is_file()
+    assert len(fastflower.load_data({**settings(small), "seed": 4}).dataset.classes) == 3
+    assert fastflower.build_model(settings(small), 3).training
+    for wrong in ("demo", None, 7):
+        with pytest.raises(fastflower.UserError, match=f"config is {type(wrong).__name__}: give what load_config"):
+            fastflower.train(wrong, tmp_path / "other")  # type: ignore[arg-type]
+
+
+def test_epochs_and_places_begin_at_zero(small: Path, tiny_net: None) -> None:
+    train = fastflower.load_data(settings(small)).train
+    for epoch, start in ((-1, 0), (0, -1), (2**63, 0), (-(2**70), 0)):
+        with pytest.raises(fastflower.UserError, match=rf"epoch is {epoch} and start {start}: .* from 0"):
+            train.epoch(epoch, start)
+    assert len(list(train.epoch(2**63 - 1))) == 6
+    assert list(train.epoch(0, 48)) == []
+
+
+def test_resuming_goes_on_as_the_command_does(small: Path, tmp_path: Path, tiny_net: None) -> None:
+    two = {"batch_size": 8, "lr": 0.02, "epochs": 2}
+    whole = fastflower.train(settings(small, train=two), tmp_path / "a", quiet=True)
+    part = fastflower.train(settings(small, train={**two, "max_steps": 4}), tmp_path / "b", quiet=True)
+    assert fastflower.resume(part, {"train.max_steps": None}, quiet=True) == part
+    assert without_times(part) == without_times(whole)
+    wrong: list[tuple[Path | str, str]] = [
+        (tmp_path / "none", "^fastflower.resume\\(.*there is no"),
+        ("auto", "auto is no run"),
+    ]
+    for run, words in wrong:
+        with pytest.raises(fastflower.UserError, match=words):
+            fastflower.resume(run)
+    with pytest.raises(fastflower.UserError, match="already holds a run: give fastflower.resume.*, overwrite=True or"):
+        fastflower.train(settings(small), part, quiet=True)
+    with pytest.raises(fastflower.UserError, match="settings: there is no setting train.epoch"):
+        fastflower.resume(part, {"train.epoch": 3})
+
+
+def test_splits_ensembles_and_folds_are_the_commands(tmp_path: Path, tiny_net: None) -> None:
+    root = write_dataset(tmp_path / "data", {"train": 24, "val": 9, "test": 6})
+    for seed in (0, 1):
+        fastflower.train(settings(root, seed=seed), tmp_path / f"run{seed}", quiet=True)
+    run, runs = tmp_path / "run0", [tmp_path / "run0", tmp_path / "run1"]
+    predictions = fastflower.predict(run, split="val", submission=tmp_path / "s.csv")
+    assert command("predict", run, "--split", "val", "--out", tmp_path / "p.parquet").code == 0
+    np.testing.assert_array_equal(predictions.probabilities, read_predictions(tmp_path / "p.parquet").probabilities)
+    assert (tmp_path / "s.csv").read_text().startswith("id,label")
+    assert len(fastflower.predict(run)) == 6
+    together = fastflower.ensemble(runs, "mean", split="val", out=tmp_path / "e.csv")
+    mean = np.mean([fastflower.predict(run, split="val").probabilities for run in runs], axis=0)
+    np.testing.assert_allclose(together.predictions.probabilities, mean, atol=1e-6)
+    assert [row.name for row in together.rows] == [*map(str, runs), "mean"]
+    folds = fastflower.cross_validate(settings(root), tmp_path / "cv", folds=2, quiet=True)
+    assert (len(folds.folds), folds.whole.n) == (2, 33)
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: fastflower.ensemble(runs, "weighted", fit_on=runs[:1]), "fit_on names 1 predictions for 2 members"),
+        (lambda: fastflower.predict(run, "a.jpg", split="val"), "^split, submission, sample, data.root and sizes are"),
+        (lambda: fastflower.predict(run, "a.jpg", out="x.txt"), "is none of .csv, .json, .parquet"),
+        (lambda: fastflower.cross_validate(settings(root), tmp_path / "cv", folds=1), "config: data.folds is 1"),
+        (lambda: fastflower.cross_validate(settings(root), tmp_path / "cv", folds=3), "overwrite=True or another run"),
+        (lambda: fastflower.evaluate(run, crops=10, scales=[32]), "^crops=10 and scales are two ways to test"),
+        (lambda: fastflower.load(run, scales=[8]), "^scales=8 is smaller than data.crop"),
+        (lambda: fastflower.load(tmp_path), "holds 2 runs"),
+    ]
+    for function, words in refused:
+        with pytest.raises(fastflower.UserError, match=words) as error:
+            function()
+        assert "--" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "wanted"),
+    [
+        ("give --overwrite or another --run.", "give overwrite=True or another run."),
+        ("give --resume runs/a, --overwrite or", 'give fastflower.resume("runs/a"), overwrite=True or'),
+        ("--crops 10 and --scales 224,256 differ: --crops 1.", "crops=10 and scales=(224, 256) differ: crops=1."),
+        ("give a larger --train.epochs, or --device cpu.", 'give a larger train.epochs, or device="cpu".'),
+        ("(--mix-views) or --batch-size 3; --sizes.", "(mix_views=True) or batch_size=3; sizes."),
+        ("what `fastflower data check ROOT --json` prints", "what `fastflower data check ROOT --json` prints"),
+    ],
+)
+def test_options_are_arguments_in_python(sentence: str, wanted: str) -> None:
+    assert in_python(sentence) == wanted
+
+
+def test_no_sentence_keeps_an_option_in_python() -> None:
+    """Of all literals in the code that tell of one."""
+    literals = [
+        node.value
+        for path in (ROOT / "fastflower").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search("--[a-z]", node.value)
+    ]
+    assert len(literals) > 30
+    for text in literals:
+        outside = "".join(in_python(text).split("`")[::2]) if text.count("`") % 2 == 0 else ""
+        assert not re.search("--[a-z]", outside), text
+
+
+def test_all_functions_are_listed() -> None:
+    functions = ["build_model", "cross_validate", "ensemble", "evaluate", "load", "load_config", "load_data", "predict"]
+    assert dir(fastflower) == sorted(["UserError", *functions, "resume", "train"])
+    for name in dir(fastflower):
+        assert getattr(fastflower, name).__doc__
 
 
 def test_importing_is_quick_and_misses_nothing() -> None:

@@ -100,7 +100,7 @@ class TrainingBatches:
             UserError: there is no such epoch or position.
         """
         if not 0 <= epoch < 2**63 or start < 0:
-            raise UserError(f"epoch is {epoch} and start {start}: the first of each is 0.")
+            raise UserError(f"epoch is {epoch} and start {start}: both are counted from 0.")
         ranks = self.loader.loading.ranks
         requests = training_requests(
             len(self.loader.records),

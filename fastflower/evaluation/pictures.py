@@ -30,33 +30,79 @@ NAMED = 3  # files that a sentence names
 class Pictures:
     """What was named."""
 
-    paths: list[Path] = field(default_factory=list)  # each once, below the folders and patterns as they were given
-    passed_over: Counter[str] = field(default_factory=Counter)  # other files of folders and patterns, by extension
+    taken: dict[str, Path] = field(default_factory=dict)  # by absolute path: below what was named, as it was
+    others: dict[str, str] = field(default_factory=dict)  # of folders and patterns, by absolute path: of which kind
     unreadable: dict[str, str] = field(default_factory=dict)  # what cannot be read or decoded, and why
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of all pictures, in the order in which they were named."""
+        return [*self.taken.values()]
+
+    @property
+    def passed_over(self) -> Counter[str]:
+        """How many other files folders and patterns hold, by extension."""
+        return Counter(self.others.values())
+
+    def take(self, path: Path) -> None:
+        """A file that is named is a picture, whatever it is called."""
+        place = os.path.abspath(path)
+        self.taken.setdefault(place, path)
+        self.others.pop(place, None)
+
+    def take_by_name(self, path: Path) -> None:
+        """A file of a folder or pattern is a picture if it is called as pictures are."""
+        place = os.path.abspath(path)
+        if path.name.startswith("."):
+            kind = "hidden"
+        elif path.name.lower().endswith(SUFFIXES):
+            return self.take(path)
+        else:
+            kind = path.suffix.lower() or "without extension"
+        if place not in self.taken:
+            self.others[place] = kind
+        return None
+
+    def take_folder(self, folder: Path, above: tuple[tuple[int, int], ...] = ()) -> None:
+        """All pictures below a folder, sorted; a link to a folder that it lies in leads nowhere new."""
+        try:
+            status = folder.stat()
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            self.unreadable[as_text(str(folder))] = _refused(error)
+            return
+        if (status.st_dev, status.st_ino) in above:
+            return
+        for entry in entries:
+            path = folder / entry.name
+            if os.path.isdir(path) and not entry.name.startswith("."):
+                self.take_folder(path, (*above, (status.st_dev, status.st_ino)))
+            else:
+                self.take_by_name(path)
 
 
 def find_pictures(given: Sequence[str | Path]) -> Pictures:
     """The pictures that are named by files, folders (and all folders in them) and patterns such as "photos/*.jpg".
 
-    Of folders and patterns files are taken that are called as pictures are, but for hidden ones; a file that is named
-    is taken whatever it is. Links are followed.
+    Each is taken once. Of folders and patterns files are taken that are called as pictures are, but for hidden ones; a
+    file that is named is taken whatever it is. Links are followed.
     """
-    pictures, seen = Pictures(), set[str]()
+    pictures = Pictures()
     for name in given:
         text = os.path.expanduser(name)
         if os.path.isdir(text):
-            _take_folder(Path(text), pictures, seen)
+            pictures.take_folder(Path(text))
         elif os.path.lexists(text) or not glob.has_magic(text):
-            _take(Path(text), pictures, seen)
+            pictures.take(Path(text))
         else:
             matches = _matches(text)
             if not matches:
                 pictures.unreadable[as_text(text)] = "matches no file"
             for path in matches:
-                if path.is_dir():
-                    _take_folder(path, pictures, seen)
+                if os.path.isdir(path):
+                    pictures.take_folder(path)
                 else:
-                    _take_by_name(path, pictures, seen)
+                    pictures.take_by_name(path)
     return pictures
 
 
@@ -67,41 +113,6 @@ def _matches(pattern: str) -> list[Path]:
     while parts and (above / parts[0]).is_dir():
         above, parts = above / parts[0], parts[1:]
     return sorted(above / match for match in glob.glob(os.path.join(*parts), root_dir=above, recursive=True))
-
-
-def _take(path: Path, pictures: Pictures, seen: set[str]) -> None:
-    if (place := os.path.abspath(path)) not in seen:
-        seen.add(place)
-        pictures.paths.append(path)
-
-
-def _take_by_name(path: Path, pictures: Pictures, seen: set[str]) -> None:
-    """Take what is called as pictures are, and count what is not."""
-    if path.name.lower().endswith(SUFFIXES):
-        _take(path, pictures, seen)
-    elif (place := os.path.abspath(path)) not in seen:
-        seen.add(place)
-        pictures.passed_over[path.suffix.lower() or "without extension"] += 1
-
-
-def _take_folder(folder: Path, pictures: Pictures, seen: set[str], above: tuple[tuple[int, int], ...] = ()) -> None:
-    """Take all pictures below a folder, sorted; a link to a folder that it lies in leads nowhere new."""
-    try:
-        status = folder.stat()
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-    except OSError as error:
-        pictures.unreadable[as_text(str(folder))] = _refused(error)
-        return
-    if (status.st_dev, status.st_ino) in above:
-        return
-    for entry in entries:
-        path = folder / entry.name
-        if entry.name.startswith("."):
-            pictures.passed_over["hidden"] += 1
-        elif os.path.isdir(path):
-            _take_folder(path, pictures, seen, (*above, (status.st_dev, status.st_ino)))
-        else:
-            _take_by_name(path, pictures, seen)
 
 
 def _refused(error: OSError) -> str:

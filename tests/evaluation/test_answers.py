@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastflower.data.records import NO_LABEL
@@ -21,23 +22,7 @@ from fastflower.runtime.output import Console
 
 HOSTILE = [
     *("a.jpg", "-rf.jpg", "a,b.jpg", 'say "x".jpg', "two\nlines.jpg", "\r.jpg", " a.jpg", "ü 🌷.jpg", "caf\udce9.jpg"),
-    *(
-        "=1+1.jpg",
-        "'",
-        '"',
-        ",",
-        "\\",
-        "\x1b[31mred.jpg",
-        "id",
-        "file",
-        "name",
-        "label",
-        "p0",
-        "p:id",
-        "p:",
-        "p12",
-        "0",
-    ),
+    *("=1+1.jpg", "'", '"', ",", "\\", "\x1b[31mred.jpg", "id", "file", "name", "label", "p0", "p:id", "p:", "p12"),
 ]
 
 
@@ -72,6 +57,7 @@ def ranked(made: Predictions, row: int, top: int) -> list[tuple[str, float]]:
     return [(text(name), p) for name, p in sorted(pairs, key=lambda pair: -pair[1])][:top]
 
 
+@settings(max_examples=30)
 @given(made=predictions(), top=st.integers(1, 7))
 def test_every_form_gives_back_ids_classes_and_probabilities(
     tmp_path_factory: pytest.TempPathFactory, made: Predictions, top: int
@@ -88,7 +74,7 @@ def test_every_form_gives_back_ids_classes_and_probabilities(
     listed = json.loads(write(folder / "p.json", made, top).read_text(encoding="ascii"))
     assert [row["file"] for row in listed] == [picture for picture, _ in wanted]
     for row, (_, best) in zip(listed, wanted, strict=True):
-        assert [(guess["name"], np.float32(guess["probability"])) for guess in row["best"]] == best
+        assert [(guess["name"], float(np.float32(guess["probability"]))) for guess in row["best"]] == best
         assert {"name": row["name"], "probability": row["probability"]} == row["best"][0]
     frame = pd.read_parquet(write(folder / "p.PARQUET", made, top))
     assert frame["id"].tolist() == [picture for picture, _ in wanted]
@@ -102,8 +88,7 @@ def test_every_form_gives_back_ids_classes_and_probabilities(
     np.testing.assert_array_equal(read.probabilities, made.probabilities[order])
     frame.attrs = {}  # without our metadata columns say what classes are called
     frame.drop(columns=["class", "label", "class_name", "label_name"]).to_parquet(folder / "q.parquet", index=False)
-    if not any(name in ("p0", "p12") for name in map(column_of, made.classes)):
-        assert read_predictions(folder / "q.parquet").classes == [text(name) for name in made.classes]
+    assert read_predictions(folder / "q.parquet").classes == [text(name) for name in made.classes]
 
 
 @given(made=predictions(), top=st.integers(1, 7))
@@ -115,7 +100,8 @@ def test_a_table_has_a_line_for_each_picture(made: Predictions, top: int) -> Non
     assert len(lines) == len(made)
     for line, row in zip(lines, rows, strict=True):
         assert line.startswith(printable(row.id))
-        assert all(f"{printable(guess.name)}  {guess.probability:.1%}" in line for guess in row.best)
+        best = (rf"{re.escape(printable(guess.name))} +{guess.probability:.1%}" for guess in row.best)
+        assert re.search(" +".join(best), line)
         assert line.isprintable()
 
 
