@@ -25,7 +25,7 @@ from fastflower.data.dataset import builtin_root
 from fastflower.errors import UserError
 from fastflower.options import COMMANDS
 from fastflower.settings import find_config, to_plain
-from tests.conftest import ROOT, write_dataset
+from tests.conftest import ROOT, jpeg, write_dataset
 from tests.markdown import Block, commands, mentioned_commands, read, spans
 
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -324,19 +324,22 @@ def test_everything_is_on_a_floor_that_contributors_read_of() -> None:
 
 
 PYTHON = [
-    pytest.param(block, id=f"{path.relative_to(ROOT)}:{block.line}")
+    pytest.param(blocks, id=str(path.relative_to(ROOT)))
     for path in PAGES
-    for block in read(path.read_text(encoding="utf-8")).blocks
-    if block.language == "python"
+    if (blocks := [block for block in read(path.read_text(encoding="utf-8")).blocks if block.language == "python"])
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", PYTHON)
-def test_python_runs(block: Block, tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocks", PYTHON)
+def test_python_runs(blocks: list[Block], tmp_path: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A page's blocks go on from one another."""
     write_dataset(builtin_root(), {"train": 48, "val": 20})  # where the synthetic flowers would be drawn
+    (tmp_path / "NEWPICTURES").mkdir()
+    (tmp_path / "NEWPICTURES/rose.jpg").write_bytes(jpeg(50, 40))
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    exec(compile(block.text, "example", "exec"), names)
+    for block in blocks:
+        exec(compile(block.text, "example", "exec"), names)
     losses = [value for value in names.values() if isinstance(value, torch.Tensor) and value.ndim == 0]
     assert all(torch.isfinite(loss) for loss in losses)

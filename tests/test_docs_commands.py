@@ -65,7 +65,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
             write_tfrecord(path, records)
     shutil.copytree(folder / "DATA", folder / "ROOT")
     write_folders(folder / "PICTURES", {"rose": 12, "tulip": 12})
-    for name in ("rose.jpg", "tulip.png"):
+    for name in ("NEWPICTURES/rose.jpg", "photos/1.jpg", "tulip.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(jpeg(50, 40))
     (folder / "bench/results").mkdir(parents=True)
     for name in ("before.jsonl", "after.jsonl", "bench/results/local.jsonl", "bench/results/loader.jsonl"):

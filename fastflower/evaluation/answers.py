@@ -17,7 +17,6 @@ from rich.text import Text
 from fastflower.arrays import Ints, Singles
 from fastflower.errors import UserError
 from fastflower.evaluation.predictions import Predictions, as_text, predictions_writer
-from fastflower.evaluation.submission import csv_field
 from fastflower.files import atomic_write, remove_temporaries, require_writable, to_json
 from fastflower.tables import new_table
 
@@ -109,10 +108,15 @@ def _to_csv(file: IO[bytes], key: str, top: int) -> Iterator[Callable[[Iterable[
     further = (heading for k in range(2, top + 1) for heading in (f"name_{k}", f"probability_{k}"))
 
     def line(*values: object) -> bytes:
-        return (",".join(csv_field(str(value)) for value in values) + "\n").encode()
+        return (",".join(_field(str(value)) for value in values) + "\n").encode()
 
     file.write(line(key, "name", "probability", *further))
     yield lambda rows: file.writelines(line(row.id, *(value for guess in row.best for value in guess)) for row in rows)
+
+
+def _field(text: str) -> str:
+    """A field of a CSV file: as it is, in quotes where it must be, as at \\r, which csv.writer may leave bare."""
+    return '"' + text.replace('"', '""') + '"' if any(mark in text for mark in ',"\r\n') else text
 
 
 @contextlib.contextmanager
