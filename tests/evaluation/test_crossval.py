@@ -370,16 +370,16 @@ def test_an_ensemble_takes_no_fold_folders_predictions_of_other_pictures(
     for seed in (0, 1):
         cross_validated(data, tmp_path / f"cv{seed}", "--seed", seed, "--test")
     members = [tmp_path / "cv0", tmp_path / "cv1"]
-    mean = ("--method", "mean", "--out", tmp_path / "out")
+    mean = ("--method", "mean", "--out", tmp_path / "out.parquet")
     assert fastflower("ensemble", *members, *mean).code == 0
-    before = read_predictions(tmp_path / "out")
+    before = read_predictions(tmp_path / "out.parquet")
     kept = [read_predictions(member / "predictions-test.parquet").probabilities for member in members]
     np.testing.assert_allclose(before.probabilities, np.mean(kept, axis=0), atol=1e-6)
     for path in (data / "tfrecords-jpeg-40x40/test").iterdir():
         first = 42 + 3 * int(path.name[:2])
         write_tfrecord(path, [example(i, None, jpeg(40, 40, i)) for i in range(first, min(first + 3, 47))])
     assert fastflower("ensemble", *members, *mean).code == 0
-    after = read_predictions(tmp_path / "out")
+    after = read_predictions(tmp_path / "out.parquet")
     assert after.ids.tolist() == before.ids.tolist()
     assert np.abs(after.probabilities - before.probabilities).max() > 1e-4
     refused = fastflower("ensemble", *members, "--split", "train")

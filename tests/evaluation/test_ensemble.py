@@ -44,7 +44,7 @@ def test_members_and_ensemble_are_measured_in_any_order(runs: list[Path], method
     seen = []
     for order in itertools.permutations(range(3)):
         members = [runs[k] for k in order]
-        out = tmp_path / "-".join(map(str, order))
+        out = tmp_path / f"{'-'.join(map(str, order))}.parquet"
         rows = ensemble(*members, "--split", "val", "--method", method, "--out", out)
         assert [row["name"] for row in rows] == [*map(str, members), method]
         seen.append((rows[-1], read_predictions(out).probabilities.tolist()))
@@ -77,14 +77,14 @@ def test_weights_for_test_are_fitted_on_validation(runs: list[Path], tmp_path: P
         assert fastflower("predict", run, "--split", "val", "--out", path).code == 0
         assert fastflower("predict", run).code == 0
     files = [run / "predictions-test.parquet" for run in runs]
-    ensemble(*runs, "--method", "weighted", "--out", tmp_path / "runs")
-    ensemble(*files, "--method", "weighted", "--fit_on", *val, "--out", tmp_path / "files")
-    predictions = [read_predictions(tmp_path / name) for name in ("runs", "files")]
+    ensemble(*runs, "--method", "weighted", "--out", tmp_path / "runs.parquet")
+    ensemble(*files, "--method", "weighted", "--fit_on", *val, "--out", tmp_path / "files.parquet")
+    predictions = [read_predictions(tmp_path / f"{name}.parquet") for name in ("runs", "files")]
     np.testing.assert_array_equal(predictions[0].probabilities, predictions[1].probabilities)
     on_val = ensemble(*val, "--split", "val", "--method", "weighted")
     weights = list(predictions[0].source["weights"].values())
     assert weights == pytest.approx([row["weight"] for row in on_val[:-1]])
-    refused = fastflower("ensemble", *files, "--method", "weighted", "--out", tmp_path / "x")
+    refused = fastflower("ensemble", *files, "--method", "weighted", "--out", tmp_path / "x.parquet")
     assert refused.code == 2
     assert f"{files[0]} has no true classes to fit weights on" in refused.err
     refused = fastflower("ensemble", *files, "--method", "weighted", "--fit_on", val[0], val[1])
@@ -125,8 +125,8 @@ def test_predictions_of_pictures_that_were_replaced_are_made_again(
         write_tfrecord(folder / "00.tfrec", [example(44 + i, None, image) for i, image in enumerate(images)])
 
     def predicted() -> np.ndarray:
-        ensemble(*runs, "--method", "mean", "--out", tmp_path / "out")
-        return read_predictions(tmp_path / "out").probabilities
+        ensemble(*runs, "--method", "mean", "--out", tmp_path / "out.parquet")
+        return read_predictions(tmp_path / "out.parquet").probabilities
 
     stored(pictures["a"])
     first, made = predicted(), times(runs, "test")
@@ -169,8 +169,8 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_predicted(
     runs: list[Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def as_file(name: str, split: str, *options: object, run: Path = runs[2]) -> Path:
-        assert fastflower("predict", run, "--split", split, "--out", tmp_path / name, *options).code == 0
-        return tmp_path / name
+        assert fastflower("predict", run, "--split", split, "--out", tmp_path / f"{name}.parquet", *options).code == 0
+        return tmp_path / f"{name}.parquet"
 
     test, val, train = (as_file(split, split) for split in ("test", "val", "train"))
     other = as_file("other", "test", run=runs[1])
