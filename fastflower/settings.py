@@ -129,40 +129,6 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def nested(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Settings of which keys may be dotted ({"train.epochs": 10}) as nested ones ({"train": {"epochs": 10}}).
-
-    Args:
-        settings: both kinds may be mixed.
-        source: where they come from, for messages.
-
-    Raises:
-        UserError: a key that is no text, or a setting that is given twice.
-    """
-    whole: dict[str, Any] = {}
-    for key, value in settings.items():
-        if not isinstance(key, str):
-            raise UserError(f"{source}: {key!r} is no setting: give text, such as 'train.epochs'.")
-        inner = nested(value, f"{source}: in {key}") if isinstance(value, Mapping) else value
-        for part in reversed(key.split(".")):
-            inner = {part: inner}
-        if twice := _shared(whole, inner):
-            raise UserError(f"{source}: {twice} is given twice: give it once.")
-        whole = merge(whole, inner)
-    return whole
-
-
-def _shared(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
-    """The dotted key of the first value that both nested settings have."""
-    for key in one.keys() & other.keys():
-        a, b = one[key], other[key]
-        if not (isinstance(a, Mapping) and isinstance(b, Mapping)):
-            return key
-        if below := _shared(a, b):
-            return f"{key}.{below}"
-    return None
-
-
 def to_yaml(config: Config) -> str:
     """The whole configuration as YAML that `load_yaml` and `build` read back to the same."""
     return yaml.dump(to_plain(config), Dumper=Dumper, sort_keys=False, default_flow_style=None, width=120)
