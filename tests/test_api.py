@@ -103,7 +103,7 @@ def test_what_is_wrong_is_blamed_on_where_it_is(tmp_path: Path) -> None:
     pair.write_text("data: {crop: 300}")
     for source, given_settings, words in [
         (good, {"train.epoch": 2}, "^settings: there is no setting train.epoch; did you mean train.epochs"),
-        (good, {"train": {"epochs": "many"}}, "^settings: train.epochs is 'many'"),
+        (good, {"train": {"epochs": "many"}}, "^settings: train.epochs is many: it takes a whole number"),
         (good, {"data.crop": 300}, "^settings: data.scale starts at 256 pixels, below data.crop"),
         (good, {"train": 3}, "^settings: train is 3: it takes keys such as"),
         (good, {"train.epochs": 3, "train": {"epochs": 3}}, "^settings: train.epochs stands beside train"),
