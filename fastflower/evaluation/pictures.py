@@ -16,9 +16,9 @@ from fastflower.arrays import Bytes, Strings
 from fastflower.data.contents import contents_of, examined
 from fastflower.data.decoding import BATCH, ShapeDecoder, is_cut_off, is_sound
 from fastflower.data.records import NO_LABEL, Progress, Records, read_image
-from fastflower.data.sources.files import records_of_files
-from fastflower.data.sources.folder import SUFFIXES
-from fastflower.data.sources.tfrecord import SUFFIXES as HOLDING_RECORDS
+from fastflower.data.sources.files import SUFFIXES, records_of_files, why_no_picture
+from fastflower.data.sources.naming import is_foreign
+from fastflower.data.sources.tfrecord import is_shard
 from fastflower.data.stamp import Stamp
 from fastflower.errors import UserError
 from fastflower.evaluation.predictions import as_text
@@ -51,11 +51,11 @@ class Pictures:
         self.others.pop(place, None)
 
     def take_by_name(self, path: Path) -> None:
-        """A file of a folder or pattern is a picture if it is called as pictures are."""
+        """A file of a folder or pattern is a picture if it is called as pictures are, or begins as they do."""
         place = os.path.abspath(path)
-        if path.name.startswith("."):
+        if is_foreign(path.name):
             kind = "hidden"
-        elif path.name.lower().endswith(SUFFIXES):
+        elif path.name.lower().endswith(SUFFIXES) or why_no_picture(path) is None:
             return self.take(path)
         else:
             kind = path.suffix.lower() or "without extension"
@@ -75,7 +75,7 @@ class Pictures:
             return
         for entry in entries:
             path = folder / entry.name
-            if os.path.isdir(path) and not entry.name.startswith("."):
+            if os.path.isdir(path) and not is_foreign(entry.name):
                 self.take_folder(path, (*above, (status.st_dev, status.st_ino)))
             else:
                 self.take_by_name(path)
@@ -84,8 +84,8 @@ class Pictures:
 def find_pictures(given: Sequence[str | Path]) -> Pictures:
     """The pictures that are named by files, folders (and all folders in them) and patterns such as "photos/*.jpg".
 
-    Each is taken once. Of folders and patterns files are taken that are called as pictures are, but for hidden ones; a
-    file that is named is taken whatever it is. Links are followed.
+    Each is taken once. Of folders and patterns files are taken that are called as pictures are or begin as they do, but
+    for hidden ones; a file that is named is taken whatever it is. Links are followed.
     """
     pictures = Pictures()
     for name in given:
@@ -182,7 +182,7 @@ def _status(path: Path) -> os.stat_result | str:
         return f"is no file's name ({error})"
     if not stat.S_ISREG(status.st_mode):
         return "is no file"
-    if path.name.lower().endswith(HOLDING_RECORDS):
+    if is_shard(path.name):
         return "holds records, and is no picture: predict a split of its data set"
     if not status.st_size:
         return "is empty"

@@ -40,7 +40,7 @@ def test_a_folder_holds_what_is_called_as_pictures_are(
 ) -> None:
     root = tree(tmp_path_factory.mktemp("pictures") / "root", files)
     seen = {(folder, name) for folder, name in files if folder != ".git"}
-    shown = {(folder, name) for folder, name in seen if name[0] != "."}
+    shown = {(folder, name) for folder, name in seen if name[0] != "." and name != "Thumbs.db"}
     wanted = {root / folder / name for folder, name in shown if name.lower().endswith(PICTURES)}
     others = Counter(Path(n).suffix or "without extension" for _, n in shown if not n.lower().endswith(PICTURES))
     hidden = len(seen) - len(shown) + (seen != files)  # a hidden folder is one
@@ -148,6 +148,15 @@ def test_what_cannot_be_opened_has_its_reason(tmp_path: Path, monkeypatch: pytes
     assert len(read_pictures(pictures)) == 1
     denied = "cannot be read (Permission denied)"
     assert pictures.unreadable == {str(root / "shut"): denied, str(root / "c.jpg"): denied}
+
+
+def test_what_begins_as_a_picture_is_one_without_an_extension(tmp_path: Path) -> None:
+    root = tree(tmp_path / "root", {("", "notes.txt"), ("", "README"), ("sub", "b.jpg")})
+    (root / "IMG_1").write_bytes(jpeg(40, 40))
+    (root / "lies.txt").write_bytes(jpeg(40, 40))
+    pictures = find_pictures([root])
+    assert set(pictures.paths) == {root / "IMG_1", root / "sub/b.jpg"}
+    assert pictures.passed_over == Counter({".txt": 2, "without extension": 1})
 
 
 def test_nothing_at_all_is_a_sentence(tmp_path: Path) -> None:
