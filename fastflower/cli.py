@@ -10,11 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, Union
+from typing import Any, NoReturn
 
-import tyro
 from rich.text import Text
-from tyro.conf import OmitSubcommandPrefixes, subcommand
 
 from fastflower.arguments import Option, filled, find_command, options_of, read_words
 from fastflower.commands import carry_out, run_name
@@ -32,7 +30,6 @@ DESCRIPTION = (
     "fastflower --version prints the versions of fastflower, torch, DALI and Triton."
 )
 HELP = {"--help", "-h"}
-SHELLS = ("bash", "zsh", "fish")
 
 
 def main() -> None:
@@ -82,10 +79,8 @@ def parse(argv: Sequence[str]) -> Options:
 
     Raises:
         UserError: a wrong word, or a bad configuration file or value.
-        SystemExit: help or a script for the shell was asked for, and is printed.
+        SystemExit: help was asked for, and is printed.
     """
-    if argv and argv[0].replace("_", "-").startswith("--tyro-"):
-        _print_completion(argv)
     if not argv or argv[0] in HELP:
         _show(program_help(DESCRIPTION, COMMANDS, Config()), asked=bool(argv))
     name, words = find_command(argv, COMMANDS)
@@ -121,21 +116,6 @@ def _settings_shown(kind: type[Options], words: Sequence[str]) -> Config:
         return _training_defaults(read_words(words, "", options_of(kind)))[0]
     except UserError:
         return Config()
-
-
-def _print_completion(argv: Sequence[str]) -> NoReturn:
-    """Print or write the script by which a shell completes commands and options: --tyro-print-completion bash."""
-    groups: dict[str, list[Any]] = {}
-    for name, kind in COMMANDS.items():
-        group, _, last = name.rpartition(" ")
-        groups.setdefault(group, []).append(Annotated[kind, subcommand(last)])
-    commands = groups.pop("")
-    commands += [Annotated[Union[tuple(kinds)], subcommand(group)] for group, kinds in groups.items()]  # noqa: UP007
-    if argv[1:2] and argv[1] not in SHELLS:
-        raise UserError(f"{argv[0]} is {argv[1]}: it takes {', '.join(SHELLS)}.")
-    union: Any = Union[tuple(commands)]  # noqa: UP007
-    tyro.cli(union, prog="fastflower", args=argv, config=(OmitSubcommandPrefixes,))
-    raise UserError(f"{argv[0]} has no value: give a shell, such as fastflower --tyro-print-completion bash.")
 
 
 def _checked(settings: Config) -> Config:

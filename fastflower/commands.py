@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from fastflower import machine
+from fastflower.completion import script
 from fastflower.config import DataConfig
 from fastflower.errors import UserError
 from fastflower.files import to_json
 from fastflower.options import (
+    COMMANDS,
     CheckCommand,
+    CompletionCommand,
     CvCommand,
     DemoCommand,
     DoctorCommand,
@@ -258,6 +261,11 @@ def _doctor(command: DoctorCommand) -> int:
     return 0 if is_ready(findings) else 1
 
 
+def _completion(command: CompletionCommand) -> int:
+    print(script(command.shell, COMMANDS), end="")
+    return 0
+
+
 def _demo(command: DemoCommand) -> int:
     from fastflower.data.demo import write_demo
     from fastflower.runtime.progress import Display
@@ -347,8 +355,9 @@ FUNCTIONS: dict[type[Options], Callable[[Any], int]] = {
     FlopsCommand: _flops,
     ReportCommand: _report,
     DoctorCommand: _doctor,
+    CompletionCommand: _completion,
     DemoCommand: _demo,
     CheckCommand: _check,
     StatsCommand: _stats,
 }
-WITHOUT_PICTURES = (FlopsCommand, ReportCommand, DoctorCommand)  # which decode none
+WITHOUT_PICTURES = (FlopsCommand, ReportCommand, DoctorCommand, CompletionCommand)  # which decode none

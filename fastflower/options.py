@@ -275,6 +275,14 @@ class StatsCommand(Options):
     """Stored sizes to measure (pixels), as data.sizes names them."""
 
 
+@dataclass(frozen=True)
+class CompletionCommand(Options):
+    """Print the script by which a shell completes commands and options: fastflower completion bash"""
+
+    shell: Positional[Literal["bash", "zsh", "fish"]]
+    """bash, zsh or fish."""
+
+
 # By what each is called; a name of two words is one of a group.
 COMMANDS: dict[str, type[Options]] = {
     "train": TrainCommand,
@@ -285,6 +293,7 @@ COMMANDS: dict[str, type[Options]] = {
     "flops": FlopsCommand,
     "report": ReportCommand,
     "doctor": DoctorCommand,
+    "completion": CompletionCommand,
     "data demo": DemoCommand,
     "data check": CheckCommand,
     "data stats": StatsCommand,

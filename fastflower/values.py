@@ -126,7 +126,7 @@ def takes(annotation: Any) -> str:
 def refusal(name: str, value: object, annotation: Any) -> str:
     """What is said of a value that a setting does not take: one sentence."""
     text = value if isinstance(value, str) else repr(value)
-    choices = [str(choice) for kind, _ in alternatives(annotation) for choice in _choices(kind)]
+    choices = choices_of(annotation)
     near = difflib.get_close_matches(text, choices, n=1)
     hint = f"; did you mean {near[0]}?" if near else "."
     return f"{name} is {_short(text) or 'empty'}: it takes {takes(annotation)}{hint}"
@@ -186,9 +186,15 @@ def placeholder(annotation: Any) -> str:
     return "|".join(parts)
 
 
+def choices_of(annotation: Any) -> list[str]:
+    """The words that a setting takes, if it takes some of a few."""
+    words = [str(choice) for kind, _ in alternatives(annotation) for choice in _choices(kind)]
+    return ["on", "off", "auto"] if is_switch(annotation) and len(alternatives(annotation)) > 1 else words
+
+
 def choices_left_out(annotation: Any) -> list[str]:
     """The choices that are too many for the placeholder."""
-    choices = [str(choice) for kind, _ in alternatives(annotation) for choice in _choices(kind)]
+    choices = choices_of(annotation)
     return choices if len(",".join(choices)) > MOST_CHOICES else []
 
 

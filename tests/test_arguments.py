@@ -173,7 +173,7 @@ def test_values_end_where_the_next_word_is_none(words: str, wanted: dict[str, An
         (["data", "chek"], "there is no command data chek; did you mean data check?"),
         (["check"], "there is no command check; did you mean data check?"),
         (["evaluate"], "there is no command evaluate; did you mean eval?"),
-        (["xyzzy"], "there is no command xyzzy; there are cv, data check, "),
+        (["xyzzy"], "there is no command xyzzy; there are completion, cv, data check, "),
         (["--amp", "train"], "a command comes first: "),
         (["train", "--xyzzy"], "there is no option --xyzzy; fastflower train --help lists all."),
         (["train", "--train.lrr", "1"], "there is no option --train.lrr; did you mean --train.lr?"),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from fastflower.arguments import Option, options_of
+from fastflower.options import COMMANDS
+from fastflower.values import is_switch
 from tests.conftest import fastflower
 
 FROZEN = Path(__file__).with_name("options.txt")
@@ -14,17 +14,14 @@ UPDATE = "python -m tests.test_options"
 
 
 def options() -> list[str]:
-    """COMMAND OPTION, and its other names, of all commands: what the parser itself offers a shell to complete."""
-    script = fastflower("--tyro-print-completion", "bash").out
-    offered = next(line for line in script.splitlines() if line.startswith("COMPLETION_SPEC = "))
-    return sorted(_options(ast.literal_eval(offered.partition(" = ")[2]), "fastflower"))
+    """COMMAND OPTION, and its other names, of all commands."""
+    every = [(name, option) for name, kind in COMMANDS.items() for option in options_of(kind)]
+    return sorted(f"fastflower {name} {', '.join(_names(option))}" for name, option in every)
 
 
-def _options(parser: dict[str, Any], command: str) -> Iterator[str]:
-    for option in parser["options"]:
-        yield f"{command} {', '.join(option['flags'])}"
-    for name, below in parser["subcommands"].items():
-        yield from _options(below, f"{command} {name}")
+def _names(option: Option) -> list[str]:
+    others = ["--" + other.replace("_", "-") for other in option.others]
+    return [option.flag, *others, *([option.opposite] if is_switch(option.annotation) else [])]
 
 
 def test_options_are_those_that_are_written_down() -> None:
