@@ -20,7 +20,7 @@ from nvidia.dali.pipeline import DataNode
 from fastflower import machine
 from fastflower.arrays import Bytes, Ints
 from fastflower.data.decoding import decoded_pictures, shapes_of
-from fastflower.data.records import Records
+from fastflower.data.records import LEAVE_OUT, Records
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
@@ -156,7 +156,8 @@ def _decode(
         to_place = (lambda pictures: pictures) if place == "gpu" else DataNode.cpu
         for done, (index, picture) in enumerate(decoded_pictures(records, mine, engine, to_place), start=1):
             if 3 * picture.shape[0] * picture.shape[1] != sizes[index]:
-                raise UserError(f"{records.describe(index)} has not the size that its header says: leave it out.")
+                where = records.describe(index)
+                raise UserError(f"{where} has not the size that its header says: leave it out {LEAVE_OUT}.")
             shapes[index] = picture.shape[:2]
             decoded.picture(index)[:] = picture  # type: ignore[assignment]
             progress(done, len(mine))

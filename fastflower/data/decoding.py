@@ -14,7 +14,7 @@ from nvidia.dali.pipeline import DataNode, Pipeline
 from torch.utils.dlpack import from_dlpack
 
 from fastflower.arrays import Bytes, Ints
-from fastflower.data.records import Records, read_image
+from fastflower.data.records import LEAVE_OUT, Records, read_image
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
 
@@ -67,15 +67,16 @@ def is_cut_off(encoded: Bytes) -> bool:
 
 def undecodable(*bad: tuple[Records, int]) -> UserError:
     """The sentence for records that cannot be decoded: tables and numbers in them."""
-    advice = "with data.skip, which takes what `fastflower data check ROOT --json` prints."
     places = [(records.describe(index), f"({records.length[index]} bytes)") for records, index in bad[:NAMED]]
     if len(bad) == 1:
         ((where, size),) = places
-        return UserError(f"{where} cannot be decoded as a picture {size}: replace the record, or leave it out {advice}")
+        return UserError(
+            f"{where} cannot be decoded as a picture {size}: replace the record, or leave it out {LEAVE_OUT}."
+        )
     named = "; ".join(" ".join(place) for place in places)
     more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
     return UserError(
-        f"{len(bad)} records cannot be decoded as pictures: replace them, or leave them out {advice} They are: "
+        f"{len(bad)} records cannot be decoded as pictures: replace them, or leave them out {LEAVE_OUT}. They are: "
         f"{named}{more}."
     )
 
