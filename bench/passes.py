@@ -1,7 +1,7 @@
 """How long a run waits for the first batch of a pass: made ahead, as it is in training, and made when it is asked for.
 
     python bench/passes.py
-    python bench/passes.py --crop 224 --step_s 0.1 --out bench/results/local.jsonl
+    python bench/passes.py --crop 224 --step-s 0.1 --out bench/results/local.jsonl
 
 No network is used: for each batch the host sleeps, as if a device computed. Both ways take turns.
 """

@@ -24,7 +24,7 @@ from fastflower.runtime.run_folder import RunFolder, read_rows
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TIMES = ("images_per_s", "epoch_s", "data_wait")
-SHORT = ("--train.epochs", "2", "--train.warmup_epochs", "0.5")
+SHORT = ("--train.epochs", "2", "--train.warmup-epochs", "0.5")
 
 
 def train(code: Path, run: Path, options: Sequence[str]) -> None:

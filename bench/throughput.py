@@ -6,7 +6,7 @@
     python bench/throughput.py model --models resnet18 resnet50 --peers
     python bench/throughput.py train --run runs/NAME --dtype bf16
     python bench/throughput.py eval --run runs/NAME
-    python bench/throughput.py --compare BEFORE.jsonl AFTER.jsonl --max_loss 5
+    python bench/throughput.py --compare BEFORE.jsonl AFTER.jsonl --max-loss 5
     python bench/throughput.py --plot RESULTS.jsonl docs/rates
 
 With nothing else it is the overview: the loader, resnet18's training step and both together on the built-in synthetic

@@ -86,7 +86,7 @@ def table(models: Sequence[str], gpus: Sequence[int]) -> str:
         lines.append(f"| a step, {n} GPUs: gradients | {sent} |")
     for n in gpus:
         sent = " | ".join(f"{count.statistics_sent(n) / 1e6:.2f}" for count in counts.values())
-        lines.append(f"| with `--model.sync_norm`, {n} GPUs: also | {sent} |")
+        lines.append(f"| with `--model.sync-norm`, {n} GPUs: also | {sent} |")
     sent = " | ".join(f"{count.buffers / 1e6:.2f}" for count in counts.values())
     lines.append(f"| a validation, and no step: BatchNorm's statistics | {sent} |")
     return "\n".join(lines)

@@ -329,8 +329,6 @@ def _evaluation_settings(options: EvaluationOptions) -> EvaluationSettings:
     from fastflower.evaluation.session import EvaluationSettings
     from fastflower.evaluation.views import Views
 
-    if options.batch_size is not None and options.batch_size < 1:
-        raise UserError(f"--batch_size is {options.batch_size}: give at least 1.")
     return EvaluationSettings(
         roots=options.root,
         sizes=options.sizes,

@@ -240,7 +240,7 @@ def _apex() -> str:
 def _compiler() -> str:
     compiler = next(filter(None, map(shutil.which, ("gcc", "clang", "cc"))), None)
     if not compiler:
-        raise UserError("torch.compile and Triton need one on a GPU: install gcc, or train with --train.no_compile.")
+        raise UserError("torch.compile and Triton need one on a GPU: install gcc, or train with --train.no-compile.")
     return compiler
 
 

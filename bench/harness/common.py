@@ -67,7 +67,7 @@ def require_positive(command: object, *options: str) -> None:
     for option in options:
         value = getattr(command, option)
         if value is not None and value < 1:
-            raise UserError(f"--{option} is {value}: give at least 1.")
+            raise UserError(f"--{option.replace('_', '-')} is {value}: give at least 1.")
 
 
 def start(
@@ -81,7 +81,7 @@ def start(
 
     conf = (OmitSubcommandPrefixes, FlagCreatePairsOff)
     try:
-        return run(tyro.cli(commands, description=description, args=argv, use_underscores=True, config=conf), Console())
+        return run(tyro.cli(commands, description=description, args=argv, config=conf), Console())
     except UserError as error:
         if not error.said_elsewhere:
             Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)

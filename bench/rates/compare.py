@@ -28,7 +28,7 @@ def compare(before: Path, after: Path, max_loss: float, console: Console) -> int
         UserError: a file is none of throughput.py's, the two have nothing in common, or `max_loss` is no loss.
     """
     if not 0 <= max_loss < 100:
-        raise UserError(f"--max_loss is {max_loss:g}: give percent, from 0 to below 100.")
+        raise UserError(f"--max-loss is {max_loss:g}: give percent, from 0 to below 100.")
     old, new = read(before), read(after)
     common = [key for key in old if key in new]
     if not common:

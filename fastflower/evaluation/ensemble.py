@@ -149,7 +149,7 @@ def _find_all(
     others, labelled = members, bool((true_classes(joined) != NO_LABEL).all())
     if fit_on or not labelled:
         if len(fit_on or paths) != len(members):
-            raise UserError(f"--fit_on names {len(fit_on)} predictions for {len(members)} members: give one for each.")
+            raise UserError(f"--fit-on names {len(fit_on)} predictions for {len(members)} members: give one for each.")
         if not fit_on:
             _refuse_files(paths)
         others = [find_member(path, "val", settings, console, ahead=ahead) for path in fit_on or paths]
@@ -164,7 +164,7 @@ def _require_same_views(members: Sequence[Member]) -> None:
         named = " and ".join(f"{name} by {views}" for views, name in sorted(by_views.items()))
         raise UserError(
             f"the members were predicted by several views, {named}: predict each by the same (--crops, --scales), or "
-            "give --mix_views."
+            "give --mix-views."
         )
 
 
@@ -252,7 +252,7 @@ def _refuse_files(paths: Sequence[Path]) -> None:
     """Raise UserError for a file, of which it is not known where its val is."""
     if files := [path for path in paths if path.is_file() and path.suffix != ".pt"]:
         raise UserError(
-            f"{files[0]} has no true classes to fit weights on: give --fit_on with predictions of a split that has "
+            f"{files[0]} has no true classes to fit weights on: give --fit-on with predictions of a split that has "
             "some, one for each member in the same order."
         )
 

@@ -96,7 +96,7 @@ def choose_precision(amp: bool, dtype: Literal["auto", "bf16", "fp16"], device: 
     return Precision(
         None,
         "--amp: this CPU has no bf16 instructions, which makes AMP much slower than fp32, so this runs in fp32 "
-        "(--amp_dtype bf16 forces it).",
+        "(--amp-dtype bf16 forces it).",
     )
 
 

@@ -75,11 +75,11 @@ def why_ended(setup: Setup, state: State) -> str | None:
     if config.early_stop and state.epoch - 1 - state.improved_epoch >= config.early_stop:
         return (
             f"No better validation {config.best} in {config.early_stop} epochs: stopped early; give a larger "
-            "--train.early_stop, or None, to go on."
+            "--train.early-stop, or none, to go on."
         )
     if config.max_steps is not None and state.step >= config.max_steps and setup.train.left(state.position):
         return (
-            f"train.max_steps: stopped after {state.step} steps and saved; give a larger --train.max_steps, or None, "
+            f"train.max_steps: stopped after {state.step} steps and saved; give a larger --train.max-steps, or none, "
             "to go on."
         )
     return None

@@ -88,7 +88,7 @@ def test_weights_for_test_are_fitted_on_validation(runs: list[Path], tmp_path: P
     assert refused.code == 2
     assert f"{files[0]} has no true classes to fit weights on" in refused.err
     refused = fastflower("ensemble", *files, "--method", "weighted", "--fit_on", val[0], val[1])
-    assert "--fit_on names 2 predictions for 3 members" in refused.err
+    assert "--fit-on names 2 predictions for 3 members" in refused.err
 
 
 def test_predictions_of_older_weights_are_made_again(runs: list[Path], data: Path) -> None:
@@ -195,7 +195,7 @@ def test_what_cannot_be_combined_is_refused_before_anything_is_predicted(
         ((runs[0], runs[1], copy), "are the predictions of one network"),
         ((runs[0], runs[0] / "checkpoints/best.pt"), "are the predictions of one network"),
         ((runs[0],), "two members or more"),
-        ((runs[0], test, *weighted, runs[0]), "--fit_on names 1 predictions for 2 members"),
+        ((runs[0], test, *weighted, runs[0]), "--fit-on names 1 predictions for 2 members"),
         ((runs[0], test, *weighted, runs[0], tmp_path / "none"), "none"),
         ((runs[0], runs[1], *weighted, test, other), "nothing can be measured or fitted without a true class"),
         ((runs[0], test, *weighted, train, val), "which other members have"),

@@ -234,7 +234,7 @@ def test_bad_options_are_sentences(run: Path) -> None:
         (("--scales", "24"), "--scales 24 is smaller than data.crop"),
         (("--scales", "48", "--crops", 10), "two ways to test"),
         (("--scales", "48,40,48"), "names a size twice"),
-        (("--batch_size", 0), "--batch_size is 0"),
+        (("--batch_size", 0), "--batch_size is 0: it takes a whole number above 0"),
     ]:
         refused = fastflower("eval", run, *options)
         assert refused.code == 2

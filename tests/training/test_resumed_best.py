@@ -161,7 +161,7 @@ def test_the_kept_best_is_replaced_by_better_epochs_alone(
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     result = fastflower(*resume, 8)
     assert result.code == 0
-    assert "stopped early; give a larger --train.early_stop, or None" in result.out
+    assert "stopped early; give a larger --train.early-stop, or none" in result.out
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     scripted((0.8, 0.7))
     assert fastflower("train", "--resume", run, "--train.early_stop", 2, "--train.epochs", 5).code == 0

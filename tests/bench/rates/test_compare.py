@@ -72,7 +72,7 @@ def test_only_equal_settings_are_compared(tmp_path: Path, capsys: pytest.Capture
         ("[1]\n", [], "holds no rows of this benchmark"),
         ('{"mode": "loader"}\n', [], "holds no rows of this benchmark"),
         (json.dumps(result("other", 1.0)), [], "no measurement with the same settings in common"),
-        (json.dumps(result("ours", 1.0)), ["--max_loss", "100"], "--max_loss is 100"),
+        (json.dumps(result("ours", 1.0)), ["--max_loss", "100"], "--max-loss is 100"),
         (json.dumps(result("ours", 1.0)), ["loader"], "--compare reads results and measures nothing"),
     ],
 )
