@@ -307,7 +307,7 @@ def test_mistakes_end_with_a_sentence(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("model --models resnet18 resnet19", "model.name is 'resnet19'"),
+        ("model --models resnet18 resnet19", "model.name is resnet19: it takes plain18"),
         ("model --models resnet18 vgg16 --size 16", "vgg16"),
         ("train --run {root}/none", "none/config.yaml cannot be read"),
         ("train --data.root {root}/small --crop 32 --scale 36 48 --batch 49", "the training split has 48 records"),
