@@ -22,7 +22,7 @@ from fastflower.data.stamp import Stamp, cache_key
 from fastflower.errors import UserError
 
 NO_LABEL = np.iinfo(np.int64).min
-LEAVE_OUT = "with data.skip, which takes what `fastflower data check ROOT --json` prints"  # how, for messages
+LEAVE_OUT = "by --data.skip bad.json, which `fastflower data check ROOT --json > bad.json` writes"  # how, for messages
 # Files: a quarter of those that the process may have open, often 1,024.
 KEPT_OPEN = min(256, resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**31 // 4)  # an endless limit is -1
 Progress = Callable[[int, int], None]  # takes what is done and all that is to do

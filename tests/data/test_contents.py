@@ -246,7 +246,7 @@ def test_records_that_are_no_pictures_are_named_at_once(tmp_path: Path, count: i
     places += [f"{tmp_path}/val/b.tfrec, record {i} (id {20 + i:06})" for i in range(count - 1)]
     assert [place in sentence for place in places] == [i < 5 for i in range(count)]
     assert ("and 4 more" in sentence) == (count == 9)
-    assert "data.skip, which takes what `fastflower data check ROOT --json` prints" in sentence
+    assert "--data.skip bad.json, which `fastflower data check ROOT --json > bad.json` writes" in sentence
 
 
 UNDIVIDED, DIVIDED = {"rose": 8, "tulip": 8}, {"train/rose": 8, "train/tulip": 8, "val/rose": 4}

@@ -94,9 +94,9 @@ def test_a_class_of_one_picture_is_evaluated_by_the_fold_that_never_saw_it(tmp_p
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("--data.folds 1", "data.folds is 1: input should be greater than or equal to 2"),
+        ("--data.folds 1", "data.folds is 1: it takes a whole number from 2 on"),
         ("--data.folds 3 --data.fold 3", "data.fold is 3, not below data.folds (3): the first fold is 0, lower it"),
-        ("--data.folds 3 --data.fold -1", "data.fold is -1: input should be greater than or equal to 0"),
+        ("--data.folds 3 --data.fold -1", "data.fold is -1: it takes a whole number from 0 on"),
         ("--data.fold 2", "data.fold is 2, but there is no data.folds: give the number of folds too"),
         (
             "--data.folds 3 --data.train_on train+val --train.schedule cosine --train.warmup_epochs 0",
