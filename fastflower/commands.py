@@ -16,7 +16,6 @@ import yaml
 from fastflower import machine
 from fastflower.completion import script
 from fastflower.config import DataConfig
-from fastflower.errors import UserError
 from fastflower.files import to_json
 from fastflower.options import (
     COMMANDS,
