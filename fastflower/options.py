@@ -92,6 +92,9 @@ class EvalCommand(EvaluationOptions):
 class PredictCommand(EvaluationOptions):
     """Predict classes: fastflower predict runs/NAME NEWPICTURES --out names.csv
 
+        fastflower predict runs/NAME rose.jpg "photos/*.jpg" --top 5
+        fastflower predict runs/NAME --split test --submission submission.csv
+
     Names pictures: files, folders with all folders in them, and patterns such as "photos/*.jpg". What cannot be read or
     decoded is listed at the end (exit code 1). Without pictures it predicts a split of the run's data, each id once.
     """

@@ -174,7 +174,10 @@ def test_splits_ensembles_and_folds_are_the_commands(tmp_path: Path, tiny_net: N
     assert (len(folds.folds), folds.whole.n) == (2, 33)
     refused: list[tuple[Callable[[], object], str]] = [
         (lambda: fastflower.ensemble(runs, "weighted", fit_on=runs[:1]), "fit_on names 1 predictions for 2 members"),
-        (lambda: fastflower.predict(run, "a.jpg", split="val"), "^split, submission, sample, data.root and sizes are"),
+        (
+            lambda: fastflower.predict(run, "a.jpg", split="val"),
+            "^split, submission, sample, data.root and data.size",
+        ),
         (lambda: fastflower.predict(run, "a.jpg", out="x.txt"), "is none of .csv, .json, .parquet"),
         (lambda: fastflower.cross_validate(settings(root), tmp_path / "cv", folds=1), "config: data.folds is 1"),
         (lambda: fastflower.cross_validate(settings(root), tmp_path / "cv", folds=3), "overwrite=True or another run"),

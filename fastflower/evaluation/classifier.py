@@ -269,7 +269,8 @@ def refuse_split(*given: object) -> None:
     """Raise UserError where pictures are named and any of what is about a split is given too."""
     if any(given):
         raise UserError(
-            "--split, --submission, --sample, --data.root and --sizes are about a split: drop them, or the pictures."
+            "--split, --submission, --sample, --data.root and --data.sizes are about a split: drop them, or the "
+            "pictures."
         )
 
 

@@ -16,7 +16,8 @@ from fastflower.arrays import Bytes, Strings
 from fastflower.data.contents import contents_of, examined
 from fastflower.data.decoding import BATCH, ShapeDecoder, is_cut_off, is_sound
 from fastflower.data.records import NO_LABEL, Progress, Records, read_image
-from fastflower.data.sources.files import SUFFIXES, records_of_files, why_no_picture
+from fastflower.data.sources.files import NOT_READ, SUFFIXES, records_of_files, why_no_picture
+from fastflower.data.sources.layout import HIDDEN, NO_EXTENSION
 from fastflower.data.sources.naming import is_foreign
 from fastflower.data.sources.tfrecord import is_shard
 from fastflower.data.stamp import Stamp
@@ -51,14 +52,15 @@ class Pictures:
         self.others.pop(place, None)
 
     def take_by_name(self, path: Path) -> None:
-        """A file of a folder or pattern is a picture if it is called as pictures are, or begins as they do."""
-        place = os.path.abspath(path)
+        """A file of a folder or pattern is a picture if it is called so, or without such a name begins as one."""
+        place, kind = os.path.abspath(path), path.suffix.lower() or NO_EXTENSION
         if is_foreign(path.name):
-            kind = "hidden"
-        elif path.name.lower().endswith(SUFFIXES) or why_no_picture(path) is None:
+            kind = HIDDEN
+        elif path.name.lower().endswith(SUFFIXES) or (why := why_no_picture(path)) is None:
             return self.take(path)
-        else:
-            kind = path.suffix.lower() or "without extension"
+        elif why == NOT_READ:
+            self.unreadable[as_text(str(path))] = "is a picture of a kind that is not read"
+            return None
         if place not in self.taken:
             self.others[place] = kind
         return None
@@ -84,8 +86,8 @@ class Pictures:
 def find_pictures(given: Sequence[str | Path]) -> Pictures:
     """The pictures that are named by files, folders (and all folders in them) and patterns such as "photos/*.jpg".
 
-    Each is taken once. Of folders and patterns files are taken that are called as pictures are or begin as they do, but
-    for hidden ones; a file that is named is taken whatever it is. Links are followed.
+    Each is taken once. Of folders and patterns files are taken that a data folder would have for pictures too, and not
+    what is hidden; a file that is named is taken whatever it is. Links are followed.
     """
     pictures = Pictures()
     for name in given:

@@ -185,7 +185,7 @@ def require_crops(shapes: Ints, records: Records, data: DataConfig, views: Views
         height, width = shapes[index]
         raise UserError(
             f"{records.describe(index)} is {width}×{height} pixels, of which there are no ten crops of {data.crop}: "
-            "give larger stored sizes with --sizes, or --crops 1."
+            "give larger stored sizes with --data.sizes, or --crops 1."
         )
     return shapes
 

@@ -47,7 +47,7 @@ def test_a_folder_holds_what_is_called_as_pictures_are(
     pictures = find_pictures([root])
     assert set(pictures.paths) == wanted
     assert len(pictures.paths) == len(wanted)
-    assert pictures.passed_over == others + Counter({"hidden": hidden})
+    assert pictures.passed_over == others + Counter({"hidden or of the system": hidden})
     assert not pictures.unreadable
     # the same pictures named again, in other ways, are the same pictures
     again = find_pictures([*sorted(wanted), root, f"{root}/.", root / "../root", f"{root}/**"])
@@ -81,6 +81,17 @@ def test_a_link_to_a_folder_above_ends(tmp_path: Path) -> None:
     (root / "sub/up").symlink_to(root)
     (root / "sub/other").symlink_to(tree(tmp_path / "other", {("", "c.jpg")}))
     assert [path.name for path in find_pictures([root]).paths] == ["b.jpg", "a.jpg", "c.jpg"]
+
+
+def test_what_begins_as_a_picture_is_one_without_such_a_name(tmp_path: Path) -> None:
+    contents = {"a": jpeg(40, 40), "b.x": jpeg(40, 40), "c.txt": jpeg(40, 40), "d": b"none", "e.psd": b"8BPS", "f": b""}
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    pictures = find_pictures([tmp_path])
+    assert [path.name for path in pictures.paths] == ["a", "b.x"]
+    assert pictures.passed_over == {".txt": 1, "without extension": 2}
+    assert pictures.unreadable == {str(tmp_path / "e.psd"): "is a picture of a kind that is not read"}
+    assert len(find_pictures([tmp_path, tmp_path / "c.txt"]).paths) == 3
 
 
 def undecodable() -> bytes:
@@ -161,14 +172,14 @@ def test_what_begins_as_a_picture_is_one_without_an_extension(tmp_path: Path) ->
 
 def test_nothing_at_all_is_a_sentence(tmp_path: Path) -> None:
     root = tree(tmp_path / "root", {("", "notes.txt"), ("", "more.txt"), ("sub", ".x")})
-    with pytest.raises(UserError, match=r"called as pictures are \(3 other .* over \(2 .txt, 1 hidden\)\)"):
+    with pytest.raises(UserError, match=r"called as pictures are \(3 other .* over \(2 .txt, 1 hidden.*\)\)"):
         read_pictures(find_pictures([root]))
     with pytest.raises(UserError, match=r"a.jpg does not exist: name pictures that can be read"):
         read_pictures(find_pictures(["a.jpg"]))
     with pytest.raises(UserError, match=r"c.jpg does not exist, and 2 more: name"):
         read_pictures(find_pictures([f"{name}.jpg" for name in "abcde"]))
     pictures = find_pictures([root / "sub"])
-    assert passed_over(pictures) == "1 other file was passed over (1 hidden)"
+    assert passed_over(pictures) == "1 other file was passed over (1 hidden or of the system)"
 
 
 def test_names_that_are_not_utf_8_stay_apart(tmp_path: Path) -> None:

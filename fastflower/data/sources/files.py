@@ -45,6 +45,7 @@ _BEGINNINGS = {
 }
 _BEGINNING = re.compile(b"|".join(start for name, start in _BEGINNINGS.items() if name in SUFFIXES), re.DOTALL)
 _HEAD = 16  # bytes that tell
+NOT_READ = "not read"  # of a picture whose kind is none that can be
 
 
 def why_no_picture(entry: os.DirEntry[str] | Path) -> str | None:
@@ -61,7 +62,7 @@ def why_no_picture(entry: os.DirEntry[str] | Path) -> str | None:
             begins = _BEGINNING.match(file.read(_HEAD))
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return None if begins else "not read" if name.endswith(_OTHER_PICTURES) else ""
+    return None if begins else NOT_READ if name.endswith(_OTHER_PICTURES) else ""
 
 
 def records_of_files(
