@@ -58,7 +58,7 @@ def why_no_picture(entry: os.DirEntry[str] | Path) -> str | None:
     if not entry.is_file():
         return "no regular file"
     try:
-        with open(entry, "rb", buffering=0) as file:
+        with open(os.fspath(entry), "rb", buffering=0) as file:
             begins = _BEGINNING.match(file.read(_HEAD))
     except OSError as error:
         return f"cannot be read: {error.strerror}"
