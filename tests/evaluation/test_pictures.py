@@ -161,15 +161,6 @@ def test_what_cannot_be_opened_has_its_reason(tmp_path: Path, monkeypatch: pytes
     assert pictures.unreadable == {str(root / "shut"): denied, str(root / "c.jpg"): denied}
 
 
-def test_what_begins_as_a_picture_is_one_without_an_extension(tmp_path: Path) -> None:
-    root = tree(tmp_path / "root", {("", "notes.txt"), ("", "README"), ("sub", "b.jpg")})
-    (root / "IMG_1").write_bytes(jpeg(40, 40))
-    (root / "lies.txt").write_bytes(jpeg(40, 40))
-    pictures = find_pictures([root])
-    assert set(pictures.paths) == {root / "IMG_1", root / "sub/b.jpg"}
-    assert pictures.passed_over == Counter({".txt": 2, "without extension": 1})
-
-
 def test_nothing_at_all_is_a_sentence(tmp_path: Path) -> None:
     root = tree(tmp_path / "root", {("", "notes.txt"), ("", "more.txt"), ("sub", ".x")})
     with pytest.raises(UserError, match=r"called as pictures are \(3 other .* over \(2 .txt, 1 hidden.*\)\)"):
