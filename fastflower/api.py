@@ -33,7 +33,7 @@ from fastflower.evaluation.views import Views
 from fastflower.runtime.checkpoint import load_trained
 from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import Ranks
-from fastflower.runtime.output import Console, Tolerant
+from fastflower.runtime.output import Console, Tolerant, without_decoders
 from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import find_checkpoint
 from fastflower.settings import build, find_config, load_yaml, merge, nested
@@ -73,6 +73,7 @@ def load_config(source: StrPath | None = None, settings: Settings | None = None)
 
 
 @naming_arguments()
+@without_decoders()
 def load_data(config: Config | Settings) -> Batches:
     """Both splits: classes in `dataset.classes`, training batches of an epoch by `train.epoch(number)`, validation's by
     `val.once()`. A batch has `images` [N, 3, S, S], normalized and channels-last, `labels` [N] and `indices` [N].
@@ -107,6 +108,7 @@ def build_model(config: Config | Settings, classes: int) -> torch.nn.Module:
 
 
 @naming_arguments()
+@without_decoders()
 def train(config: Config | Settings, run: StrPath, *, overwrite: bool = False, quiet: bool = False) -> Path:
     """Train as `fastflower train` does; the run folder, with checkpoints, metrics.jsonl and TensorBoard's events.
 
@@ -125,6 +127,7 @@ def train(config: Config | Settings, run: StrPath, *, overwrite: bool = False, q
 
 
 @naming_arguments()
+@without_decoders()
 def resume(run: StrPath, settings: Settings | None = None, *, quiet: bool = False) -> Path:
     """Go on with a run as `fastflower train --resume` does; the run folder.
 
@@ -146,6 +149,7 @@ def resume(run: StrPath, settings: Settings | None = None, *, quiet: bool = Fals
 
 
 @naming_arguments()
+@without_decoders()
 def evaluate(
     run: StrPath,
     *,
@@ -201,6 +205,7 @@ def load(
 
 
 @naming_arguments()
+@without_decoders()
 def predict(
     run: StrPath,
     pictures: Paths = (),
@@ -262,6 +267,7 @@ def predict(
 
 
 @naming_arguments()
+@without_decoders()
 def ensemble(
     members: Sequence[StrPath],
     method: Method = "vote",
@@ -313,6 +319,7 @@ def ensemble(
 
 
 @naming_arguments()
+@without_decoders()
 def cross_validate(
     config: Config | Settings,
     run: StrPath,

@@ -24,7 +24,7 @@ MOST_USED = (
 EXAMPLES = """\
 fastflower train --data.root PICTURES         # a folder for each class
 fastflower eval runs/NAME                     # how good it is, where it errs
-fastflower predict runs/NAME NEW --out x.csv   # what is on new pictures
+fastflower predict runs/NAME NEW --out x.csv  # what is on new pictures
 fastflower train --config resnet34 --data.root DATA --amp
 fastflower COMMAND --help                     # all options of a command"""
 JOINED = "\0"  # a space at which no line ends

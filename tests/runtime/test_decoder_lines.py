@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.runtime.decoder_lines import pass_on
-from tests.conftest import ROOT, example, train_arguments, write_dataset
+from tests.conftest import ROOT, example, train_arguments, train_settings, write_dataset
 from tests.processes import in_process
 from tests.training import tiny_worker
 
@@ -132,3 +132,26 @@ def test_commands_name_the_record_instead(tmp_path: Path) -> None:
             assert "[nvbmp_decoder]" in done.err
         else:
             assert len(done.err.splitlines()) == (code == 2)
+
+
+def test_functions_of_python_name_the_record_instead(tmp_path: Path) -> None:
+    root = write_dataset(tmp_path / "data", {"train": 24, "val": 8})
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(buffer, "BMP")
+    records = [example(100 + i, i % 3) for i in range(4)]
+    records[1]["image"] = buffer.getvalue()[:2000]
+    file = root / "tfrecords-jpeg-40x40/train/02-40x40-4.tfrec"
+    write_tfrecord(file, records)
+    code = f"""
+import fastflower
+config = fastflower.load_config(settings={train_settings(root, epochs=1)!r})
+for call in (lambda: fastflower.train(config, {str(tmp_path / "run")!r}), lambda: fastflower.load_data(config)):
+    try:
+        call()
+    except fastflower.UserError as error:
+        print(error)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.count(f"{file}, record 1 (id 000101)") == 2
+    assert done.stderr == ""
