@@ -10,22 +10,28 @@ from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
+
+from fastflower.tables import NOTHING, TITLES, written
 
 T = TypeVar("T")
 
-_HEADER = (
-    f"{'epoch':>5} {'lr':>9} │ {'train loss':>10} {'acc':>6} │ {'val loss':>8} {'acc':>6} {'top-5':>6} {'F1':>6} │ "
-    f"{'images/s':>8} {'wait':>5} {'time':>7}"
-)
-_ROW = (
-    "{epoch:>5} {lr:>9} │ {train_loss:>10} {train_accuracy:>6} │ {val_loss:>8} {val_accuracy:>6} {val_top5:>6} "
-    "{val_macro_f1:>6} │ {images_per_s:>8} {data_wait:>5} {epoch_s:>7}"
-)
-_FORMATS = {"lr": ".2g", "images_per_s": ",.0f", "data_wait": ".0%", "epoch": "", "step": "", "epoch_s": ""} | {
-    f"{split}_{metric}": spec
-    for split in ("train", "val")
-    for metric, spec in {"loss": ".4f", "accuracy": ".1%", "top5": ".1%", "macro_f1": ".3f"}.items()
+# Of the table, 79 characters: each column's name in metrics.jsonl, its heading and its width.
+_COLUMNS = {
+    "epoch": ("epoch", 5),
+    "lr": ("lr", 7),
+    "train_loss": ("loss", 7),
+    "train_accuracy": (TITLES["accuracy"], 6),
+    "val_loss": ("loss", 7),
+    "val_accuracy": (TITLES["accuracy"], 6),
+    "val_top5": (TITLES["top5"], 6),
+    "val_macro_f1": ("F1", 5),
+    "images_per_s": ("img/s", 6),
+    "data_wait": ("wait", 4),
+    "epoch_s": ("time", 7),
 }
+_AFTER_A_GAP = ("train_loss", "val_loss", "images_per_s")  # of two spaces, where another kind of figures begins
+_ABOVE = {"train_accuracy": "training", "val_top5": "validation"}
 PLAIN_LINE_S = 10  # a log file wants a sign of life, not a line a second
 
 
@@ -34,7 +40,6 @@ class StepMetrics:
     """What is shown at a logging interval."""
 
     loss: float  # mean of the epoch so far
-    lr: float
     images_per_s: float
     data_wait: float  # share of the time
     eta_s: float  # to the end of the run
@@ -50,8 +55,8 @@ class Display:
         self._header_due = True
         self._progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=None, table_column=Column(min_width=4, max_width=12)),  # gives way to what is said
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TextColumn("{task.fields[metrics]}"),
             console=console,
             transient=True,
@@ -99,8 +104,8 @@ class Display:
     def step(self, epoch: str, step: int, steps: int, metrics: StepMetrics) -> None:
         """The state at a logging interval, `step` of `steps` steps into `epoch` (such as "epoch 1/6")."""
         text = (
-            f"loss {metrics.loss:.3f} lr {metrics.lr:.2g} {metrics.images_per_s:,.0f} images/s "
-            f"wait {metrics.data_wait:.0%} ETA {_clock(metrics.eta_s)}"
+            f"ETA {clock(metrics.eta_s)} loss {_fitting(metrics.loss, 6, decimals=3)} "
+            f"{_rate(metrics.images_per_s)} img/s wait {metrics.data_wait:.0%}"
         )
         if self._live:
             self._progress.update(self._task, metrics=text)
@@ -111,13 +116,54 @@ class Display:
     def row(self, row: Mapping[str, float | None]) -> None:
         """The table row of a finished epoch; a dash for what was not measured."""
         if self._header_due:
-            self.say(_HEADER)
+            self.say(_line({name: _ABOVE.get(name, "") for name in _COLUMNS}))
+            self.say(_line({name: heading for name, (heading, _) in _COLUMNS.items()}))
             self._header_due = False
-        texts = {key: "-" if value is None else format(value, _FORMATS[key]) for key, value in row.items()}
-        self.say(_ROW.format(**texts | {"epoch_s": _clock(row["epoch_s"] or 0)}))
+        self.say(_line({name: _written(name, row[name]) for name in _COLUMNS}))
 
 
-def _clock(seconds: float) -> str:
+def _line(texts: Mapping[str, str]) -> str:
+    """A line of the table: a text for each column, on its right side."""
+    cells = (f"{' ' * (name in _AFTER_A_GAP)}{texts[name]:>{width}}" for name, (_, width) in _COLUMNS.items())
+    return " ".join(cells).rstrip()
+
+
+def _written(name: str, value: float | None) -> str:
+    """A figure of an epoch, in no more characters than its column has (an epoch's number is as long as it is)."""
+    if value is None:
+        return NOTHING
+    match name:
+        case "epoch":
+            return f"{value:.0f}"
+        case "lr":
+            return f"{value:.2g}"
+        case "train_loss" | "val_loss":
+            return _fitting(value, _COLUMNS[name][1], decimals=4)
+        case "images_per_s":
+            return _rate(value)
+        case "data_wait":
+            return f"{value:.0%}"
+        case "epoch_s":
+            return clock(value)
+    return written(name, value)
+
+
+def _fitting(value: float, width: int, *, decimals: int) -> str:
+    """A value with so many decimals, or as many of them as fit, or by powers of ten."""
+    texts = (f"{value:.{places}f}" for places in range(decimals, -1, -1))
+    return next((text for text in texts if len(text) <= width), f"{value:.0e}")
+
+
+def _rate(images_per_s: float) -> str:
+    """Images a second, in at most six characters up to a hundred million."""
+    text = f"{images_per_s:,.0f}"
+    return text if len(text) <= 6 else f"{images_per_s / 1000:,.0f}k"
+
+
+def clock(seconds: float) -> str:
+    """A time as minutes and seconds, hours where there are some, and no seconds beside ten of them or more."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
+    if hours >= 10:
+        return f"{hours}h{minutes:02}m"
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

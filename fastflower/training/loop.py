@@ -138,7 +138,7 @@ def _step_metrics(setup: Setup, state: State, watch: Stopwatch) -> StepMetrics:
         steps = min(steps, config.max_steps - state.step)
     loss, _ = state.sums.means()
     eta_s = steps * data.global_batch / rate
-    return StepMetrics(loss, state.schedule.lr, rate, watch.waited_s / watch.elapsed_s, eta_s)
+    return StepMetrics(loss, rate, watch.waited_s / watch.elapsed_s, eta_s)
 
 
 def _row(
