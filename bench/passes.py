@@ -91,10 +91,11 @@ def _config(command: Command) -> Config:
 
 def turn(setup: Setup, state: State, step_s: float, *, ahead: bool) -> list[Waits]:
     """What all epochs of a run wait for; a step is a sleep."""
-    train, val, waits = setup.train, setup.val, []
+    train, val, epochs, waits = setup.train, setup.val, setup.config.train.epochs, []
     assert val  # which only data.train_on takes away
+    assert epochs  # which only train.hours takes away
     with Passes(setup, state) as passes:
-        for _ in range(setup.config.train.epochs):
+        for _ in range(epochs):
             training = use(passes.training() if ahead else train.epoch(state.epoch), step_s)
             state.step, state.position = state.step + train.steps, train.steps * train.global_batch
             waits.append(Waits(training, use(passes.validation() if ahead else val.once(), step_s)))

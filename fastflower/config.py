@@ -115,8 +115,11 @@ class ModelConfig:
 class TrainConfig:
     """Optimization."""
 
-    epochs: PositiveInt = 70
-    """Passes over the training split."""
+    epochs: PositiveInt | None = None
+    """Passes over the training split; None = 70, or as many as train.hours leaves time for."""
+    hours: PositiveFloat | None = None
+    """End after so many hours, preparation, validation and saving and earlier sessions of the run included, with
+    cosine or onecycle completed by then; with train.epochs too, after what comes first. None = after the epochs."""
     batch_size: PositiveInt = 256
     """Pictures in a step, over all processes together."""
     optimizer: Literal["sgd", "adamw", "apex_sgd"] = "sgd"
@@ -213,6 +216,8 @@ def resolve(config: Config) -> Config:
     data, train = config.data, config.train
     if train.lr is None:
         train = replace(train, lr=0.01 if config.model.pretrained else find_network(config.model.name).lr)
+    if train.epochs is None and train.hours is None:
+        train = replace(train, epochs=70)
     if train.deterministic and data.hw_decoder_load is None:
         data = replace(data, hw_decoder_load=0.0)
     return replace(config, data=data, train=train)

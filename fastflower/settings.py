@@ -174,7 +174,7 @@ def _check_together(config: Config, source: str) -> None:
         "data.mean and data.std go together: give both or neither": (data.mean is None) != (data.std is None),
         f"data.std is {data.std}: each value must be above 0": data.std is not None and min(data.std) <= 0,
         f"train.warmup_epochs is {train.warmup_epochs:g}, not below train.epochs ({train.epochs}): lower it": (
-            not low_rates and train.warmup_epochs >= train.epochs
+            not low_rates and train.epochs is not None and train.warmup_epochs >= train.epochs
         ),
         f"train.batch_size is {train.batch_size}, no multiple of train.accumulate ({train.accumulate}): change one": (
             train.batch_size % train.accumulate != 0
@@ -186,7 +186,7 @@ def _check_together(config: Config, source: str) -> None:
             final and train.early_stop is not None
         ),
         f"train.freeze_epochs is {train.freeze_epochs}, not below train.epochs ({train.epochs}): lower it": (
-            train.freeze_epochs >= train.epochs
+            train.epochs is not None and train.freeze_epochs >= train.epochs
         ),
         "data.folds leaves a part to validate on, which data.train_on train+val trains on: drop one of them": (
             final and data.folds is not None

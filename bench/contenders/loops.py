@@ -20,6 +20,7 @@ from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.progress import Display
 from fastflower.runtime.signals import Signals
 from fastflower.training.metrics import Evaluation
+from fastflower.training.schedule import Moment
 from fastflower.training.setup import prepare
 from fastflower.training.state import Setup, State
 from fastflower.training.step import compiled, evaluate_in, training_network, training_step
@@ -61,7 +62,7 @@ def training_of(setup: Setup, state: State, batch: int) -> Contender:
     def start(steps: int) -> Iterator[torch.Tensor]:
         batches = itertools.chain.from_iterable(setup.train.epoch(epoch) for epoch in itertools.count())
         for images_and_labels in setup.ranks.lockstep(watch.waiting_for(batches), Signals()):
-            state.schedule.before_step(state.position / setup.train.global_batch / setup.train.steps)
+            state.schedule.before_step(Moment(state.position / setup.train.global_batch / setup.train.steps))
             training_step(setup, state, network, images_and_labels)
             yield images_and_labels.images
 

@@ -97,6 +97,7 @@ def _as_used(saved: TrainedNetwork, path: Path) -> TrainedNetwork:
 def _with_newer_entries(state: Mapping[str, Any]) -> dict[str, Any]:
     """With what earlier versions did not save, where that can be told."""
     newer = {"improved_epoch": state.get("best_epoch"), "comparable_from": 0, "val_records": {}, **state}
+    newer = {"spent_s": 0.0, "closing_s": 0.0, **newer}
     records = state.get("train_records")
     if isinstance(records, Mapping) and "digest" in records:
         newer["train_records"] = {"names": records["digest"], **records}

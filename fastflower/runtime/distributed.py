@@ -27,6 +27,7 @@ from fastflower import machine
 from fastflower.errors import UserError
 from fastflower.files import digest
 from fastflower.runtime import launcher
+from fastflower.runtime.clock import Clock
 from fastflower.runtime.device import near
 from fastflower.runtime.signals import Signals, Stopped, handling
 
@@ -34,6 +35,7 @@ T = TypeVar("T")
 
 # What a process says before each step; the highest value over the ranks is what all do.
 _END, _GO, _STOP, _FAILED = range(4)
+_CLOCK = 2**48  # above any clock (milliseconds), which is added to it: of those that say the highest, the main rank's
 SAID_WITHIN = timedelta(seconds=5)  # a mistake by the main rank, which all have met
 
 # How long a process waits for the others. On the host it waits while another one works: reads all records, decodes
@@ -160,8 +162,14 @@ class Ranks:
             self._raise_first(failure)
         self._raise_first(None if self.is_main else failure)
 
-    def lockstep(self, batches: Iterable[T], signals: Signals) -> Iterator[T]:
+    def agree(self, clock: Clock) -> None:
+        """Have all ranks know what the main rank's clock shows; it waits for them."""
+        clock.agree(self.max(clock.read_ms() if self.is_main else 0))
+
+    def lockstep(self, batches: Iterable[T], signals: Signals, clock: Clock | None = None) -> Iterator[T]:
         """Yield batches while every rank can go on; ranks may have unequal numbers of them.
+
+        With a clock, all ranks know at each batch what the main rank's showed when it took the batch.
 
         Among several ranks a batch is taken before the one ahead of it is yielded, so that what each can do with it
         travels while all compute, and nobody waits for that. So a signal stops them a step later than one alone.
@@ -171,22 +179,24 @@ class Ranks:
             UserError: some rank's batches failed; its sentence, on every rank.
         """
         iterator = iter(batches)
-        turn = self._take(iterator, signals)
+        turn = self._take(iterator, signals, clock)
         while True:
-            verdict = turn.verdict()
+            verdict, shown_ms = divmod(turn.verdict(), _CLOCK)
             if verdict == _FAILED:
                 self._raise_first(turn.failure)
             if verdict == _STOP:
                 raise Stopped(self.max(signals.received or 0))
             if verdict == _END:
                 return
-            following = self._take(iterator, signals) if self.world_size > 1 else None
+            if clock:
+                clock.agree(shown_ms)
+            following = self._take(iterator, signals, clock) if self.world_size > 1 else None
             if turn.batch is not None:
                 yield turn.batch
-            turn = following or self._take(iterator, signals)
+            turn = following or self._take(iterator, signals, clock)
 
-    def _take(self, iterator: Iterator[T], signals: Signals) -> _Turn[T]:
-        """A rank's next batch; tells the others whether there is one."""
+    def _take(self, iterator: Iterator[T], signals: Signals, clock: Clock | None) -> _Turn[T]:
+        """A rank's next batch; tells the others whether there is one, and the main rank what its clock shows."""
         batch, failure, status = None, None, _GO
         try:
             batch = next(iterator, None)
@@ -194,7 +204,8 @@ class Ranks:
             failure, status = error, _FAILED
         if status == _GO:
             status = _STOP if signals.received else _END if batch is None else _GO
-        return _Turn(batch, failure, self.max_later(status))
+        shown_ms = clock.read_ms() if clock and self.is_main else 0
+        return _Turn(batch, failure, self.max_later(status * _CLOCK + shown_ms))
 
     def _raise_first(self, failure: UserError | None) -> None:
         sentences = [sentence for sentence in self.gather(str(failure) if failure else None) if sentence]

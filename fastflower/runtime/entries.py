@@ -40,6 +40,7 @@ Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Epoch = Annotated[int, Field(ge=-1, le=LARGEST)]  # -1: none
 Number = Annotated[float, BeforeValidator(_number)]
 Finite = Annotated[Number, Field(allow_inf_nan=False)]
+Seconds = Annotated[Finite, Field(ge=0)]
 Positive = Annotated[Finite, Field(gt=0)]
 Three = Field(min_length=3, max_length=3)
 
@@ -125,6 +126,8 @@ class Checkpoint(TrainedNetwork):
     best_epoch: Epoch
     improved_epoch: Epoch
     comparable_from: Count
+    spent_s: Seconds
+    closing_s: Seconds
     train_records: TrainRecords
     val_records: Annotated[dict[str, Any], Field(max_length=0)] | Identity | None  # empty where it is not known
 

@@ -11,11 +11,14 @@ from fastflower.data.loader import Batch
 from fastflower.runtime.progress import Display, StepMetrics
 from fastflower.runtime.run_folder import RunFolder, RunLog
 from fastflower.runtime.signals import Signals
+from fastflower.training.explosion import explosion
+from fastflower.training.hours import Foresight, is_time_over
 from fastflower.training.metrics import Evaluation, TrainingSums
 from fastflower.training.optimizer import freeze
 from fastflower.training.passes import Passes, why_ended
 from fastflower.training.profile import Profiler
 from fastflower.training.saving import DivergenceError, refuse_bad_loss, save, saving
+from fastflower.training.schedule import HOUR_S, Moment
 from fastflower.training.state import Setup, State
 from fastflower.training.step import compiled, evaluate_in, is_frozen, training_network, training_step
 from fastflower.training.stopwatch import Stopwatch
@@ -38,6 +41,7 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> No
     with setup.ranks.together(), folder.writing():
         log = RunLog(folder, state.epoch) if setup.ranks.is_main else None
     profiler = Profiler(folder, display, compiles=setup.compiles) if config.profile and setup.ranks.is_main else None
+    warned = False
     with Signals() as signals, Passes(setup, state) as passes:
         try:
             while not (end := why_ended(setup, state)):
@@ -46,20 +50,28 @@ def train(setup: Setup, state: State, folder: RunFolder, display: Display) -> No
                 watch = Stopwatch()
                 with saving(setup, state, folder):
                     _train_epoch(setup, state, network, passes.training(), signals, display, watch, profiler)
-                    if setup.train.left(state.position):
+                    setup.ranks.agree(state.clock)
+                    if setup.train.left(state.position) and not is_time_over(setup, state):
                         continue  # out of steps
+                    trained_s = state.clock.agreed_s
                     training = state.sums.means(setup.ranks)
                     validation = _validate(setup, state, validated, passes.validation(), signals, display, watch)
                 row = _row(state, training, validation, watch)
+                warning = explosion(setup, state, validation.loss) if validation and not warned else None
                 improved = state.see(validation, config.best)
                 if validation:
                     state.schedule.after_epoch(validation.loss)
                 state.epoch, state.position, state.sums = state.epoch + 1, 0, TrainingSums(setup.device)
+                _note_closing(setup, state, trained_s)
                 save(setup, state, folder, improved=improved, log=log, row=row)
+                _note_closing(setup, state, trained_s)
                 display.row(row)
+                if warning:
+                    display.say(warning)
+                    warned = True
             if state.position:
                 save(setup, state, folder)
-            if state.epoch < config.epochs:
+            if state.epoch != config.epochs:
                 display.say(end)
         finally:
             if profiler:
@@ -84,8 +96,13 @@ def _train_epoch(
     steps = done + data.left(state.position)
     pictures = state.position + data.left(state.position) * data.global_batch  # of the whole epoch
     display.task(f"{epoch} train", steps, done)
-    for batch in setup.ranks.lockstep(watch.waiting_for(batches), signals):
-        state.schedule.before_step(state.epoch + (state.position + data.global_batch / 2) / pictures)
+    foresight = Foresight(setup, state)
+    for batch in setup.ranks.lockstep(watch.waiting_for(batches), signals, state.clock):
+        if state.position and is_time_over(setup, state):
+            break
+        foresight.step()
+        epochs_done = state.epoch + (state.position + data.global_batch / 2) / pictures
+        state.schedule.before_step(Moment(epochs_done, state.clock.agreed_s), state.closing_s)
         training_step(setup, state, network, batch)
         watch.pictures += data.global_batch
         display.advance()
@@ -126,19 +143,34 @@ def _validate(
     return evaluation
 
 
+def _note_closing(setup: Setup, state: State, trained_s: float) -> None:
+    """See how long it has been since the epoch's last step, at which the clock showed `trained_s`."""
+    setup.ranks.agree(state.clock)
+    state.closing_s = max(state.closing_s, state.clock.agreed_s - trained_s)
+
+
 def _epoch_of(setup: Setup, state: State) -> str:
-    return f"epoch {state.epoch + 1}/{setup.config.train.epochs}"
+    epochs = setup.config.train.epochs
+    return f"epoch {state.epoch + 1}" + (f"/{epochs}" if epochs else "")
 
 
 def _step_metrics(setup: Setup, state: State, watch: Stopwatch) -> StepMetrics:
-    data, config = setup.train, setup.config.train
-    rate = watch.pictures / watch.elapsed_s
-    steps = (config.epochs - state.epoch - 1) * data.steps + data.left(state.position)
-    if config.max_steps is not None:
-        steps = min(steps, config.max_steps - state.step)
     loss, _ = state.sums.means()
-    eta_s = steps * data.global_batch / rate
+    rate = watch.pictures / watch.elapsed_s
+    eta_s = min(_steps_left(setup, state) * setup.train.global_batch / rate, _time_left_s(setup, state))
     return StepMetrics(loss, rate, watch.waited_s / watch.elapsed_s, eta_s)
+
+
+def _steps_left(setup: Setup, state: State) -> float:
+    data, config = setup.train, setup.config.train
+    epochs = config.epochs or math.inf
+    steps = (epochs - state.epoch - 1) * data.steps + data.left(state.position)
+    return steps if config.max_steps is None else min(steps, config.max_steps - state.step)
+
+
+def _time_left_s(setup: Setup, state: State) -> float:
+    hours = setup.config.train.hours
+    return math.inf if hours is None else max(HOUR_S * hours - state.clock.agreed_s, 0.0)
 
 
 def _row(

@@ -11,6 +11,7 @@ from dataclasses import replace
 from types import TracebackType
 
 from fastflower.data.loader import Batch, Iteration
+from fastflower.training.hours import is_time_over
 from fastflower.training.state import Setup, State
 
 
@@ -70,8 +71,10 @@ class Passes:
 def why_ended(setup: Setup, state: State) -> str | None:
     """Why nothing more is to be trained, and what would change that; None if something is."""
     config = setup.config.train
-    if state.epoch >= config.epochs:
+    if config.epochs is not None and state.epoch >= config.epochs:
         return f"All {config.epochs} epochs are done; give a larger --train.epochs to go on."
+    if is_time_over(setup, state) and not state.position:  # else an epoch waits for its validation
+        return f"The time of train.hours, {config.hours:g}, is over; give a larger --train.hours to go on."
     if config.early_stop and state.epoch - 1 - state.improved_epoch >= config.early_stop:
         return (
             f"No better validation {config.best} in {config.early_stop} epochs: stopped early; give a larger "

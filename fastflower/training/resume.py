@@ -17,6 +17,7 @@ from fastflower.runtime.checkpoint import load_checkpoint, require_fit
 from fastflower.runtime.entries import Checkpoint
 from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import RunFolder, changes, read_rows
+from fastflower.tables import written
 from fastflower.training.optimizer import require_fitting_state
 from fastflower.training.state import Setup, State, is_better, makes_best
 
@@ -138,7 +139,9 @@ def _follow_validation(saved: Checkpoint, setup: Setup, sentences: list[str]) ->
     if saved["best_epoch"] >= 0:
         what = "is of another data.crop or data.val_resize" if not same_view else "is on other records"
         sentences.append(f"Validation {what} than before: what is best, train.early_stop and plateau begin anew.")
-    return {**_anew(saved), "schedule": {}, "comparable_from": saved["epoch"]}
+    plateau = saved["config"]["train"]["schedule"] == "plateau"  # a curve has not seen it
+    schedule = {} if plateau else saved["schedule"]
+    return {**_anew(saved), "schedule": schedule, "comparable_from": saved["epoch"]}
 
 
 def _follow_figure(
@@ -154,7 +157,9 @@ def _follow_figure(
     if epoch not in comparable or any(number not in values for number in comparable):
         sentences.append("metrics.jsonl lacks epochs: what is best by another train.best begins anew.")
         return _anew(saved)
-    sentences.append(f"The best checkpoint is of epoch {epoch + 1}, whose validation {figure} is {values[epoch]:.4f}.")
+    sentences.append(
+        f"The best checkpoint is of epoch {epoch + 1}, whose validation {figure} is {written(figure, values[epoch])}."
+    )
     improved = comparable[0]
     for number in comparable:
         if is_better(values[number], values[improved], figure):

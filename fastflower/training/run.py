@@ -11,21 +11,23 @@ from fastflower.config import Config, resolve
 from fastflower.environment import environment
 from fastflower.errors import UserError
 from fastflower.runtime.checkpoint import load_checkpoint
+from fastflower.runtime.clock import Clock
 from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import Ranks, processes
 from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.lock import own_folder
-from fastflower.runtime.progress import Display
+from fastflower.runtime.progress import Display, clock
 from fastflower.runtime.repeatable import repeatable
-from fastflower.runtime.run_folder import RunFolder
+from fastflower.runtime.run_folder import RunFolder, read_rows
 from fastflower.runtime.signals import Stopped
+from fastflower.tables import TITLES, written
 from fastflower.training.dry_run import rehearse
 from fastflower.training.loop import train
 from fastflower.training.passes import why_ended
 from fastflower.training.resume import restore
 from fastflower.training.saving import settle
 from fastflower.training.setup import prepare
-from fastflower.training.state import State
+from fastflower.training.state import Setup, State
 
 
 def dry_run(config: Config, console: Console) -> None:
@@ -95,10 +97,12 @@ def train_into(
             folder cannot be written.
         Stopped: a signal came, and all steps until then are saved.
     """
+    time_spent = Clock()
     display = Display(console, shown=ranks.is_main)
     saved = load_checkpoint(checkpoint) if checkpoint else None
     with display:
         setup, state = prepare(config, device, ranks, display, saved)
+    state.clock = time_spent
     note = restore(state, setup, folder, checkpoint, saved, display) if checkpoint and saved else None
     end = why_ended(setup, state)
     with ranks.together(), folder.writing():
@@ -121,13 +125,22 @@ def train_into(
     except Stopped as signal:
         display.say(f"Stopped by {signal} and saved.")
         raise
-    display.say(f"Done. {_outcome(state, config, folder)}")
+    for sentence in _outcome(setup, state, folder):
+        display.say(sentence)
 
 
-def _outcome(state: State, config: Config, folder: RunFolder) -> str:
-    """What a run has come to, and where it is."""
+def _outcome(setup: Setup, state: State, folder: RunFolder) -> tuple[str, str]:
+    """What a run has come to, and what may follow."""
+    figure, spent = setup.config.train.best, f"{clock(state.clock.agreed_s)} in all"
     if state.best_epoch < 0:
-        return f"Stopped before an epoch's end: {folder.last}"
+        return f"Done. Stopped before an epoch's end, {spent}.", f"Go on with: fastflower train --resume {folder.path}"
     if state.best is None:
-        return f"Last epoch: {folder.best}"
-    return f"Best validation {config.train.best.replace('_', ' ')} {state.best:.4f}: {folder.best}"
+        return f"Done. Trained for {state.epoch} epochs, {spent}.", f"Next: fastflower predict {folder.path}"
+    rows = read_rows(folder.metrics) if setup.ranks.is_main else []
+    best = next((row for row in rows if row["epoch"] == state.best_epoch + 1), {f"val_{figure}": state.best})
+    names = (figure, *({"accuracy"} - {figure}))
+    figures = ", ".join(f"{TITLES[name]} {written(name, best.get(f'val_{name}'))}" for name in names)
+    return (
+        f"Done. Best validation {figures}, in epoch {state.best_epoch + 1} of {state.epoch}; {spent}.",
+        f"Next: fastflower eval {folder.path}",
+    )

@@ -64,6 +64,7 @@ def save(
 
     A run goes on from last: a kill before it is there takes the row back, and after it best is made from it.
     """
+    setup.ranks.agree(state.clock)
     saved = state.to_dict(setup)
     with setup.ranks.together():
         weights = {"model": saved["model"], "ema": saved["ema"] or {}}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fastflower.runtime.clock import Clock
 from fastflower.runtime.device import Precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.training.ema import Ema
@@ -70,6 +71,8 @@ class State:
     best_epoch: int = -1  # the epoch that it is of
     improved_epoch: int = -1  # the last one that was better than those before it
     comparable_from: int = 0  # the first epoch that was validated as they are now
+    clock: Clock = field(default_factory=Clock)
+    closing_s: float = 0.0  # the longest time that what follows an epoch's last step took: validation, log and save
 
     @property
     def validated(self) -> torch.nn.Module:
@@ -104,6 +107,8 @@ class State:
             "best_epoch": self.best_epoch,
             "improved_epoch": self.improved_epoch,
             "comparable_from": self.comparable_from,
+            "spent_s": self.clock.agreed_s,
+            "closing_s": self.closing_s,
             "classes": provenance.classes,
             "normalization": provenance.normalization.to_dict(),
             "train_records": provenance.train_records,
@@ -128,6 +133,8 @@ class State:
         self.epoch, self.position, self.step = saved["epoch"], saved["position"], saved["step"]
         self.best, self.best_epoch = saved["best"], saved["best_epoch"]
         self.improved_epoch, self.comparable_from = saved["improved_epoch"], saved["comparable_from"]
+        self.clock.go_on_from(saved["spent_s"])
+        self.closing_s = saved["closing_s"]
 
 
 def is_better(value: float, other: float, figure: str) -> bool:

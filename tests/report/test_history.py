@@ -18,7 +18,7 @@ from fastflower.errors import UserError
 from fastflower.report.history import History, last, median, read_histories, read_history
 from fastflower.runtime.run_folder import RunFolder, RunLog, read_rows
 from fastflower.settings import build, to_yaml
-from fastflower.training.schedule import learning_rate
+from fastflower.training.schedule import Moment, learning_rate
 
 BATCH = 64
 
@@ -128,7 +128,7 @@ def test_drops_of_the_learning_rate_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("epochs", [3, 6, 40])
 def test_a_smooth_schedule_has_no_drops(schedule: str, epochs: int, tmp_path: Path) -> None:
     train = resolve(build({"train": {"schedule": schedule, "epochs": epochs}}, "test")).train
-    lrs = [learning_rate(train, epoch + 0.95) for epoch in range(epochs)]  # of each epoch's last step, of ten
+    lrs = [learning_rate(train, Moment(epoch + 0.95)) for epoch in range(epochs)]  # of each epoch's last step, of ten
     assert min(later / earlier for earlier, later in pairwise(lrs)) < 0.5  # it falls as steeply as a drop
     assert learning_rates(tmp_path, lrs).drops() == []
 

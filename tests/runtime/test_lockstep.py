@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fastflower.errors import UserError
+from fastflower.runtime.clock import Clock
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.signals import Signals, Stopped
 
@@ -74,6 +75,18 @@ class Work:
         self.tensor.fill_(max(self.meeting.read(self.number)))
 
 
+class Ticking(Clock):
+    """A clock that goes on by a second each time it is read; by more on other ranks than the main one."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self._rank, self._readings = rank, 0
+
+    def read_ms(self) -> int:
+        self._readings += 1
+        return 1000 * self._readings * (1 + self._rank)
+
+
 @dataclass(frozen=True)
 class Case:
     """So many batches of each rank; where one fails or a signal comes, if any do."""
@@ -110,7 +123,7 @@ def cases(draw: st.DrawFn) -> Case:
 def run(case: Case, rank: int, meeting: Meeting) -> tuple[int, str]:
     """How many steps a rank does, and how it ends."""
     meeting.own.rank = rank
-    signals, steps = Signals(), 0
+    signals, steps, clock = Signals(), 0, Ticking(rank)
 
     def batches() -> Iterator[int]:
         for batch in range(case.batches[rank]):
@@ -119,8 +132,10 @@ def run(case: Case, rank: int, meeting: Meeting) -> tuple[int, str]:
             yield batch
 
     try:
-        for batch in Ranks(rank, len(case.batches)).lockstep(batches(), signals):
+        for batch in Ranks(rank, len(case.batches)).lockstep(batches(), signals, clock):
             assert batch == steps
+            if case.batches[0] > batch:
+                assert clock.agreed_s == 1 + batch, "all know what the main rank's clock showed as it took the batch"
             if len({*case.batches}) == 1:  # as in training, where gradients travel in each step
                 meeting.read(meeting.post("gradients", batch))
             if (rank, batch) == case.signal:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from io import StringIO
 from typing import Any
 
@@ -19,7 +20,7 @@ ORDER = ("epoch", "lr", "train_loss", "train_accuracy", "val_loss", *SHARES[1:],
 VALIDATION = ("val_loss", "val_accuracy", "val_top5", "val_macro_f1")
 
 
-def shown(row: dict[str, float | None]) -> list[str]:
+def shown(row: Mapping[str, float | None]) -> list[str]:
     """The lines that an epoch's row is shown by."""
     stream = StringIO()
     Display(Console(file=stream, width=80), shown=True).row(row)
@@ -58,7 +59,7 @@ def test_the_epoch_table_has_79_characters(row: dict[str, float | None]) -> None
 
 
 def test_columns_are_under_their_headings() -> None:
-    row: dict[str, float | None] = dict.fromkeys((*ORDER, "data_wait"), 0.5) | {
+    row = dict.fromkeys((*ORDER, "data_wait"), 0.5) | {
         "epoch": 3,
         "step": 9,
         "images_per_s": 12345.6,

@@ -14,7 +14,7 @@ import pytest
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.progress import Display
 from fastflower.training import loop as training
-from fastflower.training.schedule import Schedule
+from fastflower.training.schedule import Moment, Schedule
 from fastflower.training.step import training_step
 from tests.conftest import TinyNet, fastflower, train_arguments, write_dataset
 from tests.processes import Result
@@ -53,9 +53,9 @@ def record(patch: pytest.MonkeyPatch) -> Trained:
         assert state.epoch < trained.times[-1] < state.epoch + 1
         training_step(setup, state, network, batch)
 
-    def noted(self: Schedule, epochs_done: float) -> None:
-        trained.times.append(epochs_done)
-        before(self, epochs_done)
+    def noted(self: Schedule, now: Moment, closing_s: float) -> None:
+        trained.times.append(now.epochs)
+        before(self, now, closing_s)
 
     def begun(self: Display, description: str, total: int, completed: int = 0) -> None:
         trained.bars.append([total, completed])

@@ -19,7 +19,7 @@ from fastflower.runtime.device import Precision
 from fastflower.training import optimizer as module
 from fastflower.training.ema import Ema
 from fastflower.training.optimizer import freeze, load_optimizer, new_optimizer
-from fastflower.training.schedule import Schedule
+from fastflower.training.schedule import Moment, Schedule
 from fastflower.training.state import State, new_state
 from fastflower.training.step import training_step
 from tests.conftest import TinyNet
@@ -66,7 +66,7 @@ def test_the_head_follows_the_schedule_at_its_own_rate(schedule: Any) -> None:
     optimizer = new_optimizer(network, train, CPU)
     curve, seen = Schedule(optimizer, train), set()
     for epoch in range(9):
-        curve.before_step(epoch + 0.5)
+        curve.before_step(Moment(epoch + 0.5))
         options = options_by_name(network, optimizer)
         assert options["fc.weight"][0] == pytest.approx(5 * options["conv1.weight"][0])
         seen.add(options["conv1.weight"][0])
@@ -79,7 +79,7 @@ def test_step_lowers_the_rate_after_its_milestones() -> None:
     optimizer = new_optimizer(TinyNet("", 3), train, CPU)
     schedule = Schedule(optimizer, train)
     for epochs_done, rate in ((0, 0.4), (29.99, 0.4), (30, 0.04), (59.9, 0.04), (60.1, 0.004), (500, 0.004)):
-        schedule.before_step(epochs_done)
+        schedule.before_step(Moment(epochs_done))
         assert schedule.lr == pytest.approx(rate)
 
 

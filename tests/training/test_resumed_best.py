@@ -153,7 +153,7 @@ def test_the_kept_best_is_replaced_by_better_epochs_alone(
     resume = ("train", "--resume", run, "--train.best", "accuracy", "--train.early_stop", 1, "--train.epochs")
     result = fastflower(*resume, 9)
     assert result.code == 0
-    assert "The best checkpoint is of epoch 2, whose validation accuracy is 0.6000" in result.out
+    assert "The best checkpoint is of epoch 2, whose validation accuracy is 60.0%" in result.out
     assert "No better validation accuracy in 1 epochs: stopped early" in result.out  # 0.55 after 0.8
     assert len(rows(run)) == 4
     assert load_checkpoint(best)["epoch"] == 2

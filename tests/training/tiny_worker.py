@@ -2,6 +2,7 @@
 
 TINY_SIGNAL="rank:step:number" sends that rank the signal in that step, SIGTERM without a number; TINY_CRASH="rank:step"
 raises there.
+TINY_CLOCK="10:70" lets only steps take time: so many seconds of each rank's clock.
 TINY_BROADCAST=1 gives all the main rank's statistics before each step, as DDP does where it is not told otherwise.
 TINY_WEIGHTS=URL is where IMAGENET1K_V1 of resnet18 comes from.
 """
@@ -14,6 +15,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from fastflower.training.metrics import TrainingSums
 from tests.conftest import TinyNet
 
 original_add, original_train = TrainingSums.add, loop.train
+clock: Any = SimpleNamespace(now_s=0.0, monotonic=lambda: clock.now_s)
 networks: list[DistributedDataParallel] = []
 
 
@@ -44,6 +47,8 @@ def add(self: TrainingSums, loss: Any, logits: Any, labels: Any, step: int, lr: 
         os.kill(os.getpid(), int(number[0]) if number else signal.SIGTERM)
     if step == at_step("TINY_CRASH"):
         raise RuntimeError("crash for the test")
+    if "TINY_CLOCK" in os.environ:
+        clock.now_s += float(os.environ["TINY_CLOCK"].split(":")[own_rank()])
     original_add(self, loss, logits, labels, step, lr)
 
 
@@ -76,6 +81,8 @@ def main() -> None:
     patch.setattr("fastflower.training.run.train", train)
     patch.setattr("fastflower.training.loop.training_network", training_network)
     patch.setattr("fastflower.training.network.create_model", TinyNet)
+    if "TINY_CLOCK" in os.environ:
+        patch.setattr("fastflower.runtime.clock.time", clock)
     if "TINY_WEIGHTS" in os.environ:
         pretrained.URL, _, name = os.environ["TINY_WEIGHTS"].rpartition("/")
         NETWORKS["resnet18"] = replace(NETWORKS["resnet18"], weights={"IMAGENET1K_V1": name})
