@@ -86,7 +86,7 @@ def load_data(config: Config | Settings) -> Batches:
     data = with_folders(config.data, ranks, display)
     pretrained = open_pretrained(config.model, lambda _: None)
     inherited = pretrained.normalization if pretrained else None
-    device, batch_size = choose_device(config.device), config.train.batch_size
+    device, batch_size = choose_device(config.device), config.train.pictures
     batches = open_batches(data, device, ranks, display, batch_size=batch_size, seed=config.seed, inherited=inherited)
     require_two_values(config, batches.train)
     return batches

@@ -20,7 +20,7 @@ from fastflower.config import Config, resolve
 from fastflower.environment import versions
 from fastflower.errors import UserError
 from fastflower.helptext import command_help, group_help, program_help
-from fastflower.options import COMMANDS, CvCommand, Options, TrainCommand
+from fastflower.options import COMMANDS, CvCommand, LrCommand, Options, TrainCommand
 from fastflower.runtime.output import Console, discard, tolerant_output
 from fastflower.runtime.signals import Interrupted, handling, interrupt
 from fastflower.settings import build, find_config, load_yaml, merge
@@ -91,7 +91,7 @@ def parse(argv: Sequence[str]) -> Options:
         _show(command_help(name, kind, _settings_shown(kind, [word for word in words if word not in HELP])))
     given = read_words(words, name, options)
     own = {option.path[0]: value for option, value in given.items() if not option.is_setting}
-    if kind not in (TrainCommand, CvCommand):
+    if kind not in (TrainCommand, CvCommand, LrCommand):
         return kind(**own)
     settings, checkpoint = _training_defaults(given)
     settings = filled(settings, given)
@@ -99,6 +99,8 @@ def parse(argv: Sequence[str]) -> Options:
         if own.get("resume") and own.get("overwrite"):
             raise UserError("--resume goes on with a run, --overwrite replaces it by a new one: give one of them.")
         return TrainCommand(**own | {"settings": _checked(settings), "resume": checkpoint})
+    if kind is LrCommand:
+        return LrCommand(**own | {"settings": _checked(settings)})
     data = settings.data
     folds = (data.folds or 5) if own.get("folds") is None else own["folds"]
     return CvCommand(**own | {"settings": _checked(replace(settings, data=replace(data, folds=folds, fold=0)))})
@@ -125,7 +127,7 @@ def _checked(settings: Config) -> Config:
 def _training_defaults(options: Mapping[Option, Any]) -> tuple[Config, Path | None]:
     """Settings before the command line's own, and the checkpoint to resume.
 
-    The settings are those of the resumed run, then of --config; the demo's where neither they nor data are named.
+    The settings are those of the resumed run, or of the one that lr is given, then of --config; the demo's where neither they nor data are named.
     """
     given = {option.name: value for option, value in options.items()}
     config, root = given.get("config"), given.get("data.root")
@@ -138,6 +140,9 @@ def _training_defaults(options: Mapping[Option, Any]) -> tuple[Config, Path | No
         checkpoint = find_checkpoint(str(given["resume"]), given.get("run"), run_name(config, root))
         if checkpoint:
             source, settings = str(checkpoint), load_trained(checkpoint)["config"]
+    if given.get("trained"):
+        path = given["trained"] / "config.yaml"
+        source, settings = str(path), load_yaml(path)
     if config or not (root or settings):
         path = find_config(config or "demo")
         source = str(path)

@@ -28,6 +28,7 @@ from fastflower.options import (
     EvalCommand,
     EvaluationOptions,
     FlopsCommand,
+    LrCommand,
     Options,
     PredictCommand,
     ReportCommand,
@@ -223,6 +224,27 @@ def _cv(command: CvCommand) -> int:
     return 0
 
 
+def _lr(command: LrCommand) -> int:
+    from fastflower.evaluation.plots import save_figure
+    from fastflower.files import atomic_write, require_writable
+    from fastflower.report.lr_range import plot_range
+    from fastflower.training.lr_range import Range, conclusion
+    from fastflower.training.range_test import range_test
+
+    plot, numbers = command.out.with_suffix(".png"), command.out.with_suffix(".json")
+    rates = Range(command.low, command.high, command.steps)
+    for path in (plot, numbers):
+        require_writable(path)
+    test = range_test(command.settings, rates, Console())
+    if is_main():
+        save_figure(plot, plot_range(test), "png")
+        with atomic_write(numbers) as file:
+            file.write(to_json(test.to_plain()).encode() + b"\n")
+        _say(conclusion(test))
+        _say(f"Plot and numbers: {plot}, {numbers}")
+    return 0
+
+
 def _flops(command: FlopsCommand) -> int:
     from fastflower.flops import costs_table, count, layers_table, variants
 
@@ -349,6 +371,7 @@ FUNCTIONS: dict[type[Options], Callable[[Any], int]] = {
     PredictCommand: _predict,
     EnsembleCommand: _ensemble,
     CvCommand: _cv,
+    LrCommand: _lr,
     FlopsCommand: _flops,
     ReportCommand: _report,
     DoctorCommand: _doctor,

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
+from fastflower.errors import UserError
 from fastflower.models import NETWORKS, BottleneckStride, NormChoice, Shortcut, find_network
 
 Split = Literal["train", "val", "test"]
@@ -120,8 +121,9 @@ class TrainConfig:
     hours: PositiveFloat | None = None
     """End after so many hours, preparation, validation and saving and earlier sessions of the run included, with
     cosine or onecycle completed by then; with train.epochs too, after what comes first. None = after the epochs."""
-    batch_size: PositiveInt = 256
-    """Pictures in a step, over all processes together."""
+    batch_size: PositiveInt | Literal["auto"] | Annotated[float, Field(gt=0, lt=1)] = 256
+    """Pictures in a step, over all processes together; auto = the largest that 80 % of the GPU's memory are tried to
+    allow and that leaves ten steps an epoch, or a share such as 0.9 in place of 80 %."""
     optimizer: Literal["sgd", "adamw", "apex_sgd"] = "sgd"
     """sgd and adamw = torch's, fused; apex_sgd = FusedSGD of NVIDIA's apex, on a GPU."""
     lr: PositiveFloat | None = None
@@ -185,6 +187,17 @@ class TrainConfig:
     """torch.compile's mode."""
     log_every: PositiveInt = 20
     """Steps between readings of the loss from the device (progress line, NaN check)."""
+
+    @property
+    def pictures(self) -> int:
+        """`batch_size`, once it is a number: training finds one where it is asked to.
+
+        Raises:
+            UserError: it was not found yet.
+        """
+        if isinstance(self.batch_size, int):
+            return self.batch_size
+        raise UserError(f"train.batch_size {self.batch_size} is only found where training begins: give a number.")
 
     @property
     def peak_lr(self) -> float:

@@ -187,6 +187,29 @@ class CvCommand(Options):
 
 
 @dataclass(frozen=True)
+class LrCommand(Options):
+    """Find a learning rate: fastflower lr runs/NAME, or fastflower lr --config resnet34 --data.root DATA
+
+    The range test: a new network takes a step at each of many rates, from low to high, until its loss explodes. Prints
+    a suggestion, and writes a plot and its numbers. Nothing of the network is kept.
+    """
+
+    trained: Positional[Path | None] = None
+    """Run folder whose settings are tried; None = those that train would take."""
+    settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    config: Path | None = None
+    """YAML file of settings, or the name of one that comes with fastflower."""
+    low: float = 1e-5
+    """The first learning rate."""
+    high: float = 10.0
+    """The last one, unless the loss explodes before."""
+    steps: int = 200
+    """How many rates are tried, a batch each."""
+    out: Path = Path("lr-range.png")
+    """The plot; beside it lie its numbers, as .json."""
+
+
+@dataclass(frozen=True)
 class FlopsCommand(Options):
     """Count what networks cost: fastflower flops resnet34 resnet50 resnet50-v1
 
@@ -293,6 +316,7 @@ COMMANDS: dict[str, type[Options]] = {
     "predict": PredictCommand,
     "ensemble": EnsembleCommand,
     "cv": CvCommand,
+    "lr": LrCommand,
     "flops": FlopsCommand,
     "report": ReportCommand,
     "doctor": DoctorCommand,

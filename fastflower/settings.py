@@ -177,7 +177,7 @@ def _check_together(config: Config, source: str) -> None:
             not low_rates and train.epochs is not None and train.warmup_epochs >= train.epochs
         ),
         f"train.batch_size is {train.batch_size}, no multiple of train.accumulate ({train.accumulate}): change one": (
-            train.batch_size % train.accumulate != 0
+            isinstance(train.batch_size, int) and train.batch_size % train.accumulate != 0
         ),
         "train.schedule plateau needs a validation loss, which data.train_on train+val leaves none: take another": (
             final and train.schedule == "plateau"

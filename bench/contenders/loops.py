@@ -134,7 +134,7 @@ def _require(batches: TrainingBatches | EvaluationBatches, batch: int, split: st
 
 def loader_work(config: Config, place: Place) -> Work:
     """What the loader of training does, for measuring it alone."""
-    batch_size, seed = config.train.batch_size, config.seed
+    batch_size, seed = config.train.pictures, config.seed
     batches = open_batches(config.data, place.device, place.ranks, silent(), batch_size=batch_size, seed=seed)
     loader = batches.train.loader
     return Work(loader.records, config.data, loader.loading.engine, place.device, place.ranks, decoded=loader.decoded)

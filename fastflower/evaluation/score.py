@@ -106,7 +106,7 @@ class Scoring:
         precision = choose_precision(config.amp, config.amp_dtype, device)
         engine = choose_engine(data, device, session.ranks)
         loading = Loading(trained.normalization, engine, device, session.ranks)
-        size = self.settings.batch_size or config.train.batch_size
+        size = self.settings.batch_size or config.train.pictures
         passes: list[Singles] = []
         for geometry in self._passes:
             batches: EvaluationBatches | WholePictures

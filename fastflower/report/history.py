@@ -152,7 +152,7 @@ def _history(path: Path, name: str, rows: Mapping[int, Row]) -> History:
     file, config = RunFolder(path).config, None
     if file.is_file():
         config = build(load_yaml(file), str(file))
-    timed = _timed(rows, config.train.batch_size if config else None)
+    timed = _timed(rows, config.train.pictures if config else None)
     figures = [field.name for field in fields(History) if field.type == "Floats"]
     arrays = {key: _column(timed, key) for key in figures}
     settings = flattened(to_plain(config)) if config else {}

@@ -17,6 +17,7 @@ from fastflower.runtime.device import choose_precision
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.entries import Checkpoint
 from fastflower.runtime.progress import Display
+from fastflower.training.largest_batch import with_batch_size
 from fastflower.training.loss import Criterion, balanced_weights
 from fastflower.training.network import build_network
 from fastflower.training.pretrained import load_pretrained, open_pretrained
@@ -45,16 +46,16 @@ def prepare(
     inherited = pretrained.normalization if pretrained else None
     if resumed:
         inherited = Normalization.of(resumed["normalization"])
-    size, seed = config.train.batch_size, config.seed
-    batches = open_batches(config.data, device, ranks, display, batch_size=size, seed=seed, inherited=inherited)
-    require_two_values(config, batches.train)
     precision = choose_precision(config.amp, config.amp_dtype, device)
     if precision.note:
         display.say(precision.note)
-    if batches.train.global_batch < config.train.batch_size:
+    config = with_batch_size(config, device, precision, ranks, display)
+    size, seed = config.train.pictures, config.seed
+    batches = open_batches(config.data, device, ranks, display, batch_size=size, seed=seed, inherited=inherited)
+    require_two_values(config, batches.train)
+    if batches.train.global_batch < size:
         display.say(
-            f"The training split is smaller than a batch of {config.train.batch_size}: "
-            f"a batch is {batches.train.global_batch} pictures."
+            f"The training split is smaller than a batch of {size}: a batch is {batches.train.global_batch} pictures."
         )
     classes = len(batches.dataset.classes)
     network = build_network(config.model, classes, seed=config.seed, device=device, ranks=ranks)
@@ -83,7 +84,7 @@ def require_two_values(config: Config, train: TrainingBatches) -> None:
     model = find_network(config.model.name)
     if smallest > 1 or config.data.crop > model.stride or not model.batch_norm:
         return
-    short = train.global_batch < config.train.batch_size
+    short = train.global_batch < config.train.pictures
     causes = {
         f"a training split of {len(train.loader.records)}": short,
         f"train.batch_size {config.train.batch_size}": not short,

@@ -60,7 +60,7 @@ def batches_of(config: Config, records: int, ranks: Ranks) -> TrainingBatches:
     numbers = np.zeros(records, np.int64)
     dataset = Records((), (), (), (), (), (), numbers, numbers, numbers, numbers, numbers.astype(str), numbers)
     loading = Loading(Normalization((0.5,) * 3, (0.5,) * 3), Engine(threads=1), CPU, ranks)
-    return training_batches(config.data, dataset, loading, batch_size=config.train.batch_size, seed=0)
+    return training_batches(config.data, dataset, loading, batch_size=config.train.pictures, seed=0)
 
 
 def train_a_step(config: Config, pictures: int) -> list[int]:
