@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +24,8 @@ from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.progress import Display
 from fastflower.training import largest_batch, setup
 from fastflower.training.largest_batch import _sizes, _try_steps, largest, with_batch_size
-from tests.conftest import fastflower, train_arguments, train_settings, write_dataset
+from fastflower.training.step import evaluate_in, training_step
+from tests.conftest import fastflower, train_arguments, train_settings
 
 GPU, FP32 = torch.device("cuda", 0), Precision(None)
 
@@ -57,6 +60,13 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[Memory]:
     assert memory.emptied == len(memory.tried), "each trial gives its memory back"
 
 
+@pytest.fixture
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,200 pictures, of which there is no more than their number."""
+    table = SimpleNamespace(train=range(1200), classes=["a", "b", "c"])
+    monkeypatch.setattr(largest_batch, "open_dataset", lambda *_: table)
+
+
 def settings(root: Path, **train: Any) -> Config:
     config = load_config(None, train_settings(root, epochs=1))
     return replace(config, train=replace(config.train, **train))
@@ -71,10 +81,9 @@ def found(config: Config, ranks: Ranks | None = None) -> int:
     ("asked", "accumulate", "batch"), [("auto", 1, 64), (0.5, 1, 48), (0.97, 1, 96), ("auto", 5, 80), (0.01, 1, 1)]
 )
 def test_it_is_the_largest_of_the_tried_sizes_that_fits_the_share(
-    asked: Any, accumulate: int, batch: int, tmp_path: Path, memory: Memory
+    asked: Any, accumulate: int, batch: int, tmp_path: Path, memory: Memory, many: None
 ) -> None:
-    root = write_dataset(tmp_path / "data", {"train": 1200, "val": 3}, size=8)
-    assert found(settings(root, batch_size=asked, accumulate=accumulate)) == batch
+    assert found(settings(tmp_path, batch_size=asked, accumulate=accumulate)) == batch
     assert all(size % accumulate == 0 for size in memory.tried)
     assert memory.tried == sorted(memory.tried)
     assert len(memory.tried) < 20
@@ -84,19 +93,17 @@ def test_ten_steps_stay_in_an_epoch(small: Path, memory: Memory, capsys: pytest.
     memory.room = 10**9
     config = settings(small, batch_size="auto")  # of 48 pictures
     with_batch_size(config, GPU, FP32, Ranks(), Display(Console(), shown=True))
-    assert (
-        "train.batch_size auto → 4: the largest of those tried that leaves 10 steps an epoch" in capsys.readouterr().out
-    )
+    shown = capsys.readouterr().out
+    assert "train.batch_size auto → 4: the largest of those tried that leaves 10 steps an epoch" in shown
     assert found(config) == 4
 
 
 def test_the_rank_with_the_least_memory_decides(
-    tmp_path: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, memory: Memory, many: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root = write_dataset(tmp_path / "data", {"train": 1200, "val": 3}, size=8)
     monkeypatch.setattr(Ranks, "max", lambda ranks, value: max(value, -24))  # the others fit 24 pictures at least
     monkeypatch.setattr(Ranks, "gather", lambda ranks, value: [value])
-    assert found(settings(root, batch_size="auto"), Ranks(0, 3)) == 3 * 24  # this one 32 of its 40
+    assert found(settings(tmp_path, batch_size="auto"), Ranks(0, 3)) == 3 * 24  # this one 32 of its 40
 
 
 def test_what_cannot_be_found_is_said(small: Path, memory: Memory) -> None:
@@ -118,7 +125,7 @@ def test_a_number_is_left_as_it_is(small: Path, memory: Memory) -> None:
 def test_the_search_finds_the_last_size_that_fits(unit: int, room: int) -> None:
     sizes = [size for size in _sizes(unit) if size <= 4096]
     assert sizes == sorted(set(sizes))
-    assert all(later <= 2 * earlier for earlier, later in zip(sizes, sizes[1:], strict=False))
+    assert all(later <= 2 * earlier for earlier, later in itertools.pairwise(sizes))
     assert largest(sizes, lambda size: size <= room) == max((size for size in sizes if size <= room), default=0)
 
 
@@ -129,14 +136,18 @@ def test_what_is_tried_are_steps_and_a_validation(
     options: dict[str, Any], small: Path, tiny_net: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[str, int]] = []
-    step, evaluate = largest_batch.training_step, largest_batch.evaluate_in
+
+    def step(setup: Any, state: Any, network: Any, batch: Any) -> None:
+        training_step(setup, state, network, batch)
+        calls.append(("step", len(batch.labels)))
+
+    def validation(setup: Any, network: Any, batches: Any, signals: Any) -> None:
+        assert evaluate_in(setup, network, batches, signals).n == 6
+        calls.append(("validation", len(batches[0].labels)))
+
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.append(("synchronized", 0)))
-    monkeypatch.setattr(
-        largest_batch, "training_step", lambda *a: (step(*a), calls.append(("step", len(a[3].labels))))[0]
-    )
-    monkeypatch.setattr(
-        largest_batch, "evaluate_in", lambda *a: (evaluate(*a), calls.append(("validation", len(a[2][0].labels))))[0]
-    )
+    monkeypatch.setattr(largest_batch, "training_step", step)
+    monkeypatch.setattr(largest_batch, "evaluate_in", validation)
     _try_steps(settings(small, batch_size="auto", **options), torch.device("cpu"), FP32, 6, 3)
     assert calls == [("step", 6), ("step", 6), ("validation", 6), ("synchronized", 0)]
 

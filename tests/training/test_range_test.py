@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -29,7 +30,7 @@ def test_rates_rise_by_one_factor_from_the_lowest_to_the_highest(low: float, fac
     assert rates[-1] == pytest.approx(high)
     assert all(
         later / earlier == pytest.approx((high / low) ** (1 / (steps - 1)))
-        for earlier, later in zip(rates, rates[1:], strict=False)
+        for earlier, later in itertools.pairwise(rates)
     )
 
 
