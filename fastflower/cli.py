@@ -127,7 +127,8 @@ def _checked(settings: Config) -> Config:
 def _training_defaults(options: Mapping[Option, Any]) -> tuple[Config, Path | None]:
     """Settings before the command line's own, and the checkpoint to resume.
 
-    The settings are those of the resumed run, or of the one that lr is given, then of --config; the demo's where neither they nor data are named.
+    The settings are those of the resumed run, or of the one that lr is given, then of --config; the demo's where
+    neither they nor data are named.
     """
     given = {option.name: value for option, value in options.items()}
     config, root = given.get("config"), given.get("data.root")

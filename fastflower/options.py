@@ -188,7 +188,7 @@ class CvCommand(Options):
 
 @dataclass(frozen=True)
 class LrCommand(Options):
-    """Find a learning rate: fastflower lr runs/NAME, or fastflower lr --config resnet34 --data.root DATA
+    """Find a learning rate: fastflower lr --config resnet34 --data.root DATA
 
     The range test: a new network takes a step at each of many rates, from low to high, until its loss explodes. Prints
     a suggestion, and writes a plot and its numbers. Nothing of the network is kept.
