@@ -149,10 +149,10 @@ def test_values_end_where_the_next_word_is_none(words: str, wanted: dict[str, An
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["train", "--train.epochs", "x"], "--train.epochs is x: it takes a whole number above 0."),
-        (["train", "--train.epochs=-1"], "--train.epochs is -1: it takes a whole number above 0."),
-        (["train", "--train.epochs"], "--train.epochs has no value: it takes a whole number above 0."),
-        (["train", "--train.epochs", "--amp"], "--train.epochs has no value: it takes a whole number above 0."),
+        (["train", "--train.epochs", "x"], "--train.epochs is x: it takes a whole number above 0 or none."),
+        (["train", "--train.epochs=-1"], "--train.epochs is -1: it takes a whole number above 0 or none."),
+        (["train", "--train.epochs"], "--train.epochs has no value: it takes a whole number above 0 or none."),
+        (["train", "--train.epochs", "--amp"], "--train.epochs has no value: it takes a whole number above 0 or none."),
         (["train", "--train.lr=nan"], "--train.lr is nan: it takes a number above 0 or none."),
         (["train", "--train.ema", "1"], "--train.ema is 1: it takes a number from 0 and below 1."),
         (["train", "--train.momentum", "2"], "--train.momentum is 2: it takes a number from 0 to 1."),

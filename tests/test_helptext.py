@@ -65,7 +65,8 @@ def test_help_is_made_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
         "  --hot                       Hotter.",
         "  --form {round,square}       Its form. (default: round)",
         "  --layers INT ...            Layers; none = none at all. (default: 1 2)",
-        "  --train.epochs INT          Passes over the training split. (default: 3)",
+        "  --train.epochs INT          Passes over the training split; none = 70, or as\n"
+        "                              many as train.hours leaves time for. (default: 3)",
     ):
         assert f"\n{line}\n" in text
     assert "\n  --taste.sugar-share NUMBER  Sugar. (sweet: 0.5)\n" in text

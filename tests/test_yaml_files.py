@@ -104,7 +104,7 @@ def test_files_of_any_unicode_encoding_with_its_mark_are_read(encoding: str, tmp
         ("1: 2", "there is no setting 1; "),
         ("? [a]\n: 2", "is not YAML"),
         ("data: {cache: true}", "data.cache is True: it takes off, ram, gpu or auto."),
-        ("train: {epochs: true}", "train.epochs is True: it takes a whole number above 0."),
+        ("train: {epochs: true}", "train.epochs is True: it takes a whole number above 0 or none."),
         ("train: {nesterov: perhaps}", "train.nesterov is perhaps: it takes on or off."),
     ],
 )
