@@ -5,6 +5,7 @@ The text under a field is its help on the command line.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
@@ -16,6 +17,7 @@ from fastflower.models import NETWORKS, BottleneckStride, NormChoice, Shortcut, 
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[str, ...] = get_args(Split)
+EPOCHS = 70  # where nobody says how long to train
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -200,6 +202,11 @@ class TrainConfig:
         raise UserError(f"train.batch_size {self.batch_size} is only found where training begins: give a number.")
 
     @property
+    def most_epochs(self) -> float:
+        """`epochs`, or what None stands for; infinite with hours alone."""
+        return self.epochs or (math.inf if self.hours else EPOCHS)
+
+    @property
     def peak_lr(self) -> float:
         """`lr`, once `resolve` has been asked for it."""
         assert self.lr is not None
@@ -230,7 +237,7 @@ def resolve(config: Config) -> Config:
     if train.lr is None:
         train = replace(train, lr=0.01 if config.model.pretrained else find_network(config.model.name).lr)
     if train.epochs is None and train.hours is None:
-        train = replace(train, epochs=70)
+        train = replace(train, epochs=EPOCHS)
     if train.deterministic and data.hw_decoder_load is None:
         data = replace(data, hw_decoder_load=0.0)
     return replace(config, data=data, train=train)

@@ -173,8 +173,8 @@ def _check_together(config: Config, source: str) -> None:
         f"data.crop is {data.crop} pixels, but {config.model.name} needs at least {least}: raise it": data.crop < least,
         "data.mean and data.std go together: give both or neither": (data.mean is None) != (data.std is None),
         f"data.std is {data.std}: each value must be above 0": data.std is not None and min(data.std) <= 0,
-        f"train.warmup_epochs is {train.warmup_epochs:g}, not below train.epochs ({train.epochs}): lower it": (
-            not low_rates and train.epochs is not None and train.warmup_epochs >= train.epochs
+        f"train.warmup_epochs is {train.warmup_epochs:g}, not below train.epochs ({train.most_epochs:g}): lower it": (
+            not low_rates and train.warmup_epochs >= train.most_epochs
         ),
         f"train.batch_size is {train.batch_size}, no multiple of train.accumulate ({train.accumulate}): change one": (
             isinstance(train.batch_size, int) and train.batch_size % train.accumulate != 0
@@ -185,8 +185,8 @@ def _check_together(config: Config, source: str) -> None:
         "train.early_stop needs a validation figure, which data.train_on train+val leaves none: drop one of them": (
             final and train.early_stop is not None
         ),
-        f"train.freeze_epochs is {train.freeze_epochs}, not below train.epochs ({train.epochs}): lower it": (
-            train.epochs is not None and train.freeze_epochs >= train.epochs
+        f"train.freeze_epochs is {train.freeze_epochs}, not below train.epochs ({train.most_epochs:g}): lower it": (
+            train.freeze_epochs >= train.most_epochs
         ),
         "data.folds leaves a part to validate on, which data.train_on train+val trains on: drop one of them": (
             final and data.folds is not None

@@ -170,3 +170,12 @@ def test_an_older_checkpoint_has_spent_nothing(finished: Path) -> None:
     torch.save(saved, path)
     assert load_checkpoint(path)["spent_s"] == load_checkpoint(path)["closing_s"] == 0
     assert fastflower("train", "--resume", finished, "--train.epochs", "None", *hours(0.001)).code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "code"),
+    [((), 2), (("--train.hours", 1), 0), (("--train.hours", 1, "--train.epochs", 9), 2), (("--train.epochs", 99), 0)],
+)
+def test_more_frozen_epochs_than_epochs_are_refused(options: tuple[object, ...], code: int, small: Path) -> None:
+    result = fastflower("train", "--data.root", small, "--train.freeze_epochs", 80, *options, "--print_config")
+    assert result.code == code, result.err
