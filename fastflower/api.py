@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,17 +31,18 @@ from fastflower.evaluation.predictions import Predictions
 from fastflower.evaluation.session import EvaluationSettings
 from fastflower.evaluation.trained_run import StoredSizes
 from fastflower.evaluation.views import Views
+from fastflower.layers import Layer, Layers, Recipe, split_recipe
 from fastflower.runtime.checkpoint import load_trained
 from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.output import Console, Tolerant, without_decoders
 from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import find_checkpoint
-from fastflower.settings import build, find_config, load_yaml, merge, nested
+from fastflower.settings import find_config, load_yaml, merge, nested, to_plain
 from fastflower.training.metrics import Evaluation
 from fastflower.training.network import build_network
 from fastflower.training.pretrained import load_pretrained, open_pretrained
-from fastflower.training.run import train_run
+from fastflower.training.run import settings_alone, train_run
 from fastflower.training.setup import require_two_values
 
 StrPath = str | os.PathLike[str]
@@ -64,12 +66,38 @@ def load_config(source: StrPath | None = None, settings: Settings | None = None)
         raise UserError(f"source is {type(source).__name__}: give a file or a name, and your own settings as settings.")
     if not isinstance(settings, Mapping | None):
         raise UserError(f"settings is {type(settings).__name__}: give a dict, such as {{'train.epochs': 10}}.")
-    of_file: dict[str, Any] = {}
+    named = []
     if source is not None:
         path = find_config(Path(source))
-        of_file = load_yaml(path)
-        build(of_file, str(path))  # what is wrong with the file is not blamed on what is above it
-    return resolve(build(merge(of_file, nested(settings or {}, SETTINGS)), SETTINGS))
+        recipe, of_file = split_recipe(load_yaml(path), str(path))
+        if recipe:
+            raise UserError(f"{path} is a recipe, which needs pictures: call fit_config(root, recipe={recipe!r}).")
+        named.append(Layer(str(path), of_file))
+    own = Layer(SETTINGS, nested(settings or {}, SETTINGS))
+    config, sentences = Layers((*named, own)).compose()
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=3)
+    return resolve(config)
+
+
+@naming_arguments()
+def fit_config(
+    root: Paths, settings: Settings | None = None, *, recipe: Recipe = "auto", quiet: bool = False
+) -> Config:
+    """A configuration that fits the pictures in a folder, or in several, as `fastflower train PICTURES` makes it.
+
+    Args:
+        root: the folder, or several that are taken together.
+        settings: your own, as `load_config` takes them; the rest is fitted around them.
+        recipe: finetune = from ImageNet's weights, scratch = without, auto = with them where they can be had.
+        quiet: do not show what is chosen and why.
+
+    Raises:
+        UserError: bad data, a bad setting, or finetune without weights.
+    """
+    folders = [str(folder) for folder in _paths(root) or ()]
+    named = merge(nested(settings or {}, SETTINGS), {"data": {"root": folders}})
+    return settings_alone(Layers((Layer(SETTINGS, named),), recipe), _console(quiet))
 
 
 @naming_arguments()
@@ -122,8 +150,8 @@ def train(config: Config | Settings, run: StrPath, *, overwrite: bool = False, q
         UserError: the folder holds a run, bad data, settings that do not fit it, or a loss that is not finite.
         KeyboardInterrupt: by Ctrl-C or another signal to stop; all steps until then are saved.
     """
-    settings = _configured(config)
-    return train_run(settings, name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=_console(quiet))
+    layers = Layers((Layer("config", to_plain(_configured(config))),))
+    return train_run(layers, name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=_console(quiet))
 
 
 @naming_arguments()
@@ -144,8 +172,9 @@ def resume(run: StrPath, settings: Settings | None = None, *, quiet: bool = Fals
     if checkpoint is None:
         raise UserError(f"{run} is no run: give a run folder or a checkpoint file.")
     before: dict[str, Any] = load_trained(checkpoint)["config"]
-    config = build(merge(before, nested(settings or {}, SETTINGS)), SETTINGS)
-    return train_run(config, name="", run=None, checkpoint=checkpoint, overwrite=False, console=_console(quiet))
+    layers = Layers((Layer(str(checkpoint), before), Layer(SETTINGS, nested(settings or {}, SETTINGS))))
+    layers.compose()  # what is wrong is said before anything is begun
+    return train_run(layers, name="", run=None, checkpoint=checkpoint, overwrite=False, console=_console(quiet))
 
 
 @naming_arguments()
@@ -356,7 +385,7 @@ def cross_validate(
     folds = (settings.data.folds or 5) if folds is None else folds
     settings = replace(settings, data=replace(settings.data, folds=folds, fold=0))
     return crossval.cross_validate(
-        resolve(build(asdict(settings), "config")),
+        Layers((Layer("config", to_plain(settings)),)),
         name="",
         run=Path(run),
         overwrite=overwrite,

@@ -13,16 +13,17 @@ import itertools
 import textwrap
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from tyro.conf import Positional, arg
+from tyro.conf import Fixed, Positional, arg
 
 from fastflower import hints, values
 from fastflower.errors import UserError
 
 _NAMING: Any = type(arg())
 _POSITIONAL = get_args(Positional[int])[1]
+_FIXED = get_args(Fixed[int])[1]
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ def _options(kind: type, path: tuple[str, ...], prefix: str) -> Iterable[Option]
     for field in fields(kind):
         annotation = annotations[field.name]
         metadata = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
+        if _FIXED in metadata:  # no option, but what the command line as a whole says
+            continue
         naming = next((one for one in metadata if isinstance(one, _NAMING)), None)
         name = field.name if naming is None or naming.name is None else naming.name.replace("-", "_")
         inner = get_args(annotation)[0] if metadata else annotation
@@ -243,16 +246,3 @@ def usage(command: str, options: Sequence[Option]) -> str:
     """The line that shows how a command is called."""
     words = [_usage(option) for option in options if option.is_positional]
     return " ".join(["fastflower", command, *words, "[--OPTION VALUE ...]"])
-
-
-def filled(settings: Any, given: Mapping[Option, Any]) -> Any:
-    """Settings with the values that options give them."""
-    for option, value in given.items():
-        if option.is_setting:
-            settings = _replaced(settings, option.path[1:], value)
-    return settings
-
-
-def _replaced(holder: Any, path: Sequence[str], value: Any) -> Any:
-    first, *rest = path
-    return replace(holder, **{first: _replaced(getattr(holder, first), rest, value) if rest else value})

@@ -7,23 +7,25 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from rich.text import Text
 
-from fastflower.arguments import Option, filled, find_command, options_of, read_words
+from fastflower.arguments import Option, find_command, options_of, read_words
 from fastflower.commands import carry_out, run_name
 from fastflower.config import Config, resolve
 from fastflower.environment import versions
 from fastflower.errors import UserError
 from fastflower.helptext import command_help, group_help, program_help
+from fastflower.layers import FITTED, Layer, Layers, for_other_pictures, split_recipe
 from fastflower.options import COMMANDS, CvCommand, LrCommand, Options, TrainCommand
 from fastflower.runtime.output import Console, discard, tolerant_output
 from fastflower.runtime.signals import Interrupted, handling, interrupt
-from fastflower.settings import build, find_config, load_yaml, merge
+from fastflower.settings import find_config, load_yaml, nested
+from fastflower.values import written
 
 DESCRIPTION = (
     "Train image classifiers fast: DALI input, plain and residual networks, mixed precision, many GPUs.\n\n"
@@ -82,28 +84,33 @@ def parse(argv: Sequence[str]) -> Options:
         SystemExit: help was asked for, and is printed.
     """
     if not argv or argv[0] in HELP:
-        _show(program_help(DESCRIPTION, COMMANDS, Config()), asked=bool(argv))
+        _show(program_help(DESCRIPTION, COMMANDS, Config(), FITTED), asked=bool(argv))
     name, words = find_command(argv, COMMANDS)
     if name not in COMMANDS:
         _show(group_help(name, COMMANDS), asked=bool(words))
     kind, options = COMMANDS[name], options_of(COMMANDS[name])
     if not HELP.isdisjoint(words):
-        _show(command_help(name, kind, _settings_shown(kind, [word for word in words if word not in HELP])))
+        _show(command_help(name, kind, *_settings_shown(kind, [word for word in words if word not in HELP])))
     given = read_words(words, name, options)
     own = {option.path[0]: value for option, value in given.items() if not option.is_setting}
     if kind not in (TrainCommand, CvCommand, LrCommand):
         return kind(**own)
-    settings, checkpoint = _training_defaults(given)
-    settings = filled(settings, given)
+    if kind is LrCommand:
+        own = _run_or_pictures(own)
+    named = _named(given, own)
     if kind is TrainCommand:
         if own.get("resume") and own.get("overwrite"):
             raise UserError("--resume goes on with a run, --overwrite replaces it by a new one: give one of them.")
-        return TrainCommand(**own | {"settings": _checked(settings), "resume": checkpoint})
+        below, checkpoint = _below(own, named)
+        settings, layers = _over(below, named)
+        return TrainCommand(**own | {"settings": settings, "layers": layers, "resume": checkpoint})
+    below, _ = _below(own, named)
     if kind is LrCommand:
-        return LrCommand(**own | {"settings": _checked(settings)})
-    data = settings.data
-    folds = (data.folds or 5) if own.get("folds") is None else own["folds"]
-    return CvCommand(**own | {"settings": _checked(replace(settings, data=replace(data, folds=folds, fold=0)))})
+        settings, layers = _over(below, named)
+        return LrCommand(**own | {"settings": settings, "layers": layers})
+    folds = (named.get("data.folds", below.typed().data.folds) or 5) if own.get("folds") is None else own["folds"]
+    settings, layers = _over(below, named | {"data.folds": folds, "data.fold": 0})
+    return CvCommand(**own | {"settings": settings, "layers": layers})
 
 
 def _show(text: str, *, asked: bool = True) -> NoReturn:
@@ -112,40 +119,84 @@ def _show(text: str, *, asked: bool = True) -> NoReturn:
     raise SystemExit(0 if asked else 2)
 
 
-def _settings_shown(kind: type[Options], words: Sequence[str]) -> Config:
-    """The settings that hold before the options, where the words beside --help say so."""
+def _settings_shown(kind: type[Options], words: Sequence[str]) -> tuple[Config, Collection[str]]:
+    """The settings that hold before the options, as the words beside --help say, and names of those that are fitted."""
     try:
-        return _training_defaults(read_words(words, "", options_of(kind)))[0]
+        given = read_words(words, "", options_of(kind))
+        own = {option.path[0]: value for option, value in given.items() if not option.is_setting}
+        if own.get("config") or own.get("resume"):
+            below, _ = _below(own, {})
+            return below.typed(), set(FITTED) - below.keys if below.recipe else ()
     except UserError:
-        return Config()
+        pass
+    return Config(), FITTED
 
 
-def _checked(settings: Config) -> Config:
-    return resolve(build(asdict(settings), "command line"))
+def _run_or_pictures(own: Mapping[str, Any]) -> dict[str, Any]:
+    """What lr is given, with the configuration of the run where its folder is that of one.
 
-
-def _training_defaults(options: Mapping[Option, Any]) -> tuple[Config, Path | None]:
-    """Settings before the command line's own, and the checkpoint to resume.
-
-    The settings are those of the resumed run, or of the one that lr is given, then of --config; the demo's where
-    neither they nor data are named.
+    Raises:
+        UserError: a run and --config are given.
     """
-    given = {option.name: value for option, value in options.items()}
-    config, root = given.get("config"), given.get("data.root")
-    settings: dict[str, Any] = {}
-    source, checkpoint = "defaults", None
-    if given.get("resume"):
+    runs = [config for folder in own.get("pictures", ()) if (config := folder / "config.yaml").is_file()]
+    if not runs:
+        return dict(own)
+    if own.get("config") or len(own["pictures"]) > 1:
+        raise UserError(f"{runs[0].parent} is a run, which has settings: give it without --config and other folders.")
+    return {key: value for key, value in own.items() if key != "pictures"} | {"config": runs[0]}
+
+
+def _named(given: Mapping[Option, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that the command line names, by dotted keys.
+
+    Raises:
+        UserError: it names two folders of pictures.
+    """
+    named = {option.name: value for option, value in given.items() if option.is_setting}
+    if pictures := own.get("pictures"):
+        root = named.setdefault("data.root", pictures)
+        if root != pictures:
+            raise UserError(f"{written(pictures)} and --data.root {written(root)} both name the pictures: give one.")
+    return named
+
+
+def _below(own: Mapping[str, Any], named: Mapping[str, Any]) -> tuple[Layers, Path | None]:
+    """Settings below the command line's own, of --config over those of the resumed run, and the checkpoint to resume.
+
+    Without both it is the data's recipe; or the demo's configuration, where no pictures are named.
+
+    Raises:
+        UserError: a file that cannot be read or is no configuration, or no such run.
+    """
+    config, root, checkpoint = own.get("config"), named.get("data.root"), None
+    if own.get("resume"):
         from fastflower.runtime.checkpoint import load_trained
         from fastflower.runtime.run_folder import find_checkpoint
 
-        checkpoint = find_checkpoint(str(given["resume"]), given.get("run"), run_name(config, root))
+        checkpoint = find_checkpoint(str(own["resume"]), own.get("run"), run_name(config, root))
         if checkpoint:
-            source, settings = str(checkpoint), load_trained(checkpoint)["config"]
-    if given.get("trained"):
-        path = given["trained"] / "config.yaml"
-        source, settings = str(path), load_yaml(path)
-    if config or not (root or settings):
-        path = find_config(config or "demo")
-        source = str(path)
-        settings = merge(settings, load_yaml(path))
-    return build(settings, source), checkpoint
+            saved = Layer(str(checkpoint), load_trained(checkpoint)["config"])
+            return (_of_file(config) if config else Layers()).over(saved), checkpoint
+    if not config:
+        return Layers(recipe="auto") if root else _of_file("demo"), None
+    layers = _of_file(config)
+    if root and find_config(config) == find_config("demo"):
+        layers = for_other_pictures(layers)
+    return layers, None
+
+
+def _of_file(given: str | Path) -> Layers:
+    path = find_config(given)
+    recipe, settings = split_recipe(load_yaml(path), str(path))
+    return Layers((Layer(str(path), settings),), recipe)
+
+
+def _over(below: Layers, named: Mapping[str, Any]) -> tuple[Config, Layers]:
+    """The settings, and who named them; what a recipe is still to be fitted to is not checked together yet.
+
+    Raises:
+        UserError: a bad value, or two that do not fit together.
+    """
+    layers = replace(below, named=(*below.named, Layer("command line", nested(named, "command line"))))
+    config = layers.typed() if layers.recipe else layers.compose()[0]
+    return resolve(config), layers

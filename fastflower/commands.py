@@ -60,16 +60,21 @@ def run_name(config: str | Path | None, root: object) -> str:
 
 
 def _train(command: TrainCommand) -> int:
-    if command.print_config:
+    if command.print_config and not command.layers.recipe:
+        for sentence in command.layers.compose()[1]:
+            Console(stderr=True).print(sentence, highlight=False, markup=False, soft_wrap=True)
         print(to_yaml(command.settings), end="")
         return 0
-    from fastflower.training.run import dry_run, train_run
+    from fastflower.training.run import dry_run, settings_alone, train_run
 
+    if command.print_config:
+        print(to_yaml(settings_alone(command.layers, Console(stderr=True))), end="")
+        return 0
     if command.dry_run:
-        dry_run(command.settings, Console())
+        dry_run(command.layers, Console())
         return 0
     train_run(
-        command.settings,
+        command.layers,
         name=run_name(command.config, command.settings.data.root),
         run=command.run,
         checkpoint=command.resume,
@@ -210,7 +215,7 @@ def _cv(command: CvCommand) -> int:
     from fastflower.evaluation.views import Views
 
     validation = cross_validate(
-        command.settings,
+        command.layers,
         name=f"cv-{run_name(command.config, command.settings.data.root)}",
         run=command.run,
         overwrite=command.overwrite,

@@ -6,7 +6,7 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -22,21 +22,23 @@ MOST_USED = (
     *("train.epochs", "train.batch_size", "train.lr", "train.hours", "data.threads", "amp", "device"),
 )
 EXAMPLES = """\
-fastflower train --data.root PICTURES         # a folder for each class
+fastflower train PICTURES                     # a folder for each class
 fastflower eval runs/NAME                     # how good it is, where it errs
 fastflower predict runs/NAME NEW --out x.csv  # what is on new pictures
 fastflower train --config resnet34 --data.root DATA --amp
 fastflower COMMAND --help                     # all options of a command"""
+NONE = r"\bNone = "
 JOINED = "\0"  # a space at which no line ends
 
 
-def command_help(command: str, kind: type, settings: Config) -> str:
+def command_help(command: str, kind: type, settings: Config, fitted: Collection[str] = ()) -> str:
     """The help of one command.
 
     Args:
         command: its name, such as "data check".
         kind: its dataclass.
         settings: those that hold where nothing is given.
+        fitted: names of those that are fitted to the data instead.
     """
     options = options_of(kind)
     summary, examples, rest = described(kind)
@@ -46,16 +48,16 @@ def command_help(command: str, kind: type, settings: Config) -> str:
     parts += [_wrapped(paragraph) for paragraph in rest]
     common = [option for name in MOST_USED for option in options if option.name == name]
     if any(option.is_setting for option in options):
-        parts.append(_section("most used", _rows(common, settings)))
+        parts.append(_section("most used", _rows(common, settings, fitted)))
         options = [option for option in options if option not in common]
     for title, belonging in _by_section(options).items():
-        parts.append(_section(title, _rows(belonging, settings)))
+        parts.append(_section(title, _rows(belonging, settings, fitted)))
     if any(option.is_setting for option in options):
         parts.append(_wrapped("Settings are the keys of a configuration file too: train: {batch_size: 64}."))
     return "\n\n".join(parts) + "\n"
 
 
-def program_help(description: str, commands: Mapping[str, type], settings: Config) -> str:
+def program_help(description: str, commands: Mapping[str, type], settings: Config, fitted: Collection[str] = ()) -> str:
     """The help of the program: examples, commands, and the most used options of training."""
     listed = _table([(name, described(kind)[0]) for name, kind in commands.items()])
     options = options_of(commands["train"])
@@ -65,7 +67,7 @@ def program_help(description: str, commands: Mapping[str, type], settings: Confi
         *[_wrapped(paragraph) for paragraph in description.split("\n\n")],
         _section("examples", EXAMPLES.splitlines()),
         _section("commands", listed),
-        _section("most used options of train", _rows(common, settings)),
+        _section("most used options of train", _rows(common, settings, fitted)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -90,13 +92,14 @@ def described(kind: type) -> tuple[str, list[str], list[str]]:
     return summary.rstrip(".") + ".", examples, rest
 
 
-def explained(option: Option, default: Any) -> str:
+def explained(option: Option, default: Any, *, fitted: bool = False) -> str:
     """What an option does, and what holds if it is not given."""
     text = " ".join(option.text.split())
-    text = re.sub(r"\bNone = ", "default: " if default is None else "none = ", text)
+    if fitted:
+        return f"{re.sub(NONE, 'none = ', text)}{_choices(option)} (default: fitted to the data)"
+    text = re.sub(NONE, "default: " if default is None else "none = ", text)
     text = re.sub(r"([.)]) default: ", r"\1 Default: ", text)
-    if choices := choices_left_out(option.annotation):
-        text += f" One of {', '.join(choices)}."
+    text += _choices(option)
     if option.said_default:
         said = option.said_default
         return f"{text} {said(written(default)) if callable(said) else said}"
@@ -108,6 +111,12 @@ def explained(option: Option, default: Any) -> str:
         )
     value = written(default)
     return f"{text} (default:{JOINED if len(value) < NAMES_WIDTH else ' '}{value.replace(' ', JOINED)})"
+
+
+def _choices(option: Option) -> str:
+    """The sentence on those that its placeholder leaves out."""
+    choices = choices_left_out(option.annotation)
+    return f" One of {', '.join(choices)}." if choices else ""
 
 
 def _width() -> int:
@@ -136,8 +145,12 @@ def _by_section(options: Sequence[Option]) -> dict[str, list[Option]]:
     return {title: sections[title] for title in titles if title in sections}
 
 
-def _rows(options: Sequence[Option], settings: Config) -> list[str]:
-    return _table([(_invocation(option), explained(option, option.value_in(settings))) for option in options])
+def _rows(options: Sequence[Option], settings: Config, fitted: Collection[str]) -> list[str]:
+    texts = (
+        explained(option, option.value_in(settings), fitted=option.is_setting and option.name in fitted)
+        for option in options
+    )
+    return _table([(_invocation(option), text) for option, text in zip(options, texts, strict=True)])
 
 
 def _invocation(option: Option) -> str:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Fixed, Positional, SuppressFixed, arg
 
 from fastflower.config import Config, PositiveInt, Split
+from fastflower.layers import Layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +22,20 @@ class Options:
 
 @dataclass(frozen=True)
 class TrainCommand(Options):
-    """Train a network: fastflower train --amp
+    """Train a network: fastflower train PICTURES
 
-    Settings come from the defaults, then --config (or the run that is resumed), then the options given here.
+    What is named here wins, then --config or the run that is resumed. Without these two, or with --config finetune or
+    scratch, what nobody named is fitted to the pictures; without pictures too, the demo's configuration trains on the
+    built-in flowers.
     """
 
+    pictures: Positional[tuple[Path, ...]] = ()
+    """Folder of the pictures, or several: the same as --data.root."""
     settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    layers: SuppressFixed[Fixed[Layers]] = field(default_factory=Layers)
     config: Path | None = None
-    """YAML file of settings, or the name of one that comes with fastflower (demo, flowers102_64, paper, plain34,
-    resnet34, resnet50, resnet50_pretrained)."""
+    """YAML file of settings, or the name of one that comes with fastflower (demo, finetune, flowers102_64, paper,
+    plain34, resnet34, resnet50, resnet50_pretrained, scratch)."""
     run: Path | None = None
     """Folder for the configuration, logs and checkpoints; None = runs/CONFIG-DATE-TIME."""
     resume: Path | None = None
@@ -160,13 +166,17 @@ class EnsembleCommand(Options):
 
 @dataclass(frozen=True)
 class CvCommand(Options):
-    """Cross-validate: fastflower cv --folds 5 --config resnet34 --data.root DATA --run runs/cv
+    """Cross-validate: fastflower cv PICTURES --folds 5 --run runs/cv
 
     Train and val together are divided by class into folds, and never one picture into two; each fold validates a
-    network that the others trained. The same command again goes on where it was stopped.
+    network that the others trained. The same command again goes on where it was stopped. Settings come from where
+    train has them from.
     """
 
+    pictures: Positional[tuple[Path, ...]] = ()
+    """Folder of the pictures, or several: the same as --data.root."""
     settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    layers: SuppressFixed[Fixed[Layers]] = field(default_factory=Layers)
     config: Path | None = None
     """YAML file of settings, or the name of one that comes with fastflower."""
     folds: int | None = None

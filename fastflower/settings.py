@@ -14,7 +14,7 @@ import yaml
 from fastflower import hints, values
 from fastflower.config import Config
 from fastflower.errors import UserError
-from fastflower.models import find_network
+from fastflower.together import first_misfit
 from fastflower.yaml_files import Dumper, read_yaml
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return nested(settings or {}, str(path))
 
 
-def nested(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+def nested(settings: Mapping[str, Any], source: str = "settings") -> dict[str, Any]:
     """Settings whose keys may be dotted (train.epochs), as nested ones.
 
     Raises:
@@ -79,6 +79,14 @@ def nested(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     return plain
 
 
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted keys, such as train.lr."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
 def build(settings: Mapping[str, Any], source: str) -> Config:
     """A checked configuration from nested plain values; what they leave out has its default.
 
@@ -89,8 +97,15 @@ def build(settings: Mapping[str, Any], source: str) -> Config:
     Raises:
         UserError: an unknown key (the nearest is suggested), or a value that is wrong by itself or beside another.
     """
+    config = typed(settings, source)
+    if rule := first_misfit(config):
+        raise UserError(f"{source}: {rule.problem(config)}.")
+    return config
+
+
+def typed(settings: Mapping[str, Any], source: str) -> Config:
+    """The same as `build`, with each value checked by itself alone."""
     config: Config = _built(Config, settings, "", source)
-    _check_together(config, source)
     return config
 
 
@@ -155,54 +170,3 @@ def keys(kind: type = Config, prefix: str = "") -> list[str]:
         section = f.default_factory if is_dataclass(f.default_factory) else None
         names += keys(section, f"{prefix}{f.name}.") if isinstance(section, type) else [prefix + f.name]
     return names
-
-
-def _check_together(config: Config, source: str) -> None:
-    data, train = config.data, config.train
-    low, high = data.scale
-    low_rates = train.schedule in ("plateau", "step")
-    final = data.train_on == "train+val"
-    least = find_network(config.model.name).min_size
-    problems = {
-        f"data.scale is {low} {high}: give the smaller size first": low > high,
-        f"data.scale starts at {low} pixels, below data.crop ({data.crop}): raise it or lower data.crop": low
-        < data.crop,
-        f"data.val_resize is {data.val_resize} pixels, below data.crop ({data.crop}): raise it or lower data.crop": (
-            data.val_resize is not None and data.val_resize < data.crop
-        ),
-        f"data.crop is {data.crop} pixels, but {config.model.name} needs at least {least}: raise it": data.crop < least,
-        "data.mean and data.std go together: give both or neither": (data.mean is None) != (data.std is None),
-        f"data.std is {data.std}: each value must be above 0": data.std is not None and min(data.std) <= 0,
-        f"train.warmup_epochs is {train.warmup_epochs:g}, not below train.epochs ({train.most_epochs:g}): lower it": (
-            not low_rates and train.warmup_epochs >= train.most_epochs
-        ),
-        f"train.batch_size is {train.batch_size}, no multiple of train.accumulate ({train.accumulate}): change one": (
-            isinstance(train.batch_size, int) and train.batch_size % train.accumulate != 0
-        ),
-        "train.schedule plateau needs a validation loss, which data.train_on train+val leaves none: take another": (
-            final and train.schedule == "plateau"
-        ),
-        "train.early_stop needs a validation figure, which data.train_on train+val leaves none: drop one of them": (
-            final and train.early_stop is not None
-        ),
-        f"train.freeze_epochs is {train.freeze_epochs}, not below train.epochs ({train.most_epochs:g}): lower it": (
-            train.freeze_epochs >= train.most_epochs
-        ),
-        "data.folds leaves a part to validate on, which data.train_on train+val trains on: drop one of them": (
-            final and data.folds is not None
-        ),
-        f"data.fold is {data.fold}, but there is no data.folds: give the number of folds too": (
-            data.folds is None and data.fold > 0
-        ),
-        f"data.fold is {data.fold}, not below data.folds ({data.folds}): the first fold is 0, lower it": (
-            data.folds is not None and data.fold >= data.folds
-        ),
-        f"data.hw_decoder_load is {data.hw_decoder_load}, but train.deterministic needs 0, or a picture's place "
-        "in its batch says by which decoder its pixels are made: give data.hw_decoder_load 0": (
-            train.deterministic and bool(data.hw_decoder_load)
-        ),
-        "train.nesterov needs a train.momentum above 0": train.nesterov and train.momentum == 0,
-    }
-    for problem, holds in problems.items():
-        if holds:
-            raise UserError(f"{source}: {problem}.")

@@ -13,8 +13,9 @@ from tyro.conf import Positional, arg
 from fastflower.arguments import options_of
 from fastflower.config import Config
 from fastflower.helptext import MOST_USED, command_help, program_help
+from fastflower.layers import FITTED
 from fastflower.options import COMMANDS, Options
-from fastflower.settings import build
+from fastflower.settings import build, keys
 from tests.conftest import fastflower
 
 
@@ -126,3 +127,12 @@ def test_help_shows_what_holds_beside_the_other_words(tmp_path: Path) -> None:
     for words in (["--config", tmp_path / "mine.yaml", "--help"], ["--help", f"--config={tmp_path / 'mine.yaml'}"]):
         assert "(default: 123)" in fastflower("train", *words).out
     assert fastflower("train", "--help", "--nonsense").code == 0
+
+
+@pytest.mark.parametrize("words", [["train"], ["cv"], ["train", "PICTURES"], ["train", "--config", "scratch"]])
+def test_help_says_what_is_fitted_to_the_data_in_place_of_a_number_that_is_not_used(words: list[str]) -> None:
+    text = " ".join(fastflower(*words, "--help").out.split())
+    assert text.count("(default: fitted to the data)") == len(FITTED)
+    assert "Passes over the training split. (default: fitted to the data)" in text
+    assert set(FITTED) <= set(keys())
+    assert "fitted to the data)" not in " ".join(fastflower(words[0], "--config", "demo", "--help").out.split())

@@ -10,9 +10,10 @@ import yaml
 from fastflower.cli import parse
 from fastflower.config import Config, resolve
 from fastflower.errors import UserError
+from fastflower.layers import split_recipe
 from fastflower.options import TrainCommand
 from fastflower.settings import build, load_yaml, to_yaml
-from tests.conftest import fastflower
+from tests.conftest import PLAIN, fastflower
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -34,12 +35,16 @@ def test_command_line_wins_over_file_wins_over_defaults(tmp_path: Path) -> None:
 def test_without_configuration_and_data_the_demos_settings_are_the_defaults(tmp_path: Path) -> None:
     demo = build(load_yaml(CONFIGS[0].with_name("demo.yaml")), "demo.yaml")
     assert settings() == demo
-    assert settings("--data.root", tmp_path).train == resolve(Config()).train
+    fitted = parse(["train", str(tmp_path)])
+    assert isinstance(fitted, TrainCommand)
+    assert fitted.layers.recipe == "auto"
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda path: path.stem)
 def test_every_configuration_that_ships_is_valid_and_found_by_name(file: Path) -> None:
-    direct = build(load_yaml(file), str(file))
+    recipe, named = split_recipe(load_yaml(file), str(file))
+    assert recipe == {"finetune": "finetune", "scratch": "scratch"}.get(file.stem)
+    direct = resolve(build(named, str(file)))
     assert settings("--config", file) == direct
     assert settings("--config", file.stem) == direct
 
@@ -66,9 +71,9 @@ def test_the_studys_transfer_and_the_papers_recipe() -> None:
 
 
 def test_the_rate_without_one_given_depends_on_pretrained_weights() -> None:
-    assert settings("--data.root", "x").train.lr == 0.1
-    assert settings("--data.root", "x", "--model.pretrained", "IMAGENET1K_V1").train.lr == 0.01
-    assert settings("--data.root", "x", "--model.pretrained", "w.pth", "--train.lr", 0.3).train.lr == 0.3
+    assert settings("--config", PLAIN).train.lr == 0.1
+    assert settings("--config", PLAIN, "--model.pretrained", "IMAGENET1K_V1").train.lr == 0.01
+    assert settings("--config", PLAIN, "--model.pretrained", "w.pth", "--train.lr", 0.3).train.lr == 0.3
 
 
 def test_a_deterministic_run_leaves_the_hardware_decoder_alone(tmp_path: Path) -> None:
@@ -147,8 +152,9 @@ def test_amp_is_a_flag_with_its_opposite(tmp_path: Path) -> None:
         ),
         ("data: {sizes: some}", "data.sizes is some: "),
         ("data: {scale: [480, 256]}", "data.scale is 480 256: give the smaller size first"),
-        ("data: {scale: [200, 256]}", "data.scale starts at 200 pixels, below data.crop (224)"),
-        ("data: {val_resize: 100}", "data.val_resize is 100 pixels, below data.crop (224)"),
+        ("data: {scale: [200, 256], crop: 224}", "data.scale starts at 200 pixels, below data.crop (224)"),
+        ("data: {val_resize: 100, crop: 224}", "data.val_resize is 100 pixels, below data.crop (224)"),
+        ("recipe: best", "recipe is 'best': choose one of auto, finetune, scratch"),
         ("data: {mean: [0.5, 0.5, 0.5]}", "data.mean and data.std go together"),
         ("data: {mean: [0, 0, 0], std: [1, 1, 0]}", "each value must be above 0"),
         ("train: {schedule: cosine, epochs: 2, warmup_epochs: 2}", "train.warmup_epochs is 2, not below train.epochs"),

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from bench.harness.common import describe
 from fastflower.errors import UserError
-from fastflower.runtime.run_folder import flattened
+from fastflower.settings import flattened
 
 Row = Mapping[str, Any]
 Columns = Mapping[str, tuple[str, Callable[[Any], str]]]  # by heading: a row's key, and what is written of its value

@@ -32,6 +32,7 @@ from fastflower.evaluation.session import SHOWN, EvaluationSettings, Session
 from fastflower.evaluation.trained_run import Planned, Trained, open_trained
 from fastflower.evaluation.views import Views
 from fastflower.files import atomic_write, remove_temporaries, require_writable, to_json
+from fastflower.layers import Layer, Layers
 from fastflower.runtime.checkpoint import load_checkpoint, load_trained
 from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import Ranks, processes
@@ -42,6 +43,7 @@ from fastflower.runtime.repeatable import repeatable
 from fastflower.runtime.run_folder import RunFolder, changes
 from fastflower.runtime.signals import Signals, Stopped
 from fastflower.tables import TITLES, new_table, written
+from fastflower.training.fit import settings_of
 from fastflower.training.metrics import Evaluation
 from fastflower.training.run import train_into
 from fastflower.training.setup import prepare
@@ -92,7 +94,7 @@ class CrossValidation:
 
 
 def cross_validate(
-    config: Config,
+    layers: Layers,
     *,
     name: str,
     run: Path | None,
@@ -102,10 +104,11 @@ def cross_validate(
     submission: Path | None,
     console: Console,
 ) -> CrossValidation:
-    """Train and predict the folds of `config.data.folds`, one after another; finished ones are not trained again.
+    """Train and predict the folds of data.folds, one after another; finished ones are not trained again.
 
     Args:
-        config: the settings; data.fold is of no account.
+        layers: the settings; data.fold is of no account. A recipe is fitted once, to the first fold, and an earlier
+            call's choice stays.
         name: of a new folder under runs/.
         run: the folder, which may hold folds of an earlier call; None = a new one.
         overwrite: begin anew, whatever the folder holds.
@@ -118,13 +121,17 @@ def cross_validate(
         UserError: as training and prediction; or `run` holds folds of other settings.
         Stopped: a signal came; all steps until then are saved.
     """
-    config, settings, test = resolve(config), EvaluationSettings(views=views), test or submission is not None
+    config, settings = resolve(layers.typed()), EvaluationSettings(views=views)
+    test = test or submission is not None
     device = choose_device(config.device, local_rank())
     with (
         processes(device) as ranks,
         repeatable(config.train.deterministic, device),
         own_folder(run, name, ranks) as whole,
     ):
+        if not overwrite:
+            layers = ranks.gather(_as_before(layers, whole))[0]
+        config = settings_of(layers, device, ranks, console)
         with Display(console, shown=ranks.is_main) as display:
             config = replace(config, data=with_folders(config.data, ranks, display))
             with ranks.main_first():
@@ -155,6 +162,15 @@ def cross_validate(
         return validation
 
 
+def _as_before(layers: Layers, whole: RunFolder) -> Layers:
+    """The settings with those that an earlier call has fitted to the data, in place of a recipe."""
+    folders = (RunFolder(path) for path in sorted(whole.path.glob("fold-*")))
+    checkpoint = next((folder.checkpoint for folder in folders if folder.checkpoint), None)
+    if not layers.recipe or not checkpoint:
+        return layers
+    return layers.over(Layer(str(checkpoint), load_trained(checkpoint)["config"]))
+
+
 def _plan(whole: RunFolder, config: Config, data: dict[str, Any], overwrite: bool) -> list[Fold]:
     """The folds, as far as an earlier call came.
 
@@ -164,6 +180,8 @@ def _plan(whole: RunFolder, config: Config, data: dict[str, Any], overwrite: boo
     path = whole.path
     if whole.config.exists() or whole.checkpoint:
         raise UserError(f"{path} holds a run, and no folds: name another --run.")
+    if not _data(path).is_file() and not any(path.glob("fold-*")):
+        whole.require_own()
     folds = []
     for number in range(config.data.folds or 0):
         settings = replace(config, data=replace(config.data, fold=number))

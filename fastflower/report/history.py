@@ -13,8 +13,8 @@ import numpy as np
 
 from fastflower.arrays import Floats, Ints
 from fastflower.errors import UserError
-from fastflower.runtime.run_folder import RUNS, TAGS, RunFolder, flattened, read_rows
-from fastflower.settings import build, load_yaml, to_plain
+from fastflower.runtime.run_folder import RUNS, TAGS, RunFolder, read_rows
+from fastflower.settings import build, flattened, load_yaml, to_plain
 
 REQUIRED = [tag for tag in TAGS if tag.startswith(("loss/", "accuracy/"))]  # one of them makes events those of a run
 NO_RUN = (

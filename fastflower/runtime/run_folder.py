@@ -17,7 +17,7 @@ from fastflower.config import SPLITS, Config
 from fastflower.errors import UserError
 from fastflower.files import atomic_write, remove_temporaries, to_json
 from fastflower.runtime.events import EventFile
-from fastflower.settings import to_plain, to_yaml
+from fastflower.settings import flattened, to_plain, to_yaml
 
 RUNS = Path("runs")
 STAMP = "%Y%m%d-%H%M%S"  # in the name of a new folder, after the run's
@@ -102,6 +102,20 @@ class RunFolder:
         rows = self.metrics.read_bytes().splitlines() if self.metrics.is_file() else []
         checkpoints = (self.last, self.best, self.best_weights)
         return len(rows) > 1 or any(path.exists() for path in checkpoints) or bool(self.results())
+
+    def require_own(self) -> None:
+        """Raise UserError where the folder is neither empty nor a run's; hidden files are of no account."""
+        if self.exists or self._clearing.exists():
+            return
+        own = {path.name for path in (self.config, self.metrics, self.trace, self.environment)} | {"checkpoints"}
+        others = sorted(
+            name
+            for name in os.listdir(self.path)
+            if not name.startswith((".", "events.out.tfevents.")) and name.partition(".tmp")[0] not in own
+        )
+        if others:
+            some = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+            raise UserError(f"--run {self.path} holds no run, but {some}: name a new folder, or an empty one.")
 
     def clear(self) -> None:
         """Remove what an earlier run wrote, and nothing else."""
@@ -269,11 +283,3 @@ def changes(before: Mapping[str, Any], after: Config) -> list[str]:
     """Settings that differ, as "train.lr 0.1 → 0.01"."""
     old, new = flattened(before), flattened(to_plain(after))
     return [f"{key} {old.get(key)} → {value}" for key, value in new.items() if old.get(key) != value]
-
-
-def flattened(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted keys, such as train.lr."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        flat |= flattened(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
-    return flat

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+import queue
+import threading
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -15,6 +20,7 @@ from safetensors import safe_open
 from fastflower.config import ModelConfig
 from fastflower.data.view import IMAGENET, Normalization
 from fastflower.errors import UserError
+from fastflower.files import atomic_write
 from fastflower.models import NETWORKS, architecture
 from fastflower.models.layers import head_prefix
 from fastflower.runtime.checkpoint import (
@@ -31,6 +37,8 @@ from fastflower.runtime.run_folder import RunFolder
 # Where torchvision publishes weights (torchvision.models.ResNet50_Weights and its like). A file's name ends with the
 # first digits of its SHA-256.
 URL = "https://download.pytorch.org/models"
+ANSWER_S = 8  # after which a server counts as out of reach
+READ = 1 << 20  # bytes at once
 
 
 @dataclass(frozen=True)
@@ -120,20 +128,141 @@ def _torchvision_file(model: ModelConfig, files: Mapping[str, str], say: Callabl
             f"{its.bottleneck_stride}: give these."
         )
     name = files[model.name]
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
-    path, url = folder / name, f"{URL}/{name}"
-    if not path.exists():
-        say(f"Downloading {url} to {folder}")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            digits = path.stem.rpartition("-")[2]
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=digits, progress=False)
-        except (OSError, HTTPException, RuntimeError) as error:
+    return _local_file(name) or _downloaded(name, say)
+
+
+def at_hand(networks: Sequence[str], kind: str, say: Callable[[str], None]) -> tuple[tuple[str, ...], str]:
+    """Those of the networks whose weights can be had, or why there are none, as the end of a sentence.
+
+    They are had in FASTFLOWER_WEIGHTS, if that names a folder, or in torch.hub's; or else those of the first network
+    are downloaded, unless there is such a folder.
+
+    Args:
+        networks: names, the best first.
+        kind: of weights, such as IMAGENET1K_V1.
+        say: gets a line when something is downloaded.
+
+    Raises:
+        UserError: a file in FASTFLOWER_WEIGHTS is not what its name says.
+    """
+    files = {name: NETWORKS[name].weights[kind] for name in networks}
+    if local := tuple(name for name, file in files.items() if _local_file(file)):
+        return local, ""
+    first = files[networks[0]]
+    if folder := _weights_folder():
+        return (), f"{folder} (FASTFLOWER_WEIGHTS) holds none of {', '.join(files.values())}"
+    try:
+        _downloaded(first, say)
+    except UserError as error:
+        text = str(error)
+        return (), f"{text[0].lower()}{text[1:].rstrip('.')}"
+    return (networks[0],), ""
+
+
+def network_of(pretrained: str, preferred: Sequence[str]) -> str | None:
+    """The network that `model.pretrained` fits: of those preferred for torchvision's weights, and a run's own.
+
+    None where a file does not say it, or there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if published := _published().get(pretrained):
+        return next((name for name in preferred if name in published), None)
+    path = Path(pretrained).expanduser()
+    path = RunFolder(path).best if path.is_dir() else path
+    if not path.is_file():
+        return None
+    _, about = _read(path)
+    name = about["architecture"].get("name") if "architecture" in about else None
+    return name if name in NETWORKS else None
+
+
+def _weights_folder() -> Path | None:
+    """Where the user keeps torchvision's files by their names."""
+    named = os.environ.get("FASTFLOWER_WEIGHTS")
+    return Path(named).expanduser() if named else None
+
+
+def _local_file(name: str) -> Path | None:
+    """One of torchvision's files, where it is in FASTFLOWER_WEIGHTS or in torch.hub's folder.
+
+    Raises:
+        UserError: FASTFLOWER_WEIGHTS has a file of that name with other bytes.
+    """
+    folder = _weights_folder()
+    if folder and (path := folder / name).is_file():
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            while part := file.read(READ):
+                digest.update(part)
+        if not digest.hexdigest().startswith(_digits(name)):
             raise UserError(
-                f"{url} cannot be downloaded to {folder} ({error}): fetch it on another machine and copy it there, or "
-                "give its path as model.pretrained."
-            ) from error
-    return path
+                f"{path} (FASTFLOWER_WEIGHTS) is damaged: its SHA-256 does not begin as its name says; copy it again."
+            )
+        return path
+    path = _hub_folder() / name
+    return path if path.exists() else None
+
+
+def _hub_folder() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def _digits(name: str) -> str:
+    return Path(name).stem.rpartition("-")[2]
+
+
+def _downloaded(name: str, say: Callable[[str], None]) -> Path:
+    """One of torchvision's files, put into torch.hub's folder after its hash is checked.
+
+    Raises:
+        UserError: it cannot be had within reasonable time, or has other bytes.
+    """
+    folder, url = _hub_folder(), f"{URL}/{name}"
+    say(f"Downloading {url} to {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with _answer(url) as answer, atomic_write(folder / name) as file:
+            while part := answer.read(READ):
+                digest.update(part)
+                file.write(part)
+            if not digest.hexdigest().startswith(_digits(name)):
+                raise OSError(f"invalid hash value {digest.hexdigest()[:8]}")
+    except (OSError, HTTPException) as error:
+        raise UserError(
+            f"{url} cannot be downloaded to {folder} ({error}): fetch it on another machine and copy it there, or "
+            "into a folder that FASTFLOWER_WEIGHTS names."
+        ) from error
+    return folder / name
+
+
+def _answer(url: str) -> Any:
+    """What the server sends, once it begins to.
+
+    Asked in a thread, because looking up a server's name may take minutes where there is no network.
+
+    Raises:
+        OSError: it does not answer, or not soon enough.
+    """
+    answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(url, headers={"User-Agent": "fastflower"})
+            answers.put(urllib.request.urlopen(request, timeout=ANSWER_S))
+        except Exception as error:  # goes to who asked
+            answers.put(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer = answers.get(timeout=ANSWER_S)
+    except queue.Empty:
+        raise TimeoutError(f"no answer within {ANSWER_S} seconds") from None
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def _read(path: Path) -> tuple[Mapping[str, torch.Tensor], About]:

@@ -10,6 +10,7 @@ from rich.console import Console
 from fastflower.config import Config, resolve
 from fastflower.environment import environment
 from fastflower.errors import UserError
+from fastflower.layers import Layers
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.clock import Clock
 from fastflower.runtime.device import choose_device
@@ -22,6 +23,7 @@ from fastflower.runtime.run_folder import RunFolder, read_rows
 from fastflower.runtime.signals import Stopped
 from fastflower.tables import TITLES, written
 from fastflower.training.dry_run import rehearse
+from fastflower.training.fit import settings_of
 from fastflower.training.loop import train
 from fastflower.training.passes import why_ended
 from fastflower.training.resume import restore
@@ -30,29 +32,38 @@ from fastflower.training.setup import prepare
 from fastflower.training.state import Setup, State
 
 
-def dry_run(config: Config, console: Console) -> None:
-    """Build all that training from `config` needs, and try it in two steps.
+def settings_alone(layers: Layers, console: Console) -> Config:
+    """The settings that training from `layers` by one process would have; see `settings_of`."""
+    config = resolve(layers.typed())
+    device = choose_device(config.device, local_rank())
+    with repeatable(config.train.deterministic, device):
+        return settings_of(layers, device, Ranks(), console)
+
+
+def dry_run(layers: Layers, console: Console) -> None:
+    """Build all that training from `layers` needs, and try it in two steps.
 
     Raises:
-        UserError: see `prepare` and `fastflower.training.dry_run.rehearse`.
+        UserError: see `settings_of`, `prepare` and `fastflower.training.dry_run.rehearse`.
     """
-    config = resolve(config)
+    config = resolve(layers.typed())
     device = choose_device(config.device, local_rank())
     with (
         processes(device) as ranks,
         repeatable(config.train.deterministic, device),
         Display(console, shown=ranks.is_main) as display,
     ):
+        config = settings_of(layers, device, ranks, console)
         rehearse(*prepare(config, device, ranks, display), display)
 
 
 def train_run(
-    config: Config, *, name: str, run: Path | None, checkpoint: Path | None, overwrite: bool, console: Console
+    layers: Layers, *, name: str, run: Path | None, checkpoint: Path | None, overwrite: bool, console: Console
 ) -> Path:
     """Train from a configuration into a run folder; new, or going on from a checkpoint.
 
     Args:
-        config: the settings, with a resumed run's already in them.
+        layers: the settings, with a resumed run's already in them.
         name: of a new folder under runs/.
         run: the folder, or None for a new one (or the checkpoint's).
         checkpoint: where to go on from; None starts anew.
@@ -63,10 +74,10 @@ def train_run(
         The run folder.
 
     Raises:
-        UserError: see `train_into` and `own_folder`; or `run` already holds a run.
+        UserError: see `settings_of`, `train_into` and `own_folder`; or `run` already holds a run, or something else.
         Stopped: a signal came, and all steps until then are saved.
     """
-    config = resolve(config)
+    config = resolve(layers.typed())
     device = choose_device(config.device, local_rank())
     given = checkpoint.parents[1] if checkpoint else run
     with (
@@ -75,10 +86,13 @@ def train_run(
         own_folder(given, name, ranks) as folder,
     ):
         with ranks.together():
+            if ranks.is_main and not checkpoint:
+                folder.require_own()
             if ranks.is_main and folder.exists and not (checkpoint or overwrite):
                 content = "a run" if folder.checkpoint else "a run, but none of its checkpoints"
                 resume = f"--resume {folder.path}, " if folder.checkpoint else ""
                 raise UserError(f"{folder.path} already holds {content}: give {resume}--overwrite or another --run.")
+        config = settings_of(layers, device, ranks, console)
         try:
             train_into(folder, config, checkpoint, device, ranks, console)
         except Stopped:

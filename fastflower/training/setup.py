@@ -22,7 +22,10 @@ from fastflower.training.loss import Criterion, balanced_weights
 from fastflower.training.network import build_network
 from fastflower.training.pretrained import load_pretrained, open_pretrained
 from fastflower.training.provenance import provenance_of
+from fastflower.training.recipe import SMALLEST_BATCH, batch_size
 from fastflower.training.state import Setup, State, new_state
+
+FEW_STEPS = 5  # in an epoch, where a smaller batch would make more
 
 
 def prepare(
@@ -124,5 +127,13 @@ def _introduce(setup: Setup, network: torch.nn.Module, dataset: Dataset, display
         f"{config.model.name}, {len(dataset.classes)} classes, {setup.precision} on {setup.device}"
         f"{compiled}{kernels}{processes}"
     )
+    steps, batch = setup.train.steps, setup.train.global_batch
+    few = ""
+    if steps < FEW_STEPS and batch > SMALLEST_BATCH * setup.ranks.world_size:
+        few = (
+            ", which are few: each epoch moves the weights little, and BatchNorm's running statistics follow late; "
+            f"lower train.batch_size (--train.batch_size {batch_size(len(dataset.train), setup.ranks.world_size)})"
+        )
+    display.say(f"{steps} {'step' if steps == 1 else 'steps'} an epoch, of {batch} pictures each{few}.")
     if config.train.ema:
         display.say("The moving average of the weights validates and decides what is best.")

@@ -21,10 +21,11 @@ from fastflower.errors import UserError
 from fastflower.evaluation.crossval import cross_validate
 from fastflower.evaluation.predictions import read_predictions
 from fastflower.evaluation.views import Views
+from fastflower.layers import Layer, Layers
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.lock import own_folder
-from fastflower.settings import build, merge
+from fastflower.settings import merge
 from fastflower.training.metrics import TrainingSums
 from tests.conftest import example, fastflower, jpeg, train_arguments, train_settings, write_dataset
 from tests.processes import in_ranks
@@ -91,11 +92,11 @@ def test_a_terminal_sees_what_takes_time_before_the_first_fold(data: Path, tmp_p
         raise UserError("far enough")
 
     screen = StringIO()
-    config = build(merge(train_settings(data, epochs=1), {"data": {"folds": 3}}), "")
+    layers = Layers((Layer("", merge(train_settings(data, epochs=1), {"data": {"folds": 3}})),))
     with pytest.MonkeyPatch.context() as patch, pytest.raises(UserError, match="far enough"):
         patch.setattr("fastflower.evaluation.crossval._begin", stop)
         cross_validate(
-            config,
+            layers,
             name="cv",
             run=tmp_path / "cv",
             overwrite=False,
