@@ -100,11 +100,15 @@ def test_what_is_wrong_is_blamed_on_where_it_is(tmp_path: Path) -> None:
     good, bad, pair = tmp_path / "good.yaml", tmp_path / "bad.yaml", tmp_path / "pair.yaml"
     good.write_text("train: {epochs: 3}")
     bad.write_text("train: {epoch: 3}")
-    pair.write_text("data: {crop: 300}")
+    pair.write_text("data: {crop: 300, scale: [256, 480]}")
     for source, given_settings, words in [
         (good, {"train.epoch": 2}, "^settings: there is no setting train.epoch; did you mean train.epochs"),
         (good, {"train": {"epochs": "many"}}, "^settings: train.epochs is many: it takes a whole number"),
-        (good, {"data.crop": 300}, "^settings: data.scale starts at 256 pixels, below data.crop"),
+        (
+            good,
+            {"data.crop": 300, "data.scale": [256, 480]},
+            "^settings: data.scale starts at 256 pixels, below data.crop",
+        ),
         (good, {"train": 3}, "^settings: train is 3: it takes keys such as"),
         (good, {"train.epochs": 3, "train": {"epochs": 3}}, "^settings: train.epochs stands beside train"),
         (good, {"train.epochs": 3, "train": 4}, "^settings: train.epochs stands beside train"),
@@ -222,7 +226,7 @@ def test_no_sentence_keeps_an_option_in_python() -> None:
 
 def test_all_functions_are_listed() -> None:
     functions = ["build_model", "cross_validate", "ensemble", "evaluate", "load", "load_config", "load_data", "predict"]
-    assert dir(fastflower) == sorted(["UserError", *functions, "resume", "train"])
+    assert dir(fastflower) == sorted(["UserError", *functions, "fit_config", "resume", "train"])
     for name in dir(fastflower):
         assert getattr(fastflower, name).__doc__
 
