@@ -240,7 +240,7 @@ def _lr(command: LrCommand) -> int:
     rates = Range(command.low, command.high, command.steps)
     for path in (plot, numbers):
         require_writable(path)
-    test = range_test(command.settings, rates, Console())
+    test = range_test(command.layers, rates, Console())
     if is_main():
         save_figure(plot, plot_range(test), "png")
         with atomic_write(numbers) as file:

@@ -198,15 +198,16 @@ class CvCommand(Options):
 
 @dataclass(frozen=True)
 class LrCommand(Options):
-    """Find a learning rate: fastflower lr --config resnet34 --data.root DATA
+    """Find a learning rate: fastflower lr PICTURES
 
     The range test: a new network takes a step at each of many rates, from low to high, until its loss explodes. Prints
     a suggestion, and writes a plot and its numbers. Nothing of the network is kept.
     """
 
-    trained: Positional[Path | None] = None
-    """Run folder whose settings are tried; None = those that train would take."""
+    pictures: Positional[tuple[Path, ...]] = ()
+    """Folder of the pictures, or several: the same as --data.root; or a run folder, whose settings are tried."""
     settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    layers: SuppressFixed[Fixed[Layers]] = field(default_factory=Layers)
     config: Path | None = None
     """YAML file of settings, or the name of one that comes with fastflower."""
     low: float = 1e-5

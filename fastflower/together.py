@@ -88,6 +88,11 @@ def _multiple(size: int, pieces: int) -> int:
     return max(1, round(size / pieces)) * pieces
 
 
+def late_milestones(epochs: int) -> tuple[int, ...]:
+    """After half and three quarters of so many epochs."""
+    return tuple(sorted({max(1, epochs // 2), max(1, epochs * 3 // 4)}))
+
+
 def _divisor(size: int, pieces: int) -> int:
     return next(number for number in range(min(pieces, size), 0, -1) if size % number == 0)
 
@@ -139,26 +144,27 @@ RULES = (
         {},
     ),
     Rule(
-        lambda c: c.train.schedule not in LOW_RATES and c.train.warmup_epochs >= c.train.epochs,
+        lambda c: c.train.schedule not in LOW_RATES and c.train.warmup_epochs >= c.train.most_epochs,
         lambda c: (
-            f"train.warmup_epochs is {c.train.warmup_epochs:g}, not below train.epochs ({c.train.epochs}): lower it"
+            f"train.warmup_epochs is {c.train.warmup_epochs:g}, not below train.epochs ({c.train.most_epochs:g}): "
+            "lower it"
         ),
         ("train.warmup_epochs", "train.epochs"),
         {
-            "train.warmup_epochs": lambda c: WARMUP_SHARE * c.train.epochs,
+            "train.warmup_epochs": lambda c: WARMUP_SHARE * c.train.most_epochs,
             "train.epochs": lambda c: math.ceil(c.train.warmup_epochs / WARMUP_SHARE),
         },
     ),
     Rule(
-        lambda c: c.train.batch_size % c.train.accumulate != 0,
+        lambda c: isinstance(c.train.batch_size, int) and c.train.batch_size % c.train.accumulate != 0,
         lambda c: (
             f"train.batch_size is {c.train.batch_size}, no multiple of train.accumulate ({c.train.accumulate}): "
             "change one"
         ),
         ("train.batch_size", "train.accumulate"),
         {
-            "train.batch_size": lambda c: _multiple(c.train.batch_size, c.train.accumulate),
-            "train.accumulate": lambda c: _divisor(c.train.batch_size, c.train.accumulate),
+            "train.batch_size": lambda c: _multiple(c.train.pictures, c.train.accumulate),
+            "train.accumulate": lambda c: _divisor(c.train.pictures, c.train.accumulate),
         },
     ),
     Rule(
@@ -178,13 +184,14 @@ RULES = (
         {"train.early_stop": lambda c: None},
     ),
     Rule(
-        lambda c: c.train.freeze_epochs >= c.train.epochs,
+        lambda c: c.train.freeze_epochs >= c.train.most_epochs,
         lambda c: (
-            f"train.freeze_epochs is {c.train.freeze_epochs}, not below train.epochs ({c.train.epochs}): lower it"
+            f"train.freeze_epochs is {c.train.freeze_epochs}, not below train.epochs ({c.train.most_epochs:g}): "
+            "lower it"
         ),
         ("train.freeze_epochs", "train.epochs"),
         {
-            "train.freeze_epochs": lambda c: c.train.epochs // 2,
+            "train.freeze_epochs": lambda c: int(c.train.most_epochs // 2),
             "train.epochs": lambda c: 2 * c.train.freeze_epochs,
         },
     ),
@@ -222,10 +229,12 @@ RULES = (
         {"train.nesterov": lambda c: False, "train.momentum": lambda c: 0.9},
     ),
     Rule(  # what would be no schedule at all
-        lambda c: c.train.schedule == "step" and c.train.epochs > 1 and min(c.train.milestones) >= c.train.epochs,
-        lambda c: f"train.milestones {written(c.train.milestones)} are all after train.epochs ({c.train.epochs})",
+        lambda c: c.train.schedule == "step" and 1 < c.train.most_epochs <= min(c.train.milestones),
+        lambda c: (
+            f"train.milestones {written(c.train.milestones)} are all after train.epochs ({c.train.most_epochs:g})"
+        ),
         ("train.schedule", "train.epochs", "train.milestones"),
-        {"train.milestones": lambda c: tuple(sorted({max(1, c.train.epochs // 2), max(1, c.train.epochs * 3 // 4)}))},
+        {"train.milestones": lambda c: late_milestones(int(c.train.most_epochs))},
         refused=False,
     ),
 )

@@ -12,12 +12,14 @@ from rich.console import Console
 
 from fastflower.config import Config, resolve
 from fastflower.data.loader import Batch
+from fastflower.layers import Layers
 from fastflower.runtime.device import choose_device
 from fastflower.runtime.distributed import processes
 from fastflower.runtime.launcher import local_rank
 from fastflower.runtime.progress import Display
 from fastflower.runtime.repeatable import repeatable
 from fastflower.runtime.signals import Signals
+from fastflower.training.fit import settings_of
 from fastflower.training.lr_range import EXPLODED, LEAST_STEPS, Range, RangeTest
 from fastflower.training.metrics import TrainingSums
 from fastflower.training.optimizer import LR_SCALE
@@ -26,18 +28,17 @@ from fastflower.training.state import Setup, State
 from fastflower.training.step import training_network, training_step
 
 
-def range_test(config: Config, rates: Range, console: Console) -> RangeTest:
+def range_test(layers: Layers, rates: Range, console: Console) -> RangeTest:
     """Train a new network for some steps, each at a higher rate than the one before (Smith 2017); nothing is kept.
 
     Network, batches, precision and steps are those of training, with all layers learning.
 
     Raises:
-        UserError: see `fastflower.training.setup.prepare`; or a record is bad.
+        UserError: see `fastflower.training.fit.settings_of` and `fastflower.training.setup.prepare`; or a record is
+            bad.
         Stopped: a signal came.
     """
-    config = resolve(config)
-    train = replace(config.train, freeze_epochs=0, ema=0.0, lr=rates.low, head_lr=_head_lr(config, rates.low))
-    config = replace(config, train=replace(train, schedule="plateau"))  # which sets no rates within an epoch
+    config = resolve(layers.typed())
     device = choose_device(config.device, local_rank())
     with (
         processes(device) as ranks,
@@ -45,6 +46,9 @@ def range_test(config: Config, rates: Range, console: Console) -> RangeTest:
         Display(console, shown=ranks.is_main) as display,
         Signals() as signals,
     ):
+        config = settings_of(layers, device, ranks, console)
+        train = replace(config.train, freeze_epochs=0, ema=0.0, lr=rates.low, head_lr=_head_lr(config, rates.low))
+        config = replace(config, train=replace(train, schedule="plateau"))  # which sets no rates within an epoch
         setup, state = prepare(config, device, ranks, display)
         return climb(setup, state, rates, signals, display)
 

@@ -16,7 +16,7 @@ from fastflower.flops import count
 from fastflower.layers import Recipe
 from fastflower.models import architecture, find_network
 from fastflower.settings import nested
-from fastflower.together import LOW_RATES, WARMUP_SHARE, value_of
+from fastflower.together import LOW_RATES, WARMUP_SHARE, late_milestones, value_of
 
 HOUR_S = 3600
 STEPS = 12  # in an epoch at least, where the pictures suffice: each epoch then moves the weights, and BatchNorm's mean
@@ -94,14 +94,17 @@ def fit(recipe: Recipe, facts: Facts, config: Config, named: set[str]) -> Fitted
 
     batch = choose("train.batch_size", batch_size(facts.train, facts.ranks, config.train.accumulate))
     adaptive = config.train.optimizer == "adamw"
-    lr = choose("train.lr", learning_rate(kind, name, batch, adaptive=adaptive))
+    pictures = batch if isinstance(batch, int) else LARGEST_BATCH * facts.ranks  # until it is found
+    lr = choose("train.lr", learning_rate(kind, name, pictures, adaptive=adaptive))
     schedule = choose("train.schedule", "onecycle")
     choose("train.label_smoothing", 0.1)  # few pictures are soon known by heart; it keeps the outputs modest
     choose("train.nesterov", not adaptive and config.train.momentum > 0)
 
     crops = [config.data.crop] if "data.crop" in named else _crops(kind, name, facts, config, named)
-    if "train.epochs" in named:
-        epochs = config.train.epochs
+    named_epochs = config.train.epochs if "train.epochs" in named else None
+    timed = config.train.hours is not None and not named_epochs  # then train.hours says how long
+    if named_epochs:
+        epochs = named_epochs
     else:
         warmup = config.train.warmup_epochs if "train.warmup_epochs" in named and schedule not in LOW_RATES else 0
         least = max(1, math.ceil(warmup / WARMUP_SHARE), 2 * config.train.freeze_epochs)
@@ -109,27 +112,28 @@ def fit(recipe: Recipe, facts: Facts, config: Config, named: set[str]) -> Fitted
     crop, doubtful = crops[0], False
     if facts.rate is None:
         slow = SLOW[facts.device] * facts.ranks * (facts.cores if facts.device == "cpu" else 1)
-        doubtful = seconds(name, crop, epochs, facts, slow) > HOUR_S
+        doubtful = not timed and seconds(name, crop, epochs, facts, slow) > HOUR_S
     else:
         crop = next((c for c in crops if seconds(name, c, epochs, facts, facts.rate) <= HOUR_S), crops[-1])
-        if "train.epochs" not in named:
+        if not named_epochs:
             affordable = int(HOUR_S / seconds(name, crop, 1, facts, facts.rate))
             epochs = max(least, min(epochs, affordable))
-    choose("train.epochs", epochs)
+    choose("train.epochs", None if timed else epochs)
     warmup = choose("train.warmup_epochs", min(max(1.0, epochs / 10), WARMUP_SHARE * epochs))
     if schedule == "step" and min(config.train.milestones) >= epochs > 1:
-        choose("train.milestones", tuple(sorted({max(1, epochs // 2), max(1, epochs * 3 // 4)})))
+        choose("train.milestones", late_milestones(epochs))
     choose("data.crop", crop)
     choose("data.scale", (max(crop, round(crop * LOW)), max(crop, round(crop * HIGH))))
     choose("data.val_resize", max(crop, round(crop * LOW)))
     if 3 * facts.pixels <= CACHED:
         choose("data.cache", "ram")
 
-    steps = max(1, facts.train // batch)
+    steps = max(1, facts.train // pictures)
     start = f"{name} from ImageNet's weights" if kind == "finetune" else f"{name} from scratch"
+    length = f"{config.train.hours:g} h" if timed else f"{epochs} {'epoch' if epochs == 1 else 'epochs'}"
     reasons = (
         f"Recipe: {start}, {facts.train:,} pictures of {facts.classes} classes in batches of {batch} ({steps} steps an "
-        f"epoch), {epochs} {'epoch' if epochs == 1 else 'epochs'} of {schedule} at lr {lr:.2g}"
+        f"epoch), {length} of {schedule} at lr {lr:.2g}"
         + (f" with {warmup:g} of warm-up" if schedule not in LOW_RATES else "")
         + f", {crop} pixels (stored: {facts.side})"
         + (f", at most an hour at {facts.rate / 1e9:,.0f} G multiply-adds/s as measured" if facts.rate else "")

@@ -117,9 +117,18 @@ def test_a_run_gives_its_settings(finished: Path, tmp_path: Path) -> None:
     assert result.code == 0, result.err
     assert "train: 48 pictures" in result.out
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
-    result = fastflower("lr", tmp_path / "nowhere", "--out", out)
+    result = fastflower("lr", finished, "--config", "demo", "--out", out)
     assert result.code == 2
-    assert "nowhere/config.yaml cannot be read" in result.err.replace("\n", "")
+    assert "is a run, which has settings: give it without --config" in " ".join(result.err.split())
+    assert fastflower("lr", tmp_path / "nowhere", "--out", out).code == 2
+
+
+def test_a_folder_of_pictures_is_tried_by_the_recipe(small: Path, tmp_path: Path, tiny_net: None) -> None:
+    out = tmp_path / "plot.png"
+    result = fastflower("lr", small, "--steps", 20, "--train.batch_size", 8, "--out", out)
+    assert result.code == 0, result.err
+    assert "Recipe: " in result.out
+    assert len(json.loads(out.with_suffix(".json").read_text())["lr"]) == 20
 
 
 def test_two_ranks_find_what_one_finds(small: Path, tmp_path: Path, tiny_net: None) -> None:

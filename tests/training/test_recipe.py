@@ -77,16 +77,17 @@ def fits_together(named: dict[str, Any]) -> bool:
 def test_whatever_the_data_the_settings_fit_them(facts: Facts) -> None:
     chosen, config = fitted(facts, {}, "auto")
     data, train = config.data, config.train
+    assert train.epochs is not None
     assert build(to_plain(config), "again") == config
     assert 0 < train.warmup_epochs < train.epochs
     assert data.crop <= max(facts.side, 32)
     assert data.crop <= data.scale[0] <= data.scale[1]
     assert data.val_resize is not None
     assert data.val_resize >= data.crop
-    assert train.batch_size % facts.ranks == 0
-    assert train.batch_size <= max(facts.train, facts.ranks)
+    assert train.pictures % facts.ranks == 0
+    assert train.pictures <= max(facts.train, facts.ranks)
     if facts.train >= STEPS * 2 * SMALLEST_BATCH and facts.ranks == 1:
-        assert facts.train // train.batch_size >= STEPS
+        assert facts.train // train.pictures >= STEPS
     assert "\n" not in chosen.reasons
     assert chosen.reasons.startswith("Recipe: ")
     assert set(flattened(chosen.settings)) <= set(FITTED)
@@ -97,7 +98,7 @@ def test_whatever_the_data_the_settings_fit_them(facts: Facts) -> None:
         seconds = recipe.seconds(config.model.name, data.crop, train.epochs, facts, facts.rate)
         assert seconds <= HOUR_S or train.epochs == 1
         slower = fitted(replace(facts, rate=facts.rate / 3), {}, "auto")[1]
-        assert (slower.data.crop, slower.train.epochs) <= (data.crop, train.epochs)
+        assert (slower.data.crop, slower.train.most_epochs) <= (data.crop, train.epochs)
 
 
 @settings(deadline=None)
@@ -142,7 +143,7 @@ def test_weights_are_refused_or_said_where_there_are_none() -> None:
     assert fitted(facts, {}, "scratch")[0].notes == ()
     tuned = fitted(replace(facts, weights=("resnet18",)), {}, "auto")[1]
     assert (tuned.model.name, tuned.model.pretrained, tuned.data.crop) == ("resnet18", "IMAGENET1K_V1", 192)
-    assert tuned.train.epochs < fitted(facts, {}, "scratch")[1].train.epochs
+    assert tuned.train.most_epochs < fitted(facts, {}, "scratch")[1].train.most_epochs
     assert fitted(replace(facts, weights=("resnet18",)), {}, "scratch")[1].model.pretrained is None
 
 
@@ -167,3 +168,21 @@ def test_what_would_take_more_than_an_hour_on_a_slow_machine_is_to_be_measured()
     assert not fitted(small, {})[0].doubtful
     assert fitted(replace(small, train=20_000), {})[0].doubtful
     assert not fitted(replace(small, train=20_000, rate=1e11), {})[0].doubtful
+
+
+@settings(deadline=None)
+@given(SOME_FACTS, st.sampled_from([0.1, 2.0]))
+def test_hours_take_the_place_of_epochs_that_nobody_named(facts: Facts, hours: float) -> None:
+    chosen, config = fitted(facts, {"train.hours": hours}, "auto")
+    assert config.train.epochs is None
+    assert not chosen.doubtful
+    assert f"{hours:g} h of onecycle" in chosen.reasons
+    assert fitted(facts, {"train.hours": hours, "train.epochs": 9}, "auto")[1].train.epochs == 9
+
+
+@settings(deadline=None)
+@given(SOME_FACTS, st.sampled_from(["auto", 0.9]))
+def test_a_batch_that_is_still_to_be_found_stays(facts: Facts, asked: Any) -> None:
+    config = fitted(facts, {"train.batch_size": asked}, "auto")[1]
+    assert config.train.batch_size == asked
+    assert config.train.peak_lr > 0
