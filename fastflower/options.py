@@ -24,6 +24,11 @@ class Options:
 class TrainCommand(Options):
     """Train a network: fastflower train PICTURES
 
+        fastflower train PICTURES --run runs/mine --train.hours 1.5
+        fastflower train PICTURES --config finetune --model.name resnet50
+        fastflower train --config resnet34 --data.root DATA --amp
+        fastflower train --resume runs/mine
+
     What is named here wins, then --config or the run that is resumed. Without these two, or with --config finetune or
     scratch, what nobody named is fitted to the pictures; without pictures too, the demo's configuration trains on the
     built-in flowers.

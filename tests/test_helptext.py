@@ -133,6 +133,6 @@ def test_help_shows_what_holds_beside_the_other_words(tmp_path: Path) -> None:
 def test_help_says_what_is_fitted_to_the_data_in_place_of_a_number_that_is_not_used(words: list[str]) -> None:
     text = " ".join(fastflower(*words, "--help").out.split())
     assert text.count("(default: fitted to the data)") == len(FITTED)
-    assert "Passes over the training split. (default: fitted to the data)" in text
+    assert "as many as train.hours leaves time for. (default: fitted to the data)" in text
     assert set(FITTED) <= set(keys())
     assert "fitted to the data)" not in " ".join(fastflower(words[0], "--config", "demo", "--help").out.split())

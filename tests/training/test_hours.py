@@ -14,7 +14,7 @@ from fastflower.errors import UserError
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.training import loop
 from fastflower.training.step import evaluate_in, training_step
-from tests.conftest import fastflower, train_arguments
+from tests.conftest import PLAIN, fastflower, train_arguments
 from tests.processes import in_ranks
 from tests.training import tiny_worker
 from tests.training.test_run import assert_same_run, rows
@@ -174,8 +174,10 @@ def test_an_older_checkpoint_has_spent_nothing(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "code"),
-    [((), 2), (("--train.hours", 1), 0), (("--train.hours", 1, "--train.epochs", 9), 2), (("--train.epochs", 99), 0)],
+    [((), 0), (("--train.epochs", 70), 2), (("--train.hours", 1), 0), (("--train.hours", 1, "--train.epochs", 9), 2), (("--train.epochs", 99), 0)],
 )
 def test_more_frozen_epochs_than_epochs_are_refused(options: tuple[object, ...], code: int, small: Path) -> None:
-    result = fastflower("train", "--data.root", small, "--train.freeze_epochs", 80, *options, "--print_config")
+    result = fastflower(
+        "train", "--config", PLAIN, "--data.root", small, "--train.freeze_epochs", 80, *options, "--print_config"
+    )
     assert result.code == code, result.err

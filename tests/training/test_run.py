@@ -250,7 +250,7 @@ def test_odd_numbers_of_pictures(tmp_path: Path, count: int, batch: int, picture
 
 
 def test_batch_of_one(tmp_path: Path) -> None:
-    root, run = write_dataset(tmp_path / "data", {"train": 2, "val": 1}, files=1, classes=1), tmp_path / "run"
+    root, run = write_dataset(tmp_path / "data", {"train": 2, "val": 1}, files=1, classes=2), tmp_path / "run"
     one = ("--train.epochs", "1", "--train.batch_size", "1")
     refused = fastflower(*train_arguments(root, run), *one)
     assert refused.code == 2
