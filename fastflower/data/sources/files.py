@@ -16,7 +16,7 @@ from fastflower.data.stamp import Stamp
 # Names that say that a file is a picture, in any case; its content says which kind.
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".mpo", ".png", ".bmp", ".webp", ".tif", ".tiff"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
+    *(".gif", ".avif", ".heic", ".heif", ".hif", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".j2k"),
 )
 # Names that say the contrary. Files that are named otherwise, or not at all, are known by how they begin.
 _NO_PICTURES = (
@@ -26,7 +26,7 @@ _NO_PICTURES = (
 )
 # Pictures of kinds that are not read, where SUFFIXES lacks them.
 _OTHER_PICTURES = (
-    *(".gif", ".avif", ".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".ico", ".tga", ".exr", ".eps", ".dng"),
+    *(".jxl", ".svg", ".psd", ".ico", ".tga", ".exr", ".eps", ".dng"),
     *(".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"),
 )
 # How files begin, by one of the names of such pictures; what has none in SUFFIXES is not read.

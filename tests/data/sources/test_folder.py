@@ -92,7 +92,7 @@ def test_extensions_in_any_case_and_nothing_else(tmp_path: Path) -> None:
     names = [f"{i}{suffix}" for i, suffix in enumerate((*SUFFIXES, ".JPG", ".Jpeg", ".pNg"))]
     touch(tmp_path / "rose", *names, "two.dots.jpg")
     touch(
-        tmp_path / "rose", "Thumbs.db", "notes.txt", "a.gif", "jpg", ".jpg", "._0.jpg", ".cache/x.jpg", "@eaDir/x.jpg"
+        tmp_path / "rose", "Thumbs.db", "notes.txt", "a.psd", "jpg", ".jpg", "._0.jpg", ".cache/x.jpg", "@eaDir/x.jpg"
     )
     touch(tmp_path, "__MACOSX/x.jpg", ".git/x.jpg")
     (tmp_path / "rose/folder.jpg").mkdir()
