@@ -51,9 +51,11 @@ setup(
         "google-crc32c>=1.5",
     ],
     extras_require={
+        "heif": ["pillow-heif>=0.13"],  # what phones write as .heic
         "bench": ["torchvision", "timm"],  # what `bench/throughput.py --peers` measures beside fastflower
         "test": [
             "pandas",
+            "pillow-heif>=0.13",
             "pytest>=8",
             "pytest-timeout",
             "pytest-xdist",

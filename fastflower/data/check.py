@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,8 +18,10 @@ from fastflower.arrays import Hashes, Ints, Strings
 from fastflower.config import SPLITS
 from fastflower.data.classes import MAX_CLASSES, class_notes, listed_classes, numbered_classes, pictures_per_class
 from fastflower.data.contents import picture_digest
-from fastflower.data.decoding import BATCH, ShapeDecoder, has_header
+from fastflower.data.converted import UnreadableError
+from fastflower.data.decoding import BATCH, ShapeDecoder, why_not
 from fastflower.data.records import NO_LABEL, Progress, Records, concatenate, read_image
+from fastflower.data.soundness import convert
 from fastflower.data.sources import layout_of
 from fastflower.data.sources.layout import Inventory, Kind, Loaded, Problem
 from fastflower.data.splits import require_two_classes
@@ -177,8 +180,8 @@ def _examine(records: Records, threads: int, progress: Progress) -> tuple[Hashes
                 unread[index] = f"cannot be read ({error.__cause__.strerror})"
             else:
                 digests[index] = picture_digest(data)
-                if has_header(data):
-                    encoded[index] = data
+                with contextlib.suppress(UnreadableError):
+                    encoded[index] = convert(data)
         if encoded:
             shapes[list(encoded)] = decoder.shapes(list(encoded.values()))
         for done in range(start, start + len(batch)):
@@ -201,7 +204,11 @@ def _bad_pictures(records: Records, shapes: Ints, unread: Mapping[int, str]) -> 
         elif records.offset[index] < 0:
             yield index, "unreadable", "has no feature 'image'"
         elif not height:
-            yield index, "unreadable", f"cannot be decoded as a picture ({records.length[index]} bytes)"
+            yield (
+                index,
+                "unreadable",
+                f"cannot be decoded as a picture ({records.length[index]} bytes{why_not(records, index)})",
+            )
         elif min(height, width) < MIN_SIDE or max(height, width) > MAX_ASPECT * min(height, width):
             yield index, "shape", f"is {width}×{height} pixels"
 

@@ -20,16 +20,18 @@ from numpy.typing import NDArray
 from nvidia import nvimgcodec
 
 from fastflower import machine
-from fastflower.arrays import Bools, Bytes, Hashes, Ints
-from fastflower.data import decoding
-from fastflower.data.decoding import is_sound, undecodable
+from fastflower.arrays import Bytes, Hashes, Ints
+from fastflower.data import converted as conversion
+from fastflower.data import soundness
+from fastflower.data.decoding import undecodable
 from fastflower.data.records import Contents, Progress, Records, read_image
+from fastflower.data.soundness import is_sound, needs_conversion
 from fastflower.data.stamp import file_keys, require_unchanged
 from fastflower.data.view import MOST_THREADS
 from fastflower.files import atomic_write, cache_dir, code_digest, digest
 
 CHUNK = 256  # records that a thread reads in one go
-_ROW = np.dtype([("key", np.uint64), ("digest", np.uint64), ("sound", np.bool_)])
+_ROW = np.dtype([("key", np.uint64), ("digest", np.uint64), ("sound", np.bool_), ("converted", np.bool_)])
 
 
 Rows = NDArray[Any]  # [n] of _ROW
@@ -51,13 +53,14 @@ def contents_of(records: Records, progress: Progress | None = None) -> Contents:
     missing = np.flatnonzero(~contents.examined)
     if not len(missing):
         return contents
-    digests, sound = contents.digests.copy(), contents.sound.copy()
-    digests[missing], sound[missing] = _look_up(records.select(missing), progress)
-    return Contents(digests, sound, np.ones(len(records), np.bool_))
+    rows = _look_up(records.select(missing), progress)
+    digests, sound, converted = contents.digests.copy(), contents.sound.copy(), contents.converted.copy()
+    digests[missing], sound[missing], converted[missing] = rows["digest"], rows["sound"], rows["converted"]
+    return Contents(digests, sound, converted, np.ones(len(records), np.bool_))
 
 
-def _look_up(records: Records, progress: Progress | None) -> tuple[Hashes, Bools]:
-    """Digests and soundness, [n] each; what the cache does not have is read and put into it."""
+def _look_up(records: Records, progress: Progress | None) -> Rows:
+    """A row for each record, [n]; what the cache does not have is read and put into it."""
     rows = np.zeros(len(records), _ROW)
     rows["key"] = _keys(records)
     shards = _shards(records)
@@ -70,14 +73,14 @@ def _look_up(records: Records, progress: Progress | None) -> tuple[Hashes, Bools
         is_kept[chosen] = hits
     missing = np.flatnonzero(~is_kept)
     if len(missing):
-        rows["digest"][missing], rows["sound"][missing] = _read(records, missing, progress)
+        _read(records, missing, progress, rows)
     for path, chosen in shards.items():
         if not is_kept[chosen].all():
             together = np.append(kept[path], rows[chosen])
             _, first = np.unique(together["key"], return_index=True)
             with contextlib.suppress(OSError), atomic_write(path) as file:
                 np.save(file, together[first])
-    return rows["digest"], rows["sound"]
+    return rows
 
 
 def examined(records: Records, progress: Progress | None = None) -> Records:
@@ -110,25 +113,26 @@ def picture_digest(encoded: Bytes) -> int:
     return int.from_bytes(digest(encoded.data))
 
 
-def _read(records: Records, indices: Ints, progress: Progress | None) -> tuple[Hashes, Bools]:
-    def read(start: int) -> list[tuple[int, bool]]:
-        pictures = (read_image(records, index) for index in indices[start : start + CHUNK].tolist())
-        return [(picture_digest(encoded), is_sound(encoded)) for encoded in pictures]
+def _read(records: Records, indices: Ints, progress: Progress | None, rows: Rows) -> None:
+    """Read the records at `indices` and write into their rows what they are."""
 
-    digests, sound = np.zeros(len(indices), np.uint64), np.zeros(len(indices), bool)
+    def read(start: int) -> list[tuple[int, bool, bool]]:
+        pictures = (read_image(records, index) for index in indices[start : start + CHUNK].tolist())
+        return [(picture_digest(encoded), is_sound(encoded), needs_conversion(encoded)) for encoded in pictures]
+
     done = 0
     with ThreadPoolExecutor(
         min(machine.cpus(), MOST_THREADS["cpu"])
     ) as threads:  # hashing and reading leave Python's lock
         for part in threads.map(read, range(0, len(indices), CHUNK)):
             for answer in part:
-                digests[done], sound[done] = answer
+                row = rows[indices[done]]
+                row["digest"], row["sound"], row["converted"] = answer
                 done += 1
                 if progress:
                     progress(done, len(indices))
     for number in np.unique(records.file[indices]).tolist():
         require_unchanged(records.files[number], records.stamps[number])
-    return digests, sound
 
 
 def _keys(records: Records) -> Hashes:
@@ -143,7 +147,9 @@ def _keys(records: Records) -> Hashes:
 
 def _shards(records: Records) -> dict[Path, Ints]:
     """The cache's files, one for each folder of folders, and which of the records they are for."""
-    code = code_digest(__file__, decoding.__file__) + nvimgcodec.__version__
+    code = (
+        code_digest(__file__, soundness.__file__, conversion.__file__) + nvimgcodec.__version__ + conversion.versions()
+    )
 
     @functools.cache
     def shard(folder: str) -> Path:

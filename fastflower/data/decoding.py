@@ -7,24 +7,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from nvidia import nvimgcodec
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali.backend import TensorListGPU
 from nvidia.dali.pipeline import DataNode, Pipeline
 from torch.utils.dlpack import from_dlpack
 
 from fastflower.arrays import Bytes, Ints
+from fastflower.data.converted import UnreadableError
 from fastflower.data.records import LEAVE_OUT, Records, read_image
+from fastflower.data.soundness import convert, size_of
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
 
-END = b"\xff\xd9"  # of a JPEG file
 NAMED = 5  # records in a sentence
 BATCH = 32  # pictures that are decoded at once, and held until the next batch
 
 
 def read_picture(records: Records, index: int) -> Bytes:
-    """The encoded image of a record, [length] uint8, that has a picture's header and is not cut off.
+    """The encoded image of a record, [length] uint8, that has a picture's header and is not cut off; see `convert`.
 
     One without a header among others makes DALI 2.4 crash now and then, where it should report an error. One that is
     cut off would be found out only when a crop reaches what it lacks, epochs later.
@@ -32,42 +32,18 @@ def read_picture(records: Records, index: int) -> Bytes:
     Raises:
         UserError: the record cannot be read or is no such picture; names file and record.
     """
-    encoded = read_image(records, index)
-    if not is_sound(encoded):
-        raise undecodable((records, index))
-    return encoded
-
-
-def is_sound(encoded: Bytes) -> bool:
-    """Whether encoded image bytes ([length] uint8) have a picture's header and are not cut off."""
-    return has_header(encoded) and not is_cut_off(encoded)
-
-
-def has_header(encoded: Bytes) -> bool:
-    """Whether encoded image bytes ([length] uint8) begin as a picture that DALI's decoder library knows (6 µs)."""
     try:
-        width: int = nvimgcodec.CodeStream(encoded).width  # which parses it
-        return width > 0
-    except RuntimeError:
-        return False
-
-
-def is_cut_off(encoded: Bytes) -> bool:
-    """Whether encoded image bytes ([length] uint8) of a JPEG, PNG or WebP file lack their end (1 µs for most).
-
-    Other bytes may follow it. Of other kinds there is no telling before they are decoded.
-    """
-    start = bytes(encoded[:12])
-    if start.startswith(b"RIFF"):
-        return len(encoded) < 8 + int.from_bytes(start[4:8], "little")  # its size, without these eight
-    if start.startswith(b"\x89PNG"):
-        return b"IEND" not in bytes(encoded[-8:-4]) and b"IEND" not in encoded[:-4].tobytes()  # a checksum follows it
-    return start.startswith(b"\xff\xd8") and bytes(encoded[-2:]) != END and END not in encoded.tobytes()
+        return convert(read_image(records, index))
+    except UnreadableError as error:
+        raise undecodable((records, index)) from error
 
 
 def undecodable(*bad: tuple[Records, int]) -> UserError:
-    """The sentence for records that cannot be decoded: tables and numbers in them."""
-    places = [(records.describe(index), f"({records.length[index]} bytes)") for records, index in bad[:NAMED]]
+    """The sentence for records that cannot be decoded: tables and numbers in them. It reads those that it names."""
+    places = [
+        (records.describe(index), f"({records.length[index]} bytes{why_not(records, index)})")
+        for records, index in bad[:NAMED]
+    ]
     if len(bad) == 1:
         ((where, size),) = places
         return UserError(
@@ -81,14 +57,30 @@ def undecodable(*bad: tuple[Records, int]) -> UserError:
     )
 
 
+def why_not(records: Records, index: int) -> str:
+    """Why a record cannot be decoded, after a comma; "" where there is no more to say than that."""
+    try:
+        convert(read_image(records, index))
+    except UnreadableError as error:
+        return f", {error}" if str(error) else ""
+    except UserError:  # it has changed meanwhile
+        pass
+    return ""
+
+
 def shapes_of(records: Records) -> Ints:
     """Height and width of each picture by its header, [n, 2] int64; not turned by EXIF.
 
     Raises:
         UserError: names a record that cannot be read or has no picture's header.
     """
-    streams = (nvimgcodec.CodeStream(read_picture(records, index)) for index in range(len(records)))
-    return np.array([(stream.height, stream.width) for stream in streams], np.int64).reshape(-1, 2)
+    sizes = []
+    for index in range(len(records)):
+        try:
+            sizes.append(size_of(read_image(records, index)))
+        except UnreadableError as error:
+            raise undecodable((records, index)) from error
+    return np.array(sizes, np.int64).reshape(-1, 2)
 
 
 def decode(encoded: DataNode, engine: Engine) -> DataNode:
@@ -116,8 +108,11 @@ def _by(engine: Engine) -> dict[str, Any]:
 
 
 def decodable(encoded: Bytes) -> bool:
-    """Whether the decoder can read encoded image bytes ([length] uint8)."""
-    return bool(ShapeDecoder(threads=1).shapes([encoded]).all())
+    """Whether encoded image bytes ([length] uint8) can be read."""
+    try:
+        return bool(ShapeDecoder(threads=1).shapes([convert(encoded)]).all())
+    except UnreadableError:
+        return False
 
 
 def first_undecodable(records: Records, indices: Ints) -> UserError | None:

@@ -187,7 +187,7 @@ class _Producer:
         self._resampler = Resampler(self._view, normalization, Memory(memory))
         self._pipeline: Pipeline | None = None
         self._requests: Iterator[Request] = iter(())
-        self._reader = Reader(self._records, loader.sound)
+        self._reader = Reader(self._records, loader.sound, self._loading.engine.threads)
         self._in_work: deque[_Work] = deque()
         self._made: deque[tuple[torch.cuda.Event, _Work]] = deque()  # by a GPU, or still being made
         self._failure: UserError | None = None

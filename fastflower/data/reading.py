@@ -7,6 +7,7 @@ compiled code, which opens, looks at and reads files, and of each record it is c
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numba
@@ -15,9 +16,11 @@ from numba import types
 
 from fastflower.arrays import Bools, Bytes, Ints
 from fastflower.data.compiled import compiled, is_tested
-from fastflower.data.decoding import is_sound, read_picture, undecodable
+from fastflower.data.converted import UnreadableError
+from fastflower.data.decoding import read_picture, undecodable
 from fastflower.data.memory import Memory
 from fastflower.data.records import KEPT_OPEN, OpenFile, Records, open_kept
+from fastflower.data.soundness import convert, is_sound, needs_conversion
 from fastflower.data.stamp import Stamp
 
 ALIGNED = 64  # bytes: no two pictures share a line of a cache
@@ -35,21 +38,24 @@ _STATX_NUMBERS, _SIZE, _SECONDS, _NANOSECONDS = 32, 5, 14, 15  # of 64 bits in t
 
 
 def known_sound(records: Records) -> Bools:
-    """Which records are known to be pictures that are not cut off, [n]; to be noted there of others."""
+    """Which records are known to be pictures that are not cut off and that DALI reads as they are, [n]; to be noted
+    there of others.
+    """
     contents = records.contents
-    return contents.examined & contents.sound if contents else np.zeros(len(records), np.bool_)
+    return contents.examined & contents.sound & ~contents.converted if contents else np.zeros(len(records), np.bool_)
 
 
 class Reader:
     """Reads records of one table; used by one thread at a time."""
 
-    def __init__(self, records: Records, sound: Bools) -> None:
-        """`sound` is `known_sound` of the records, which several readers may share."""
-        self._records, self._sound = records, sound
+    def __init__(self, records: Records, sound: Bools, threads: int = 1) -> None:
+        """`sound` is `known_sound` of the records, which several readers may share; `threads` convert pictures."""
+        self._records, self._sound, self._threads = records, sound, threads
         self._memory, self._most = Memory(), ALIGNED
 
     def read(self, indices: Ints) -> list[Bytes]:
-        """The encoded images of the records at `indices` ([m] int64), [length] each; see `read_picture`.
+        """The images of the records at `indices` ([m] int64), encoded as DALI reads them, [length] each; see
+        `read_picture`.
 
         Their memory is used again when nobody refers to any of them.
 
@@ -63,14 +69,24 @@ class Reader:
         memory = self._memory.take((self._most,), np.uint8)
         as_indexed = self._fill(indices, starts, memory)
         encoded = [memory[start : start + n] for start, n in zip(starts.tolist(), lengths.tolist(), strict=True)]
+        to_convert = []
         for i in np.flatnonzero(~(as_indexed & self._sound[indices])).tolist():
             index = int(indices[i])
             if not as_indexed[i]:  # its file is another, or was written to, or cannot be read: it may say what is wrong
                 encoded[i] = read_picture(self._records, index)
+            elif needs_conversion(encoded[i]):
+                to_convert.append(i)
             elif is_sound(encoded[i]):
                 self._sound[index] = True
             else:
                 raise undecodable((self._records, index))
+        if to_convert:
+            with ThreadPoolExecutor(self._threads, "convert") as threads:
+                answers = list(threads.map(_converted, [encoded[i] for i in to_convert]))
+            for i, answer in zip(to_convert, answers, strict=True):
+                if isinstance(answer, UnreadableError):
+                    raise undecodable((self._records, int(indices[i]))) from answer
+                encoded[i] = answer
         return encoded
 
     def _fill(self, indices: Ints, starts: Ints, memory: Bytes) -> Bools:
@@ -96,6 +112,13 @@ class Reader:
             as_indexed,
         )
         return as_indexed
+
+
+def _converted(encoded: Bytes) -> Bytes | UnreadableError:
+    try:
+        return convert(encoded)
+    except UnreadableError as error:
+        return error
 
 
 def _kept(records: Records, number: int) -> OpenFile | None:

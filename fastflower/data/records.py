@@ -11,7 +11,7 @@ import os
 import resource
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -34,25 +34,22 @@ class Contents:
 
     digests: Hashes  # [n], equal for the same bytes
     sound: Bools  # [n], it begins as a picture and is not cut off
-    examined: Bools  # [n]; the digest and soundness of the others mean nothing
+    converted: Bools  # [n], it is of a kind that is converted whenever it is read
+    examined: Bools  # [n]; what is said of the others means nothing
 
     @classmethod
     def unknown(cls, n: int) -> Contents:
         """Those of n records of which none is examined."""
-        return cls(np.zeros(n, np.uint64), np.zeros(n, np.bool_), np.zeros(n, np.bool_))
+        return cls(np.zeros(n, np.uint64), *(np.zeros(n, np.bool_) for _ in range(3)))
 
     def select(self, indices: Ints | Bools) -> Contents:
         """Those of the records at `indices` ([m] or [n])."""
-        return Contents(self.digests[indices], self.sound[indices], self.examined[indices])
+        return Contents(*(getattr(self, column.name)[indices] for column in fields(self)))
 
     @classmethod
     def join(cls, parts: Sequence[Contents]) -> Contents:
         """Those of some tables' records, one table after another."""
-        return cls(
-            np.concatenate([part.digests for part in parts]),
-            np.concatenate([part.sound for part in parts]),
-            np.concatenate([part.examined for part in parts]),
-        )
+        return cls(*(np.concatenate([getattr(part, column.name) for part in parts]) for column in fields(cls)))
 
 
 @dataclass(frozen=True)

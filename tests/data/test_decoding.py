@@ -10,8 +10,9 @@ import pytest
 from PIL import Image, ImageOps
 
 from fastflower.arrays import Bytes
-from fastflower.data.decoding import BATCH, ShapeDecoder, decodable, has_header, is_sound, thumbnails
+from fastflower.data.decoding import BATCH, ShapeDecoder, decodable, thumbnails
 from fastflower.data.records import Records
+from fastflower.data.soundness import has_header, is_sound
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.view import Engine

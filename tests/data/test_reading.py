@@ -18,9 +18,9 @@ from fastflower.arrays import Bytes
 from fastflower.config import DataConfig
 from fastflower.data import reading
 from fastflower.data.contents import examined
-from fastflower.data.decoding import is_sound
 from fastflower.data.reading import Reader, known_sound, read_plainly, read_without_lock
 from fastflower.data.records import Records, read_image
+from fastflower.data.soundness import is_sound
 from fastflower.data.sources import layout_of
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord

@@ -89,7 +89,8 @@ def test_no_decoder_is_heard_but_crashes_are(tmp_path: Path) -> None:
 import os, sys
 from pathlib import Path
 import numpy as np
-from fastflower.data.decoding import ShapeDecoder, has_header
+from fastflower.data.decoding import ShapeDecoder
+from fastflower.data.soundness import has_header
 from fastflower.runtime.output import without_decoders
 
 with without_decoders():

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastflower.data.decoding import decodable, has_header, is_cut_off
+from fastflower.data.decoding import decodable
 from fastflower.data.sampler import permutation
+from fastflower.data.soundness import has_header, is_cut_off
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.runtime.checkpoint import load_checkpoint, save_checkpoint
 from fastflower.runtime.entries import Checkpoint

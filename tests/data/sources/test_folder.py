@@ -15,8 +15,9 @@ from PIL import Image
 
 from fastflower.config import DataConfig
 from fastflower.data.dataset import Dataset, open_dataset
-from fastflower.data.decoding import decodable, has_header
+from fastflower.data.decoding import decodable
 from fastflower.data.records import NO_LABEL, Records, read_image
+from fastflower.data.soundness import is_sound
 from fastflower.data.sources.files import SUFFIXES
 from fastflower.data.sources.folder import load_folder
 from fastflower.data.splits import load_parts, load_records
@@ -149,16 +150,18 @@ def test_content_decides_the_kind(tmp_path: Path) -> None:
     """Every kind that an extension stands for can be decoded, whatever the name says."""
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), np.uint8))
     (tmp_path / "rose").mkdir()
-    for kind in ("PNG", "BMP", "TIFF", "PPM", "JPEG2000", "WEBP", "JPEG"):
+    for kind in ("PNG", "BMP", "TIFF", "PPM", "JPEG2000", "WEBP", "JPEG", "GIF", "AVIF"):
         buffer = BytesIO()
-        faithful: dict[str, Any] = {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind == "JPEG" else {}
+        faithful: dict[str, Any] = (
+            {"lossless": True} if kind == "WEBP" else {"quality": 100} if kind in ("JPEG", "AVIF") else {}
+        )
         picture.save(buffer, kind, **faithful)
         (tmp_path / f"rose/{kind}.jpg").write_bytes(buffer.getvalue())
     records = load_folder(tmp_path, "train").records
-    assert len(records) == 7
+    assert len(records) == 9
     expected = np.asarray(picture).mean((0, 1)) / 255
-    for i in range(7):
-        assert has_header(read_image(records, i))
+    for i in range(9):
+        assert is_sound(read_image(records, i))
         assert decodable(read_image(records, i)), records.describe(i)
         measured = pixel_statistics(records.select(np.array([i])), Engine())
         np.testing.assert_allclose(measured.normalization.mean, expected, atol=0.01)
@@ -176,8 +179,8 @@ def test_content_decides_the_kind(tmp_path: Path) -> None:
         (["train/rose/readme.txt"], "{root}/train holds no pictures"),
         (["train/rose/1.jpg", "val/rose/readme.txt"], "{root}/val holds no pictures"),
         (["val/rose/1.jpg"], "{root} has no folder train"),
-        (["train/rose/1.jpg", "train/tulip/1.gif"], "{root}/train/tulip holds no pictures"),
-        (["rose/1.jpg", "tulip/1.gif"], "{root}/tulip holds no pictures"),
+        (["train/rose/1.jpg", "train/tulip/1.psd"], "{root}/train/tulip holds no pictures"),
+        (["rose/1.jpg", "tulip/1.psd"], "{root}/tulip holds no pictures"),
         (["rose/1.jpg", "tulip/1.jpg"], "{root}: there are no records for val"),
     ],
 )

@@ -1,0 +1,110 @@
+"""What is a whole picture, by its structure, against Pillow: over kinds, places where it is cut, and damage."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from io import BytesIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fastflower.arrays import Bytes
+from fastflower.data.converted import UnreadableError
+from fastflower.data.decoding import decodable
+from fastflower.data.soundness import convert, is_cut_off, is_sound, needs_conversion, size_of
+from tests.data.kinds import CONVERTED, KINDS, encode, noise
+
+
+def as_bytes(data: bytes) -> Bytes:
+    return np.frombuffer(data, np.uint8)
+
+
+def with_segment(jpeg: bytes, marker: int, body: bytes) -> bytes:
+    return jpeg[:2] + bytes([0xFF, marker]) + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_whole_pictures_are_sound_and_have_pillows_size(name: str) -> None:
+    whole = KINDS[name]()
+    followed = () if "AVIF" in name else (whole + b"more", whole + encode(noise(8, 8), "JPEG"))  # Pillow refuses those
+    for data in (whole, *followed):
+        assert is_sound(as_bytes(data))
+        assert size_of(as_bytes(data)) == Image.open(BytesIO(whole)).size[::-1]
+    assert needs_conversion(as_bytes(whole)) == (name in CONVERTED)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_cut_off_anywhere_is_not_sound(name: str) -> None:
+    whole = KINDS[name]()
+    lengths = np.random.default_rng(0).integers(0, len(whole) - 1, 25).tolist()
+    for length in (*range(40), *lengths, len(whole) - 200, len(whole) - 20):
+        cut = as_bytes(whole[:length])
+        if name in ("MPO", "moving GIF") or ("TIFF" in name and is_sound(cut)):  # the last bytes are not the picture's
+            assert decodable(cut) == is_sound(cut)
+            continue
+        assert not is_sound(cut), length
+        with pytest.raises(UnreadableError):
+            convert(cut)
+
+
+def thumbnails_within() -> Iterator[bytes]:
+    """Camera pictures: a JPEG, or several, within one's segments, of which the first is EXIF or not."""
+    whole, small = encode(noise(90, 70), "JPEG"), encode(noise(16, 16), "JPEG")
+    for marker in (0xE0, 0xE1, 0xE2, 0xED, 0xFE):
+        yield with_segment(whole, marker, b"Exif\0\0" + small)
+        yield with_segment(with_segment(whole, marker, small + small), 0xE1, b"\xff\xd9" * 40)
+    progressive = encode(noise(90, 70), "JPEG", progressive=True)
+    yield with_segment(progressive, 0xE1, small)
+    yield whole[:2] + b"\xff\xff\xff" + whole[2:]  # fill bytes before a marker
+    yield encode(noise(90, 70), "JPEG", restart_marker_blocks=1)
+
+
+@pytest.mark.parametrize("whole", list(thumbnails_within()))
+def test_a_thumbnails_end_is_not_the_pictures(whole: bytes) -> None:
+    assert is_sound(as_bytes(whole))
+    assert decodable(as_bytes(whole))
+    for missing in (1, 2, 3, len(whole) // 50, len(whole) // 4):
+        cut = whole[:-missing]
+        assert is_cut_off(as_bytes(cut))
+        with pytest.raises(OSError):  # noqa: PT011 - Pillow thinks the same
+            Image.open(BytesIO(cut)).load()
+
+
+def test_a_second_picture_does_not_replace_the_end_of_the_first_header() -> None:
+    whole = encode(noise(40, 30), "JPEG")
+    scan = whole.index(b"\xff\xda")
+    for length in range(2, scan + 4, 7):
+        assert not decodable(as_bytes(whole[:length] + b"\xff\xd9"))
+
+
+def test_webp_with_exif_after_a_chunk_of_any_length_is_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    padded = 0
+    for width in range(20, 36):
+        picture = noise(width, 17)
+        data = as_bytes(encode(picture, "WEBP", lossless=True, exif=exif.tobytes()))
+        padded += needs_conversion(data)
+        assert is_sound(data)
+        assert size_of(data) == (17, width)
+        assert decodable(data)
+        if needs_conversion(data):
+            pixels = np.asarray(Image.open(BytesIO(convert(data).tobytes())))
+            np.testing.assert_array_equal(pixels, np.rot90(np.asarray(picture), -1))
+    assert 0 < padded < 16
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_damaged_pictures_are_read_or_refused_but_nothing_else(name: str) -> None:
+    """Nor do they end the process, as damaged JPEG 2000 did."""
+    whole, rng = KINDS[name](), np.random.default_rng(len(name))
+    for _ in range(12):
+        damaged = bytearray(whole)
+        for place in rng.integers(4, min(len(whole), 300) if rng.random() < 0.5 else len(whole), 4).tolist():
+            damaged[place] = int(rng.integers(256))
+        data = as_bytes(bytes(damaged))
+        readable = decodable(data)
+        if readable:
+            assert is_sound(data)
