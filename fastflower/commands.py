@@ -30,6 +30,7 @@ from fastflower.options import (
     FlopsCommand,
     LrCommand,
     Options,
+    PackCommand,
     PredictCommand,
     ReportCommand,
     StatsCommand,
@@ -351,6 +352,26 @@ def _stats(command: StatsCommand) -> int:
     return 0
 
 
+def _pack(command: PackCommand) -> int:
+    from fastflower.data.pack import pack
+    from fastflower.runtime.progress import Display
+
+    with Display(Console(), shown=True) as display:
+        packed = pack(
+            command.root,
+            command.out,
+            sizes=command.sizes,
+            quality=command.quality,
+            seed=command.seed,
+            follow=display.follow,
+        )
+    for sentence in packed.unreadable:
+        _say(f"left out: {sentence}")
+    counts = ", ".join(f"{count:,} of {split}" for split, count in packed.pictures.items())
+    _say(f"Packed {counts}: train with --data.root {command.out}")
+    return 1 if packed.unreadable else 0
+
+
 def _evaluation_settings(options: EvaluationOptions) -> EvaluationSettings:
     from fastflower.evaluation.session import EvaluationSettings
     from fastflower.evaluation.views import Views
@@ -384,5 +405,6 @@ FUNCTIONS: dict[type[Options], Callable[[Any], int]] = {
     DemoCommand: _demo,
     CheckCommand: _check,
     StatsCommand: _stats,
+    PackCommand: _pack,
 }
 WITHOUT_PICTURES = (FlopsCommand, ReportCommand, DoctorCommand, CompletionCommand)  # which decode none

@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import BytesIO
 from typing import Literal
 
@@ -22,6 +23,7 @@ from fastflower.arrays import Bytes
 
 Kind = Literal["GIF", "AVIF", "HEIC", "JPEG 2000"]
 _FORMATS = ("GIF", "AVIF", "HEIF", "JPEG2000", "TIFF", "WEBP")  # Pillow's names; it tries no other decoder
+_DALIS_FORMATS = ("JPEG", "MPO", "PNG", "BMP", "PPM")
 _HEIC_BRANDS = {b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1"}
 _ORIENTATION = 0x0112  # EXIF's tag, and what undoes its values
 _UPRIGHT = {
@@ -42,6 +44,15 @@ warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters of damage is 
 
 class UnreadableError(Exception):
     """A picture cannot be read; its text says why, "" where there is nothing more to say."""
+
+
+@dataclass(frozen=True)
+class Upright:
+    """A decoded picture."""
+
+    picture: Image.Image  # RGB, upright
+    size: tuple[int, int]  # width and height as stored, upright; the picture may be smaller
+    is_plain_jpeg: bool  # the encoded bytes are a JPEG that needs not be turned
 
 
 def kind_of(encoded: Bytes) -> Kind | None:
@@ -97,6 +108,32 @@ def to_pixmap(encoded: Bytes) -> Bytes:
     return np.concatenate([np.frombuffer(header, np.uint8), pixels.reshape(-1)])
 
 
+def upright(encoded: Bytes, *, at_least: int) -> Upright:
+    """The first picture in encoded bytes of any kind, upright by EXIF, RGB.
+
+    A JPEG whose sides are many times `at_least` pixels is decoded at 1/2, 1/4 or 1/8 of them, but no smaller than that.
+
+    Raises:
+        UnreadableError: Pillow cannot read it.
+    """
+    with _opened(encoded, (*_FORMATS, *_DALIS_FORMATS)) as picture:
+        size, orientation = picture.size, _orientation(picture)
+        picture.draft("RGB", (_scaled(size, at_least)))
+        picture.load()
+        plain = picture.format in ("JPEG", "MPO") and orientation == 1
+        if orientation in _UPRIGHT:
+            pixels = _rgb(picture.transpose(_UPRIGHT[orientation]))
+            size = size[::-1] if orientation >= 5 else size
+        else:
+            pixels = _rgb(picture)
+    return Upright(Image.fromarray(pixels), size, plain)
+
+
+def _scaled(size: tuple[int, int], shorter: int) -> tuple[int, int]:
+    width, height = (max(1, side * shorter // min(size)) for side in size)
+    return width, height
+
+
 def is_lzma(encoded: Bytes) -> bool:
     """Whether a TIFF file is compressed by LZMA, of which DALI reads the header alone."""
     try:
@@ -133,7 +170,7 @@ def _has_heif() -> bool:
 
 
 @contextmanager
-def _opened(encoded: Bytes) -> Iterator[Image.Image]:
+def _opened(encoded: Bytes, formats: tuple[str, ...] = _FORMATS) -> Iterator[Image.Image]:
     """The picture, of which the header is read; whatever Pillow says of it in there is an error of ours."""
     kind = kind_of(encoded)
     if kind == "HEIC" and not _has_heif():
@@ -141,7 +178,7 @@ def _opened(encoded: Bytes) -> Iterator[Image.Image]:
     if kind == "AVIF" and not features.check("avif"):
         raise UnreadableError("it is AVIF, which this Pillow does not read: pip install 'pillow>=11.3'")
     try:
-        with Image.open(BytesIO(encoded.data), formats=_formats()) as picture:
+        with Image.open(BytesIO(encoded.data), formats=_available(formats)) as picture:
             yield picture
     except UnreadableError:
         raise
@@ -152,9 +189,9 @@ def _opened(encoded: Bytes) -> Iterator[Image.Image]:
         raise UnreadableError("") from error
 
 
-def _formats() -> tuple[str, ...]:
+def _available(formats: tuple[str, ...]) -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)
+    return tuple(name for name in formats if name in Image.OPEN)
 
 
 def _orientation(picture: Image.Image) -> int:
