@@ -233,7 +233,7 @@ def known_options() -> set[str]:
 
 def options_in_help() -> set[str]:
     names = ["train", "eval", "predict", "ensemble", "cv", "lr", "flops", "report", "doctor"]
-    shown = [help_of(name) for name in names] + [help_of("data", name) for name in ("demo", "check", "stats")]
+    shown = [help_of(name) for name in names] + [help_of("data", name) for name in ("demo", "check", "stats", "pack")]
     modes: list[list[str]] = [[], ["loader"], ["model"], ["train"], ["eval"], ["overview"]]
     for module, words in [("throughput", mode) for mode in modes] + [
         (name, []) for name in ("kernels", "flops", "registers", "gpu_check")

@@ -31,7 +31,7 @@ from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.data.splits import class_list, join, load_parts
 from fastflower.data.stamp import file_keys
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, digest, to_json
+from fastflower.files import atomic_write, digest, remove_temporaries, to_json
 
 PICTURES_PER_FILE = 512
 MANIFEST = ".pack.json"
@@ -111,6 +111,8 @@ def _identity(splits: dict[str, Records], classes: list[str] | None) -> str:
 def _begin(out: Path, made: dict[str, Any]) -> dict[str, Any]:
     """What an earlier pack of the same has done so far: file numbers by split, and sentences of what it left out."""
     path = out / MANIFEST
+    for file in (path, out / "class_names.json"):
+        remove_temporaries(file)
     if path.is_file():
         try:
             state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
