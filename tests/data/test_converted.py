@@ -55,7 +55,7 @@ def folder_of(root: Path) -> tuple[Records, list[Bytes]]:
     files |= {f"turned{way}.avif": encode(noise(44, 31, seed=way), "AVIF", exif=turned(way)) for way in ORIENTATIONS}
     for name, data in files.items():
         (root / "rose" / name).write_bytes(data)
-    records, _ = load_folder(root, "train")
+    records = load_folder(root, "train").records
     return records, [expected(read_image(records, i).tobytes()) for i in range(len(records))]
 
 
@@ -88,7 +88,7 @@ def test_each_is_made_anew_for_each_reader_and_looked_up_once(tmp_path: Path, na
     (tmp_path / "rose").mkdir()
     for number, data in enumerate((KINDS[name](), KINDS["JPEG"]())):
         (tmp_path / f"rose/{number}.jpg").write_bytes(data)
-    records = examined(load_folder(tmp_path, "train")[0])
+    records = examined(load_folder(tmp_path, "train").records)
     assert records.contents
     assert records.contents.converted.tolist() == [True, False]
     assert records.contents.sound.tolist() == [True, True]
@@ -112,7 +112,7 @@ def refused(tmp_path: Path, data: bytes) -> str:
     (tmp_path / "rose").mkdir(exist_ok=True)
     (tmp_path / "rose/picture.heic").write_bytes(data)
     with pytest.raises(UserError) as caught:
-        require_pictures([load_folder(tmp_path, "train")[0]])
+        require_pictures([load_folder(tmp_path, "train").records])
     assert str(tmp_path / "rose/picture.heic") in str(caught.value)
     return str(caught.value)
 
