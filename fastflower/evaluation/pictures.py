@@ -14,8 +14,10 @@ import numpy as np
 
 from fastflower.arrays import Bytes, Strings
 from fastflower.data.contents import contents_of, examined
-from fastflower.data.decoding import BATCH, ShapeDecoder, is_cut_off, is_sound
+from fastflower.data.converted import UnreadableError
+from fastflower.data.decoding import BATCH, ShapeDecoder
 from fastflower.data.records import NO_LABEL, Progress, Records, read_image
+from fastflower.data.soundness import convert, is_cut_off
 from fastflower.data.sources.files import NOT_READ, SUFFIXES, records_of_files, why_no_picture
 from fastflower.data.sources.layout import HIDDEN, NO_EXTENSION
 from fastflower.data.sources.naming import is_foreign
@@ -204,6 +206,11 @@ def _unsound(encoded: Bytes | str) -> str:
     """Why encoded bytes that are not sound are none of a picture."""
     if isinstance(encoded, str):
         return encoded
+    try:
+        convert(encoded)
+    except UnreadableError as error:
+        if str(error) and not is_cut_off(encoded):
+            return f"cannot be decoded: {error}"
     return "is cut off" if is_cut_off(encoded) else "is no picture"
 
 
@@ -215,10 +222,13 @@ def faults(records: Records) -> dict[int, str]:
         sound: dict[int, Bytes] = {}
         for index in range(start, min(start + BATCH, len(records))):
             encoded = _read(records, index)
-            if isinstance(encoded, str) or not is_sound(encoded):
+            if isinstance(encoded, str):
+                reasons[index] = encoded
+                continue
+            try:
+                sound[index] = convert(encoded)
+            except UnreadableError:
                 reasons[index] = _unsound(encoded)
-            else:
-                sound[index] = encoded
         if sound:
             decoded: list[bool] = [bool(shape.all()) for shape in decoder.shapes([*sound.values()])]
             reasons |= {index: "cannot be decoded" for index, good in zip(sound, decoded, strict=True) if not good}
