@@ -174,7 +174,13 @@ def test_an_older_checkpoint_has_spent_nothing(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     ("options", "code"),
-    [((), 0), (("--train.epochs", 70), 2), (("--train.hours", 1), 0), (("--train.hours", 1, "--train.epochs", 9), 2), (("--train.epochs", 99), 0)],
+    [
+        ((), 0),
+        (("--train.epochs", 70), 2),
+        (("--train.hours", 1), 0),
+        (("--train.hours", 1, "--train.epochs", 9), 2),
+        (("--train.epochs", 99), 0),
+    ],
 )
 def test_more_frozen_epochs_than_epochs_are_refused(options: tuple[object, ...], code: int, small: Path) -> None:
     result = fastflower(

@@ -14,6 +14,7 @@ from fastflower.data.soundness import has_header, is_cut_off
 from fastflower.data.sources.tfrecord import write_tfrecord
 from fastflower.runtime.checkpoint import load_checkpoint, save_checkpoint
 from fastflower.runtime.entries import Checkpoint
+from fastflower.tables import NOTHING
 from tests.conftest import example, fastflower, jpeg, train_arguments, write_dataset
 from tests.training.test_changed_settings import record
 from tests.training.test_run import assert_same_run, rows
@@ -105,7 +106,7 @@ def test_a_validation_record_that_fails_leaves_the_trained_epoch_saved(small: Pa
     assert_same_run(whole, run)
     assert rows(run)[0]["images_per_s"] is None  # no step was trained before the epoch's end
     line = next(line for line in result.out.splitlines() if line.startswith("    1 "))
-    assert line.split()[-3] == "-"  # images a second
+    assert line.split()[-3] == NOTHING  # images a second
 
 
 def test_a_first_batch_that_fails_leaves_a_folder_to_begin_in_again(tmp_path: Path) -> None:

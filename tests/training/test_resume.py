@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fastflower.report.history import read_history
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.run_folder import RunFolder, find_checkpoint
+from fastflower.tables import NOTHING
 from fastflower.training import step
 from fastflower.training.metrics import Evaluation, EvaluationSums, TrainingSums
 from tests.conftest import fastflower, train_arguments, write_dataset
@@ -139,7 +140,7 @@ def test_where_nothing_is_trained_nothing_is_written(small: Path, tmp_path: Path
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     for options, sentence in (
         (["--train.epochs", "1"], "All 1 epochs are done; give a larger --train.epochs to go on."),
-        (["--train.lr", "1"], "stopped after 8 steps and saved; give a larger --train.max_steps"),
+        (["--train.lr", "1"], "stopped after 8 steps and saved; give a larger --train.max-steps"),
     ):
         result = fastflower("train", "--resume", run, *options)
         assert result.code == 0
@@ -178,7 +179,7 @@ def test_after_a_stop_in_validation_no_rate_is_logged(small: Path, tmp_path: Pat
     result = fastflower("train", "--resume", run)
     assert [row["images_per_s"] is None for row in rows(run)] == [True, False]
     line = next(line for line in result.out.splitlines() if line.startswith("    1 "))
-    assert line.split()[-3] == "-"  # images a second
+    assert line.split()[-3] == NOTHING  # images a second
     history = read_history(run, "run")
     assert np.isnan(history.images_per_s).tolist() == [True, False]
     events = EventAccumulator(str(run))
