@@ -48,6 +48,7 @@ setup(
         "pyarrow>=15",
         "tensorboard>=2.16",
         "safetensors>=0.4.3",
+        "simplejpeg>=1.7.2",
         "google-crc32c>=1.5",
     ],
     extras_require={

@@ -110,7 +110,8 @@ def measure_loader(command: LoaderCommand, config: Config, place: Place) -> list
         records = load_pictures(config.data, ["train"], seed=0)
         engine = choose_engine(config.data, place.device, place.ranks)
     display = Display(Console(stderr=True), shown=place.ranks.is_main)
-    (decoded,) = open_cache(config.data.cache, [records], engine, place.ranks, display.say, display.follow)
+    split = (records, config.data.scale[1])
+    (decoded,) = open_cache(config.data.cache, [split], engine, place.ranks, display.say, display.follow)
     work = loaders.Work(records, config.data, engine, place.device, place.ranks, command.output, decoded)
     if command.launches:
         if place.ranks.world_size > 1:

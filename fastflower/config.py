@@ -68,9 +68,10 @@ class DataConfig:
     """Standard deviation of R, G, B in [0, 1]; None = as for mean."""
     decoder: Literal["auto", "cpu", "gpu"] = "auto"
     """Where DALI decodes and augments; auto = on the GPU where there is one."""
-    decode: Literal["auto", "region", "whole"] = "auto"
+    decode: Literal["auto", "scaled", "region", "whole"] = "auto"
     """What of a picture is decoded: region = what its crop needs, with the same pixels on a CPU; whole = all of it;
-    auto = the region on a CPU, all of it on a GPU, where the region has not been measured yet."""
+    scaled = large JPEGs at 1/2, 1/4 or 1/8 of their size, where they shrink by twice that at least, others as region;
+    auto = scaled on a CPU, whole on a GPU, where the region has not been measured yet and scaled cannot be had."""
     threads: PositiveInt | None = None
     """CPU threads per process that decode and augment; None = its share of the cores that it may use, of which there
     may be fewer beside its GPU (NUMA) or in a container, and at most 32, or 16 where DALI works on a GPU."""

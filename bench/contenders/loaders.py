@@ -103,7 +103,7 @@ def contenders(work: Work, *, peers: bool) -> dict[str, Make]:
 def ours(work: Work, batch: int) -> Contender:
     """Fastflower's Loader."""
     normalization = IMAGENET if work.output == "float32" else None
-    view = View(work.data.crop, "random")
+    view = View(work.data.crop, "random", work.data.scale[1])
     loader = Loader(work.records, view, batch, Loading(normalization, work.engine, work.device), work.decoded)
 
     def start(steps: int) -> Iterator[torch.Tensor]:
@@ -159,7 +159,7 @@ def by_dali(
 
 def decode_only(work: Work, batch: int) -> Contender:
     """The part of our pipeline that tells how much of its time is decoding."""
-    view = View(work.data.crop, "random")
+    view = View(work.data.crop, "random", work.data.scale[1])
 
     def definition(encoded: DataNode, shorter: DataNode, crop_yx: DataNode, mirror: DataNode) -> DataNode:
         return take_region(encoded, shorter, crop_yx, view, work.engine)[0]

@@ -157,7 +157,7 @@ def engine_of(task: Task, data: DataConfig) -> Engine:
 
 def kept(place: Literal["gpu", "ram"], records: Records, engine: Engine) -> Decoded:
     """The pixels of all records in memory."""
-    (decoded,) = open_cache(place, [records], engine, Ranks(), lambda _: None, lambda _: lambda done, total: None)
+    (decoded,) = open_cache(place, [(records, None)], engine, Ranks(), lambda _: None, lambda _: lambda *_: None)
     if decoded is None:
         raise FailedError("the decoded pictures do not fit into memory")
     return decoded

@@ -52,7 +52,7 @@ class Pictures(Common):
     scale: tuple[int, int] | None = None
     """Range of the shorter side before the crop in training (pixels); None = the run's, or 256 480, or 64 96 of the
     built-in ones."""
-    decode: Literal["auto", "region", "whole"] | None = None
+    decode: Literal["auto", "scaled", "region", "whole"] | None = None
     """What of a picture is decoded, as data.decode; None = the run's, or auto."""
     threads: int | None = None
     """CPU threads of each process that decode and augment, as data.threads."""

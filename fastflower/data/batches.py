@@ -36,8 +36,10 @@ def choose_engine(data: DataConfig, device: torch.device, ranks: Ranks) -> Engin
     if data.decoder == "gpu" and not gpu:
         raise UserError("data.decoder is gpu, but the network does not run on a GPU that DALI finds: give auto or cpu.")
     place: Literal["cpu", "gpu"] = "gpu" if gpu and data.decoder != "cpu" else "cpu"
+    if place == "gpu" and data.decode == "scaled":
+        raise UserError("data.decode scaled is for a CPU, and DALI works on a GPU: give auto, or data.decoder cpu.")
     # On a GPU a region is another way through nvJPEG and its hardware, of which nothing was measured yet.
-    decode: Literal["region", "whole"] = "whole" if place == "gpu" else "region"
+    decode: Literal["whole", "scaled"] = "whole" if place == "gpu" else "scaled"
     return Engine(
         device=place,
         device_id=device.index if place == "gpu" else None,
@@ -215,7 +217,9 @@ def open_batches(
     normalization = choose_normalization(data, inherited, measured)
     lighting = choose_lighting(data, measured)
     loading = Loading(normalization, engine, device, ranks)
-    splits = [records for records in (dataset.train, dataset.val) if records]
+    splits: list[tuple[Records, int | None]] = [(dataset.train, data.scale[1])]
+    if dataset.val:
+        splits.append((dataset.val, data.val_resize))
     decoded = open_cache(data.cache, splits, engine, ranks, display.say, display.follow)
     train = training_batches(
         data,
@@ -261,7 +265,7 @@ def training_batches(
             raise UserError(
                 f"the training split has {len(records)} records for {ranks.world_size} processes: start fewer."
             )
-    view = View(data.crop, "random")
+    view = View(data.crop, "random", data.scale[1])
     loader = Loader(records, view, share, loading, decoded)
     kept = np.ones(len(records), bool) if kept is None else kept
     balanced = data.sampling == "balanced"
@@ -278,7 +282,8 @@ def evaluation_batches(
 ) -> EvaluationBatches:
     """Center crop of the resized (or stored) picture; `batch_size` is over all ranks."""
     share = _share_of_pass(batch_size, records, loading)
-    return EvaluationBatches(Loader(records, View(data.crop, "center"), share, loading, decoded), data.val_resize)
+    view = View(data.crop, "center", data.val_resize)
+    return EvaluationBatches(Loader(records, view, share, loading, decoded), data.val_resize)
 
 
 def whole_pictures(
@@ -292,8 +297,8 @@ def whole_pictures(
 ) -> WholePictures:
     """The resized (or stored) picture without a crop; `batch_size` is of crops, over all ranks."""
     share = _share_of_pass(batch_size, records, loading)
-    loader = Loader(records, View(data.crop, "whole"), share, loading, decoded)
-    return WholePictures(loader, shapes, data.val_resize)
+    view = View(data.crop, "whole", data.val_resize)
+    return WholePictures(Loader(records, view, share, loading, decoded), shapes, data.val_resize)
 
 
 def _share_of_pass(batch_size: int, records: Records, loading: Loading) -> int:

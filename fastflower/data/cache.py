@@ -8,10 +8,11 @@ from __future__ import annotations
 import mmap
 import os
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,11 @@ from nvidia.dali.pipeline import DataNode
 
 from fastflower import machine
 from fastflower.arrays import Bytes, Ints
-from fastflower.data.decoding import decoded_pictures, shapes_of
+from fastflower.data.decoding import BATCH, decoded_pictures, read_picture, undecodable
 from fastflower.data.records import LEAVE_OUT, Records
+from fastflower.data.resample import Region
+from fastflower.data.scaled import Scaled, factors, scaled
+from fastflower.data.soundness import header_shape
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from fastflower.runtime.distributed import Ranks
@@ -34,11 +38,12 @@ MOST, MOST_AUTO = 0.8, 0.5  # share of the free memory that a cache takes at mos
 
 @dataclass(frozen=True)
 class Decoded:
-    """The pixels of a split's records."""
+    """The pixels of a split's records, as they are decoded."""
 
-    shapes: Ints  # [n, 2], height and width, turned by EXIF
+    shapes: Ints  # [n, 2], height and width of them, turned by EXIF
     starts: Ints  # [n], place in `pixels`
     pixels: Bytes | torch.Tensor  # [bytes] uint8, in host memory or on the GPU
+    small: Mapping[int, Scaled] = field(default_factory=dict)  # of those records that are decoded smaller than they are
 
     @property
     def place(self) -> Literal["cpu", "gpu"]:
@@ -49,6 +54,12 @@ class Decoded:
         """RGB of a record, uint8 [H, W, 3]; a view."""
         (height, width), start = self.shapes[index].tolist(), int(self.starts[index])
         return self.pixels[start : start + 3 * height * width].reshape(height, width, 3)
+
+    def region(self, index: int) -> Region:
+        """All of a record's picture that is in host memory, as it is resampled from."""
+        pixels = np.asarray(self.picture(index))
+        way = self.small.get(index)
+        return way.region(pixels) if way else Region(pixels, (0, 0), pixels.shape[:2])
 
 
 def choose_place(choice: Choice, needed: int, engine: Engine, ranks: Ranks) -> tuple[Place | None, str]:
@@ -93,7 +104,7 @@ def _free(place: Place, engine: Engine, ranks: Ranks) -> int:
 
 def open_cache(
     choice: Choice,
-    splits: list[Records],
+    splits: Sequence[tuple[Records, int | None]],
     engine: Engine,
     ranks: Ranks,
     say: Callable[[str], None],
@@ -105,7 +116,7 @@ def open_cache(
 
     Args:
         choice: where to.
-        splits: the records.
+        splits: the records, and what shorter sides are resized to at most (pixels; None = they are not).
         engine: what decodes; "gpu" memory is its GPU's.
         ranks: the processes.
         say: takes sentences for the user.
@@ -117,14 +128,34 @@ def open_cache(
     if choice == "off":
         return [None for _ in splits]
     with ranks.together():
-        sizes = [3 * shapes_of(records).prod(axis=1) for records in splits]
-        place, sentence = choose_place(choice, int(sum(size.sum() for size in sizes)), engine, ranks)
+        ways = [_ways(records, largest, engine) for records, largest in splits]
+        place, sentence = choose_place(choice, int(sum(way.sizes.sum() for way in ways)), engine, ranks)
     if place != _agree(place, ranks):  # what is free may have changed between two readings
         place, sentence = None, "Not every process finds room for the decoded pictures: each epoch decodes them anew."
     say(sentence)
     if place is None:
         return [None for _ in splits]
-    return [_decode(records, size, place, engine, ranks, follow) for records, size in zip(splits, sizes, strict=True)]
+    return [_decode(records, way, place, engine, ranks, follow) for (records, _), way in zip(splits, ways, strict=True)]
+
+
+class _Ways(NamedTuple):
+    """How records are decoded."""
+
+    sizes: Ints  # [n] bytes
+    small: dict[int, Scaled]  # those decoded smaller than they are
+
+
+def _ways(records: Records, largest: int | None, engine: Engine) -> _Ways:
+    shapes = np.zeros((len(records), 2), np.int64)
+    small = {}
+    for index in range(len(records)):
+        encoded = read_picture(records, index)
+        shapes[index] = header_shape(encoded)
+        if engine.decode == "scaled" and (factor := int(factors(shapes[index : index + 1], largest)[0])) > 1:
+            way = scaled(encoded, tuple(shapes[index].tolist()), factor)
+            if way:
+                small[index], shapes[index] = way, way.decoded_shape
+    return _Ways(3 * shapes.prod(axis=1), small)
 
 
 def _agree(place: Place | None, ranks: Ranks) -> Place | None:
@@ -135,12 +166,13 @@ def _agree(place: Place | None, ranks: Ranks) -> Place | None:
 
 def _decode(
     records: Records,
-    sizes: Ints,
+    ways: _Ways,
     place: Place,
     engine: Engine,
     ranks: Ranks,
     follow: Callable[[str], Callable[[int, int], None]],
 ) -> Decoded:
+    sizes, small = ways
     ends = np.cumsum(sizes)
     total, n = int(ends[-1]), len(records)
     if place == "gpu":
@@ -150,11 +182,10 @@ def _decode(
         memory = _memory(16 * n + total, ranks)
         shapes, pixels = memory[: 16 * n].view(np.int64).reshape(n, 2), memory[16 * n :]
         mine = np.arange(ranks.local_rank, n, ranks.local_world_size)
-    decoded = Decoded(shapes, ends - sizes, pixels)
+    decoded = Decoded(shapes, ends - sizes, pixels, small)
     progress = follow("decode once")
     with ranks.together():
-        to_place = (lambda pictures: pictures) if place == "gpu" else DataNode.cpu
-        for done, (index, picture) in enumerate(decoded_pictures(records, mine, engine, to_place), start=1):
+        for done, (index, picture) in enumerate(_pictures(records, mine, small, place, engine), start=1):
             if 3 * picture.shape[0] * picture.shape[1] != sizes[index]:
                 where = records.describe(index)
                 raise UserError(f"{where} has not the size that its header says: leave it out {LEAVE_OUT}.")
@@ -162,6 +193,26 @@ def _decode(
             decoded.picture(index)[:] = picture  # type: ignore[assignment]
             progress(done, len(mine))
     return decoded
+
+
+def _pictures(
+    records: Records, indices: Ints, small: Mapping[int, Scaled], place: Place, engine: Engine
+) -> Iterator[tuple[int, Bytes | torch.Tensor]]:
+    """The records at `indices` as they are decoded, in any order, each with its number."""
+    by_dali = np.array([index for index in indices.tolist() if index not in small], np.int64)
+    to_place = (lambda pictures: pictures) if place == "gpu" else DataNode.cpu
+    yield from decoded_pictures(records, by_dali, engine, to_place)
+
+    def decode_small(index: int) -> tuple[int, Bytes]:
+        try:
+            return index, small[index].decode(read_picture(records, index))
+        except ValueError as error:
+            raise undecodable((records, index)) from error
+
+    with ThreadPoolExecutor(engine.threads, "decode") as threads:
+        mine = [index for index in indices.tolist() if index in small]
+        for start in range(0, len(mine), BATCH):
+            yield from threads.map(decode_small, mine[start : start + BATCH])
 
 
 def _memory(size: int, ranks: Ranks) -> Bytes:

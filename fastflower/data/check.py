@@ -20,11 +20,13 @@ from fastflower.data.classes import MAX_CLASSES, class_notes, listed_classes, nu
 from fastflower.data.contents import picture_digest
 from fastflower.data.converted import UnreadableError
 from fastflower.data.decoding import BATCH, ShapeDecoder, why_not
+from fastflower.data.pieces import pieces
 from fastflower.data.records import NO_LABEL, Progress, Records, concatenate, read_image
 from fastflower.data.soundness import convert
 from fastflower.data.sources import layout_of
 from fastflower.data.sources.layout import Inventory, Kind, Loaded, Problem
 from fastflower.data.splits import require_two_classes
+from fastflower.data.view import Engine
 from fastflower.errors import UserError
 from fastflower.tables import NOTHING, new_table
 
@@ -168,8 +170,8 @@ def _examine(records: Records, threads: int, progress: Progress) -> tuple[Hashes
     unread: dict[int, str] = {}
     decoder = ShapeDecoder(threads)
     stored = np.flatnonzero(records.offset >= 0)
-    for start in range(0, len(stored), BATCH):
-        batch = stored[start : start + BATCH]
+    for piece in pieces(records.length[stored], Engine(threads=threads).piece, BATCH):
+        batch = stored[piece]
         encoded = {}
         for index in batch.tolist():
             try:
@@ -184,7 +186,7 @@ def _examine(records: Records, threads: int, progress: Progress) -> tuple[Hashes
                     encoded[index] = convert(data)
         if encoded:
             shapes[list(encoded)] = decoder.shapes(list(encoded.values()))
-        for done in range(start, start + len(batch)):
+        for done in range(piece.start, piece.stop):
             progress(done + 1, len(stored))
     return digests, shapes, unread
 

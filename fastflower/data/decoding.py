@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.dlpack import from_dlpack
 
 from fastflower.arrays import Bytes, Ints
 from fastflower.data.converted import UnreadableError
+from fastflower.data.pieces import pieces
 from fastflower.data.records import LEAVE_OUT, Records, read_image
 from fastflower.data.soundness import convert, size_of
 from fastflower.data.view import Engine
@@ -133,13 +135,17 @@ class ShapeDecoder:
 
     def shapes(self, encoded: Sequence[Bytes]) -> Ints:
         """Heights and widths, [n, 2], of at most BATCH pictures' bytes; 0 where a picture cannot be decoded."""
+        several = pieces(decoded_sizes(encoded), Engine(threads=self._threads).piece)
+        return np.concatenate([self._shapes(encoded[piece]) for piece in several])
+
+    def _shapes(self, encoded: Sequence[Bytes]) -> Ints:
         try:
             return self._decode(encoded)
         except RuntimeError:  # it names no picture, and leaves a pipeline that cannot go on
             self._pipeline = None
             if len(encoded) == 1:
                 return np.zeros((1, 2), np.int64)
-            return np.concatenate([self.shapes([data]) for data in encoded])
+            return np.concatenate([self._shapes([data]) for data in encoded])
 
     def _decode(self, encoded: Sequence[Bytes]) -> Ints:
         @pipeline_def(batch_size=BATCH, num_threads=self._threads, device_id=None, prefetch_queue_depth=1)
@@ -166,7 +172,7 @@ def decoded_pictures(
 def decoded_batches(
     records: Records, indices: Ints, engine: Engine, finish: Callable[[DataNode], DataNode]
 ) -> Iterator[tuple[Ints, list[Bytes | torch.Tensor]]]:
-    """The records at `indices` ([n] int64), in that order, BATCH at once.
+    """The records at `indices` ([n] int64), in that order, BATCH at once, or fewer where they are large.
 
     Args:
         records: of a split.
@@ -180,33 +186,53 @@ def decoded_batches(
     Raises:
         UserError: a record cannot be read or decoded; names file and record.
     """
-    batches = [indices[start : start + BATCH] for start in range(0, len(indices), BATCH)]
-    encoded = ([read_picture(records, int(index)) for index in batch] for batch in batches)
+    pieces_of_them = _read(records, indices, engine.piece)
+    begun: deque[Ints] = deque()
     failures: list[UserError] = []
 
     def source() -> list[Bytes]:
         try:
-            return next(encoded)
+            batch, encoded = next(pieces_of_them)
         except UserError as error:
             failures.append(error)  # it would cross DALI's native code: end the data and raise it after
             raise StopIteration from error
+        begun.append(batch)
+        return encoded
 
     @pipeline_def(batch_size=BATCH, num_threads=engine.threads, device_id=engine.device_id)
     def definition() -> DataNode:
         return finish(decode(fn.external_source(source=source, batch=True), engine))
 
     pipeline = definition()
-    for batch in batches:
+    while True:
         try:
             (pictures,) = pipeline.run()
         except StopIteration:
-            raise failures[0] from None
+            if failures:
+                raise failures[0] from None
+            return
         except RuntimeError as error:
-            raise first_undecodable(records, batch) or error from error
+            raise first_undecodable(records, begun[0]) or error from error
+        batch = begun.popleft()
         on_gpu = isinstance(pictures, TensorListGPU)
         yield batch, [from_dlpack(pictures[i]) if on_gpu else np.asarray(pictures[i]) for i in range(len(batch))]
         if on_gpu:  # DALI uses the memory of its pictures again when we drop them
             torch.cuda.synchronize(engine.device_id)
+
+
+def _read(records: Records, indices: Ints, most: int) -> Iterator[tuple[Ints, list[Bytes]]]:
+    """The records at `indices`, encoded, BATCH at once, or so many fewer that they take `most` bytes when decoded."""
+    for part in pieces(records.length[indices], most, BATCH):
+        encoded = [read_picture(records, index) for index in indices[part].tolist()]
+        for piece in pieces(decoded_sizes(encoded), most):
+            yield indices[part][piece], encoded[piece]
+
+
+def decoded_sizes(encoded: Sequence[Bytes]) -> Ints:
+    """Bytes of pictures once they are decoded, [n], by their headers."""
+    shapes = np.array([header_shape(data) for data in encoded], np.int64).reshape(-1, 2)
+    sizes: Ints = 3 * shapes.prod(axis=1)
+    return sizes
 
 
 def thumbnails(records: Records, indices: Sequence[int] | Ints, side: int, engine: Engine) -> list[Bytes]:

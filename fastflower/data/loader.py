@@ -8,7 +8,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, cast
 
@@ -22,9 +21,10 @@ from fastflower.arrays import Ints
 from fastflower.data import pipeline as graph
 from fastflower.data.decoding import first_undecodable
 from fastflower.data.memory import Memory, pageable, pinned
+from fastflower.data.on_cpu import CpuBatches
 from fastflower.data.reading import Reader, known_sound
 from fastflower.data.records import Records
-from fastflower.data.resample import Region, Resampler
+from fastflower.data.resample import Resampler
 from fastflower.data.sampler import Request
 from fastflower.data.view import Engine, Normalization, View
 from fastflower.errors import UserError
@@ -82,7 +82,8 @@ class Loader:
             decoded: the records' pixels, where they are in memory.
         """
         self.records, self.view, self.batch, self.loading, self.decoded = records, view, batch, loading, decoded
-        self.sound = known_sound(records)  # noted of each record when it is read first, in whichever iteration
+        # noted of each record when it is read first, in whichever iteration
+        self.sound, self.shapes = known_sound(records), np.zeros((len(records), 2), np.int64)
         self._device, normalization = loading.device, loading.normalization
         if normalization and self._device.type == "cuda":
             self._mean = 255 * torch.tensor(normalization.mean, device=self._device)
@@ -182,12 +183,22 @@ class _Producer:
         self._loading, self._decoded = loader.loading, loader.decoded
         on_gpu = self._loading.device.type == "cuda"
         self._stream = torch.cuda.Stream(self._loading.device) if on_gpu else None
-        # for a GPU pictures are left uint8, a quarter in size, and normalized there
-        normalization, memory = (None, pinned) if on_gpu else (self._loading.normalization, pageable)
-        self._resampler = Resampler(self._view, normalization, Memory(memory))
+        self._reader = Reader(self._records, loader.sound, self._loading.engine.threads)
+        if self._loading.engine.device == "cpu":
+            # for a GPU pictures are left uint8, a quarter in size, and normalized there
+            normalization, memory = (None, pinned) if on_gpu else (self._loading.normalization, pageable)
+            self._on_cpu = CpuBatches(
+                self._records,
+                self._view,
+                self._batch,
+                self._loading.engine,
+                Resampler(self._view, normalization, Memory(memory)),
+                self._reader,
+                loader.shapes,
+                self._decoded,
+            )
         self._pipeline: Pipeline | None = None
         self._requests: Iterator[Request] = iter(())
-        self._reader = Reader(self._records, loader.sound, self._loading.engine.threads)
         self._in_work: deque[_Work] = deque()
         self._made: deque[tuple[torch.cuda.Event, _Work]] = deque()  # by a GPU, or still being made
         self._failure: UserError | None = None
@@ -202,7 +213,8 @@ class _Producer:
             if self._stream:
                 torch.cuda.set_device(self._loading.device)  # a thread begins with GPU 0, which may be another rank's
             with torch.cuda.stream(self._stream):
-                for item in self._on_cpu() if self._loading.engine.device == "cpu" else self._by_dali():
+                on_cpu = self._loading.engine.device == "cpu"
+                for item in self._by_cpu(stop) if on_cpu else self._by_dali():
                     ready.put(item)
             ready.put(self._failure)
         except Exception as error:
@@ -214,25 +226,10 @@ class _Producer:
         if self._stream:
             self._stream.synchronize()
 
-    def _on_cpu(self) -> Iterator[_Item]:
-        """Decoded by DALI, or before, and resampled here."""
-        with ThreadPoolExecutor(self._loading.engine.threads, "resample") as threads:
-            for regions, request in self._regions():
-                for images, alike in self._resampler.batches(regions, request, threads):
-                    yield self._item(torch.from_numpy(images), request.select(alike))
-
-    def _regions(self) -> Iterator[tuple[list[Region], Request]]:
-        if self._decoded:
-            for request in self._requests:
-                pictures = [np.asarray(self._decoded.picture(int(index))) for index in request.indices]
-                yield [Region(picture, (0, 0), picture.shape[:2]) for picture in pictures], request
-            return
-        if self._pipeline is None:
-            self._pipeline = graph.build_decoder(self._next_inputs, self._view, self._loading.engine, self._batch)
-        for (pixels, corners, shapes), request in self._runs(self._pipeline):
-            corner, shape = (np.asarray(numbers.as_tensor()).tolist() for numbers in (corners, shapes))
-            places = zip(corner, shape, strict=True)
-            yield [Region(np.asarray(pixels[i]), tuple(c), tuple(s)) for i, (c, s) in enumerate(places)], request
+    def _by_cpu(self, stop: threading.Event) -> Iterator[_Item]:
+        """Decoded and resampled on a CPU."""
+        for images, request in self._on_cpu.batches(self._requests, stop):
+            yield self._item(torch.from_numpy(images), request)
 
     def _by_dali(self) -> Iterator[_Item]:
         """Decoded and resampled by DALI on a GPU."""
@@ -250,18 +247,17 @@ class _Producer:
 
     def _runs(self, pipeline: Pipeline) -> Iterator[tuple[tuple[graph.Pictures, ...], Request]]:
         """What the pipeline makes of each request."""
-        stream = self._stream if self._loading.engine.device == "gpu" else None  # else it knows of none
         while True:
             try:
-                outputs = pipeline.run(stream)
+                outputs = pipeline.run(self._stream)
             except StopIteration:
                 pipeline.reset()
                 return
             work = self._in_work.popleft()
-            if stream:
+            if self._stream:
                 while self._made and self._made[0][0].query():
                     self._made.popleft()
-                self._made.append((stream.record_event(), work))
+                self._made.append((self._stream.record_event(), work))
             yield outputs, work.request
 
     def _next_inputs(self) -> graph.Inputs:

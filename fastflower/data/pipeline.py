@@ -64,9 +64,37 @@ def build_pipeline(
     return _built(_definition(source, view, engine, normalization, decoded, **_resources(engine, batch)))
 
 
-def build_decoder(source: Source, view: View, engine: Engine, batch: int) -> Pipeline:
-    """A built pipeline whose outputs are what `take_region` takes of pictures; see `build_pipeline` for arguments."""
-    return _built(_decoder(source, view, engine, **_resources(engine, batch)))
+class Decoder:
+    """What `take_region` takes of pictures on a CPU, of some while others are being decoded."""
+
+    def __init__(self, view: View, engine: Engine, batch: int) -> None:
+        """Build it; see `build_pipeline` for arguments."""
+        self._names = _used(view, engine)
+        # it begins whatever it is given, also ahead of what was taken; a longer queue would wait for more of it
+        resources = _resources(engine, batch) | {"prefetch_queue_depth": 1}
+        self._pipeline = _built(_decoder(view, engine, self._names, **resources))
+
+    def begin(self, given: Inputs) -> None:
+        """Begin with at most `batch` pictures, whose inputs are kept by the caller until they are taken."""
+        for name, numbers in zip(self._names, given, strict=False):
+            self._pipeline.feed_input(name, numbers)
+        self._pipeline.schedule_run()
+
+    def take(self) -> tuple[TensorListCPU, TensorListCPU, TensorListCPU]:
+        """What `take_region` takes of the pictures that were begun first, when it is there.
+
+        Raises:
+            RuntimeError: one of them cannot be decoded, and the decoder cannot go on.
+        """
+        outputs: tuple[TensorListCPU, TensorListCPU, TensorListCPU] = self._pipeline.outputs()
+        return outputs
+
+
+def _used(view: View, engine: Engine) -> tuple[str, ...]:
+    """Names for the first of `inputs`, as many as `take_region` uses, since DALI refuses others."""
+    if view.place == "whole" or engine.decode == "whole":
+        return ("images",)
+    return ("images", "shorter", "crop_yx") if view.place == "random" else ("images", "shorter")
 
 
 def _resources(engine: Engine, batch: int) -> dict[str, int | None]:
@@ -123,9 +151,10 @@ def _definition(
 
 
 @pipeline_def
-def _decoder(source: Source, view: View, engine: Engine) -> tuple[DataNode, DataNode, DataNode]:
-    encoded, shorter, crop_yx, _ = fn.external_source(source=source, num_outputs=4, batch=True, no_copy=True)
-    return take_region(encoded, shorter, crop_yx, view, engine)
+def _decoder(view: View, engine: Engine, names: tuple[str, ...]) -> tuple[DataNode, DataNode, DataNode]:
+    images, *numbers = (fn.external_source(name=name, no_copy=True) for name in names)
+    shorter, crop_yx = (*numbers, None, None)[:2]
+    return take_region(images, shorter, crop_yx, view, engine)
 
 
 def _inputs(source: Source, decoded: Literal["cpu", "gpu"] | None) -> Sequence[DataNode]:
@@ -175,7 +204,13 @@ def _next(waiting: deque[Half | None], ask: Callable[[], None]) -> Half:
 
 
 def take_region(
-    images: DataNode, shorter: DataNode, crop_yx: DataNode, view: View, engine: Engine, *, decoded: bool = False
+    images: DataNode,
+    shorter: DataNode | None,
+    crop_yx: DataNode | None,
+    view: View,
+    engine: Engine,
+    *,
+    decoded: bool = False,
 ) -> tuple[DataNode, DataNode, DataNode]:
     """The region of pictures that a view needs, or all of them if the engine decodes whole ones.
 
@@ -184,8 +219,8 @@ def take_region(
 
     Args:
         images: encoded bytes, or pixels [H, W, 3] if they are `decoded`.
-        shorter: what their shorter sides become.
-        crop_yx: where their crops are.
+        shorter: what their shorter sides become; not used for whole pictures.
+        crop_yx: where their crops are; used only where these are at random.
         view: geometry.
         engine: what decodes.
         decoded: whether that has been done.
@@ -221,7 +256,9 @@ def _place(
     return _float(start) * scale - _float(corner), math.min(end, _float(_shape(pixels)))
 
 
-def size_and_start(shape: DataNode, shorter: DataNode, crop_yx: DataNode, view: View) -> tuple[DataNode, DataNode]:
+def size_and_start(
+    shape: DataNode, shorter: DataNode, crop_yx: DataNode | None, view: View
+) -> tuple[DataNode, DataNode]:
     """Height and width of pictures of `shape` after resizing, and row and column where the crop begins in them.
 
     They are those of `fastflower.data.geometry.frames`, in operators of DALI.

@@ -23,6 +23,7 @@ from fastflower.data.records import KEPT_OPEN, OpenFile, Records, open_kept
 from fastflower.data.soundness import convert, is_sound, needs_conversion
 from fastflower.data.stamp import Stamp
 
+CONVERTED_TIMES = 25  # bytes of a pixmap for each byte of HEIC or AVIF, roughly
 ALIGNED = 64  # bytes: no two pictures share a line of a cache
 
 # Functions of the C library: open(2), pread(2), close(2) and statx(2), whose structure is the same on all machines.
@@ -52,6 +53,11 @@ class Reader:
         """`sound` is `known_sound` of the records, which several readers may share; `threads` convert pictures."""
         self._records, self._sound, self._threads = records, sound, threads
         self._memory, self._most = Memory(), ALIGNED
+
+    def sizes(self, indices: Ints) -> Ints:
+        """About how many bytes the images of the records at `indices` take once they are read, [m]."""
+        lengths, contents = self._records.length[indices], self._records.contents
+        return np.where(contents.converted[indices], CONVERTED_TIMES * lengths, lengths) if contents else lengths
 
     def read(self, indices: Ints) -> list[Bytes]:
         """The images of the records at `indices` ([m] int64), encoded as DALI reads them, [length] each; see

@@ -9,8 +9,8 @@ those pixels differ from PIL's by 0.1 to 0.6 levels on average, and by 16 at mos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
 import numba
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from fastflower.arrays import Bytes, Ints, Singles
 from fastflower.data.compiled import compiled, is_tested
-from fastflower.data.geometry import frames
+from fastflower.data.geometry import Frame, frames
 from fastflower.data.memory import Memory
 from fastflower.data.sampler import Request
 from fastflower.data.view import Normalization, View
@@ -33,8 +33,10 @@ class Region(NamedTuple):
     """What is there of a decoded picture."""
 
     pixels: Bytes  # RGB [h, w, 3]
-    corner: tuple[int, int]  # row and column of the picture where they begin
+    corner: tuple[int, int]  # row and column where they begin, counted in such pixels
     shape: tuple[int, int]  # height and width of the picture
+    factor: int = 1  # of how many rows and columns of the picture a pixel is made
+    overhang: tuple[float, float] = (0.0, 0.0)  # how much of the first row and column lies before the picture's
 
 
 class Resampler:
@@ -43,57 +45,98 @@ class Resampler:
     def __init__(self, view: View, normalization: Normalization | None, memory: Memory | None = None) -> None:
         """Pictures are float32 with a normalization, else uint8 and without color shifts; they are made in `memory`."""
         self.view, self.normalization = view, normalization
-        self._memory = memory or Memory()
-        self._dtype: type[np.generic] = np.float32 if normalization else np.uint8
-        self._mean, self._std = np.zeros(3, np.float32), np.ones(3, np.float32)
+        self.memory = memory or Memory()
+        self.dtype: type[np.generic] = np.float32 if normalization else np.uint8
+        self.mean, self.std = np.zeros(3, np.float32), np.ones(3, np.float32)
         if normalization:
-            self._mean = np.float32(255) * np.array(normalization.mean, np.float32)
-            self._std = np.float32(255) * np.array(normalization.std, np.float32)
+            self.mean = np.float32(255) * np.array(normalization.mean, np.float32)
+            self.std = np.float32(255) * np.array(normalization.std, np.float32)
 
-    def batches(
-        self, regions: Sequence[Region], request: Request, threads: Executor
-    ) -> Iterator[tuple[Bytes | Singles, Ints]]:
-        """Resize, crop, flip and normalize pictures as a request says.
+    def begin(self, request: Request) -> Making:
+        """Pictures of a request, none of which is made yet."""
+        return Making(self, request)
+
+
+class Making:
+    """Pictures of a request, which are made in any order, piece by piece."""
+
+    def __init__(self, resampler: Resampler, request: Request) -> None:
+        self.request = request
+        self._resampler = resampler
+        self._crops: NDArray[Any] | None = None  # [n, crop, crop, 3]
+        self._wholes: dict[int, NDArray[Any]] = {}  # of a view without a crop
+
+    def add(
+        self,
+        places: Ints,
+        shapes: Ints,
+        region_of: Callable[[int], Region],
+        threads: Executor,
+        at_once: int = AT_ONCE,
+    ) -> list[Future[None]]:
+        """Begin to resize, crop, flip and normalize pictures as the request says.
 
         Args:
-            regions: of each picture, at least what the view keeps of it.
-            request: the numbers for each.
+            places: of the pictures in the request, [m].
+            shapes: their heights and widths, [m, 2].
+            region_of: gives of each, by its number below m, at least what the view keeps of it; called by the threads.
             threads: for the work.
+            at_once: pictures of a thread's task.
+
+        Returns:
+            The tasks, to wait for.
+        """
+        resampler, request = self._resampler, self.request.select(places)
+        kept = frames(shapes, request.shorter, request.crop_yx, resampler.view)
+        flips = request.mirror.astype(bool) & (resampler.view.place != "whole")
+        means: Singles = np.repeat(resampler.mean[None], len(kept), axis=0)
+        if resampler.normalization and request.shift is not None:
+            means = means - np.float32(255) * request.shift
+        room = [self._room(place, frame) for place, frame in zip(places.tolist(), kept, strict=True)]
+
+        def work(start: int) -> None:
+            for i in range(start, min(start + at_once, len(kept))):
+                resample(region_of(i), kept[i], flips[i], means[i], resampler.std, room[i])
+
+        return [threads.submit(work, start) for start in range(0, len(kept), at_once)]
+
+    def _room(self, place: int, frame: Frame) -> NDArray[Any]:
+        """Memory for a picture."""
+        resampler = self._resampler
+        if resampler.view.place == "whole":
+            self._wholes[place] = np.empty((frame.rows, frame.columns, 3), resampler.dtype)
+            return self._wholes[place]
+        if self._crops is None:
+            shape = (len(self.request), resampler.view.crop, resampler.view.crop, 3)
+            self._crops = resampler.memory.take(shape, resampler.dtype)
+        picture: NDArray[Any] = self._crops[place]
+        return picture
+
+    def finish(self) -> Iterator[tuple[Bytes | Singles, Ints]]:
+        """All pictures, when all are made.
 
         Yields:
-            [n, h, w, 3] and which of the pictures they are, [n]; one pair for each shape that comes out.
+            [n, h, w, 3] and which of the request's pictures they are, [n]; one pair for each shape that comes out.
         """
-        stored = np.array([region.shape for region in regions], np.int64)
-        kept = frames(stored, request.shorter, request.crop_yx, self.view)
-        flips = request.mirror.astype(bool) & (self.view.place != "whole")
-        means: Singles = np.repeat(self._mean[None], len(kept), axis=0)
-        if self.normalization and request.shift is not None:
-            means = means - np.float32(255) * request.shift
-        shapes = np.array([(frame.rows, frame.columns) for frame in kept])
-        for shape in np.unique(shapes, axis=0):
-            alike = np.flatnonzero((shapes == shape).all(axis=1))
-            images = self._memory.take((len(alike), *shape.tolist(), 3), self._dtype)
-
-            def work(start: int, alike: Ints = alike, images: NDArray[Any] = images) -> None:
-                for i, out in zip(alike[start : start + AT_ONCE].tolist(), images[start:], strict=False):
-                    pixels, corner, shape = regions[i]
-                    resample(pixels, corner, shape, kept[i], flips[i], means[i], self._std, out)
-
-            for _ in threads.map(work, range(0, len(alike), AT_ONCE)):
-                pass
+        if self._crops is not None:
+            yield self._crops, np.arange(len(self.request))
+        shapes = {place: picture.shape for place, picture in self._wholes.items()}
+        for shape in sorted(set(shapes.values())):
+            alike = np.array(sorted(place for place, other in shapes.items() if other == shape))
+            images = self._resampler.memory.take((len(alike), *shape), self._resampler.dtype)
+            for image, place in zip(images, alike.tolist(), strict=True):
+                image[:] = self._wholes[place]
             yield images, alike
 
 
 @compiled()
-def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignore[no-untyped-def]
+def resample(region, frame, flip, mean, std, out):  # type: ignore[no-untyped-def]
     """Write a part of a resized picture.
 
     The axis along which there is less to do comes first: rows, where they become fewer.
 
     Args:
-        pixels: uint8 [h, w, 3], a region of the picture.
-        corner: row and column where it begins.
-        shape: height and width of the picture.
+        region: a `Region` of the picture.
         frame: a `fastflower.data.geometry.Frame`.
         flip: left to right.
         mean: float32 [3], subtracted from the rounded levels.
@@ -103,8 +146,11 @@ def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignor
     Raises:
         ValueError: the region is too small.
     """
-    top, bottom, first_row, row_weights = _taps(shape[0], frame.height, frame.top, frame.rows)
-    left, right, first_column, column_weights = _taps(shape[1], frame.width, frame.left, frame.columns)
+    pixels, corner, shape, factor, overhang = region
+    top, bottom, first_row, row_weights = _taps(shape[0] / factor, overhang[0], frame.height, frame.top, frame.rows)
+    left, right, first_column, column_weights = _taps(
+        shape[1] / factor, overhang[1], frame.width, frame.left, frame.columns
+    )
     top, bottom, left, right = top - corner[0], bottom - corner[0], left - corner[1], right - corner[1]
     if min(top, left) < 0 or bottom > pixels.shape[0] or right > pixels.shape[1]:
         raise ValueError("the region lacks pixels of the frame")  # compiled code would read whatever lies there
@@ -118,7 +164,7 @@ def resample(pixels, corner, shape, frame, flip, mean, std, out):  # type: ignor
         means[channel::3], stds[channel::3] = mean[channel], std[channel]
     resized = np.empty((1, len(means) + 1), np.float32)
     levels = out.reshape(frame.rows, len(means))
-    if frame.height > shape[0]:
+    if frame.height > shape[0] / factor:
         lines = np.empty((len(source), len(means) + 1), np.float32)
         for row in range(len(source)):
             for i in range(source.shape[1]):
@@ -233,8 +279,11 @@ def _normalize(resized, means, stds, levels, row):  # type: ignore[no-untyped-de
 
 
 @compiled(error_model="numpy")
-def _taps(size, resized, start, count):  # type: ignore[no-untyped-def]
+def _taps(size, overhang, resized, start, count):  # type: ignore[no-untyped-def]
     """What `count` pixels from `start` on, of an axis that is resized from `size` pixels, are made of.
+
+    The first and the last of the `size` pixels, which need not be a whole number, may be there in part: of the first
+    the `overhang` is missing.
 
     Returns:
         first pixel that is used at all, end of those that are, first for each counted from there ([count]), and weights
@@ -242,19 +291,20 @@ def _taps(size, resized, start, count):  # type: ignore[no-untyped-def]
     """
     scale = size / resized
     support = max(scale, 1.0)
+    pixels = int(np.ceil(overhang + size))
     first, used = np.empty(count, np.int64), 0
     weights = np.zeros((count, int(2 * support) + 3), np.float32)
     for i in range(count):
-        center = (start + i + 0.5) * scale
+        center = (start + i + 0.5) * scale + overhang
         low, high = int(np.floor(center - support + 0.5)), int(np.floor(center + support + 0.5))
-        first[i] = min(max(low, 0), size - 1)
+        first[i] = min(max(low, 0), pixels - 1)
         total = 0.0
         for k in range(low, high):
             weight = max(1 - abs(k + 0.5 - center) / support, 0.0)
-            tap = min(max(k, 0), size - 1) - first[i]  # beyond the border is what is at the border, as DALI has it
+            tap = min(max(k, 0), pixels - 1) - first[i]  # beyond the border is what is at the border, as DALI has it
             weights[i, tap] += weight
             total += weight
             used = max(used, tap + 1)
         weights[i] /= total
-    begin, end = first[0], min(first[-1] + used, size)
+    begin, end = first[0], min(first[-1] + used, pixels)
     return begin, end, first - begin, weights[:, : used + used % 2].copy()

@@ -31,11 +31,16 @@ def is_sound(encoded: Bytes) -> bool:
 
 def has_header(encoded: Bytes) -> bool:
     """Whether encoded image bytes ([length] uint8) begin as a picture that DALI's decoder library knows (6 µs)."""
+    return header_shape(encoded)[1] > 0
+
+
+def header_shape(encoded: Bytes) -> tuple[int, int]:
+    """Height and width of a picture that DALI reads, by its header, not turned by EXIF; 0 where it has none (6 µs)."""
     try:
-        width: int = nvimgcodec.CodeStream(encoded).width  # which parses it
-        return width > 0
+        stream = nvimgcodec.CodeStream(encoded)  # which parses it
+        return stream.height, stream.width
     except RuntimeError:
-        return False
+        return 0, 0
 
 
 def needs_conversion(encoded: Bytes) -> bool:
@@ -79,8 +84,7 @@ def size_of(encoded: Bytes) -> tuple[int, int]:
         return converted.size_of(encoded)
     if not is_sound(encoded):
         raise UnreadableError("")
-    stream = nvimgcodec.CodeStream(encoded)
-    return stream.height, stream.width
+    return header_shape(encoded)
 
 
 def is_cut_off(encoded: Bytes) -> bool:

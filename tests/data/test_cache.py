@@ -33,7 +33,7 @@ CPU, ALONE = torch.device("cpu"), Ranks()
 
 def decoded(records: Records, choice: Any = "ram") -> tuple[Decoded | None, list[str]]:
     said: list[str] = []
-    (pixels,) = open_cache(choice, [records], Engine(), ALONE, said.append, lambda _: lambda done, total: None)
+    (pixels,) = open_cache(choice, [(records, None)], Engine(), ALONE, said.append, lambda _: lambda done, total: None)
     return pixels, said
 
 

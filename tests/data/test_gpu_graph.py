@@ -58,7 +58,7 @@ def records(tmp_path: Path) -> Records:
 
 def on_the_gpu(records: Records) -> Decoded:
     """The pixels as `data.cache gpu` keeps them, in memory of torch."""
-    (kept,) = open_cache("ram", [records], Engine(), Ranks(), lambda _: None, lambda _: lambda done, total: None)
+    (kept,) = open_cache("ram", [(records, None)], Engine(), Ranks(), lambda _: None, lambda _: lambda *_: None)
     assert kept
     assert isinstance(kept.pixels, np.ndarray)
     decoded = Decoded(kept.shapes, kept.starts, torch.from_numpy(kept.pixels))

@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.ExifTags import Base
 
-from fastflower.arrays import Bytes
+from fastflower.arrays import Bytes, Ints
 from fastflower.config import DataConfig
 from fastflower.data import pipeline as graph
 from fastflower.data.loader import Batch, Loader, Loading, normalize
 from fastflower.data.memory import Memory
 from fastflower.data.records import Records, read_image
-from fastflower.data.resample import Region, Resampler
+from fastflower.data.resample import Making, Region
 from fastflower.data.sampler import Request, evaluation_requests, training_requests
 from fastflower.data.sources import layout_of
 from fastflower.data.sources.kaggle import load_split
@@ -70,13 +70,13 @@ def test_pictures_belong_to_their_labels(small: Path) -> None:
 
 def test_pictures_are_not_copied_between_decoder_and_resampler(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owners: list[bool] = []
-    original = Resampler.batches
+    original = Making.add
 
-    def spy(self: Resampler, regions: Sequence[Region], *others: Any) -> Any:
-        owners.extend(region.pixels.flags.owndata for region in regions)
-        return original(self, regions, *others)
+    def spy(self: Making, places: Ints, shapes: Ints, region_of: Callable[[int], Region], *others: Any) -> Any:
+        owners.extend(region_of(i).pixels.flags.owndata for i in range(len(places)))
+        return original(self, places, shapes, region_of, *others)
 
-    monkeypatch.setattr(Resampler, "batches", spy)
+    monkeypatch.setattr(Making, "add", spy)
     epoch(loader(load_split(small, "train"), View(32, "random"), 8))
     assert owners == [False] * 48
 

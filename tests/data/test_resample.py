@@ -16,7 +16,7 @@ from PIL import Image, ImageFilter, ImageOps
 
 from fastflower.arrays import Bytes, Floats, Ints
 from fastflower.data.geometry import Frame, frames
-from fastflower.data.pipeline import build_decoder, build_pipeline, inputs
+from fastflower.data.pipeline import Decoder, build_pipeline, inputs
 from fastflower.data.records import read_image
 from fastflower.data.resample import Region, Resampler, resample
 from fastflower.data.sampler import Request
@@ -49,7 +49,9 @@ def by_dali(encoded: list[bytes], request: Request, view: View) -> list[Bytes]:
 
 def decode(encoded: list[bytes], request: Request, view: View) -> list[Region]:
     given = inputs(arrays(encoded), request)
-    outputs = build_decoder(lambda: given, view, Engine(prefetch=1), len(encoded)).run()
+    decoder = Decoder(view, Engine(), len(encoded))
+    decoder.begin(given)
+    outputs = decoder.take()
     pixels, corners, shapes = ([np.array(output[i]) for i in range(len(encoded))] for output in outputs)
     places = zip(corners, shapes, strict=True)
     return [Region(pixels[i], tuple(corner), tuple(shape)) for i, (corner, shape) in enumerate(places)]
@@ -64,16 +66,23 @@ def resampled(
     regions: list[Region], request: Request, view: View, threads: Executor, normalization: Normalization | None = None
 ) -> list[Bytes]:
     pictures: dict[int, Bytes] = {}
-    for images, alike in Resampler(view, normalization).batches(regions, request, threads):
+    making = Resampler(view, normalization).begin(request)
+    shapes = np.array([region.shape for region in regions])
+    for task in making.add(np.arange(len(regions)), shapes, regions.__getitem__, threads):
+        task.result()
+    for images, alike in making.finish():
         pictures |= dict(zip(alike.tolist(), images, strict=True))
     return [pictures[i] for i in range(len(regions))]
 
 
-def resize(picture: Bytes, kept: Frame, *, flip: bool = False, corner: tuple[int, int] = (0, 0)) -> Bytes:
-    """Of a picture whose parts above and left of `corner` are not there."""
+def resize(
+    picture: Bytes, kept: Frame, *, flip: bool = False, corner: tuple[int, int] = (0, 0), rows: int | None = None
+) -> Bytes:
+    """Of a picture whose parts above and left of `corner` are not there, nor those from `rows` on."""
     out = np.empty((kept.rows, kept.columns, 3), np.uint8)
-    region = np.ascontiguousarray(picture[corner[0] :, corner[1] :])
-    resample(region, corner, picture.shape[:2], kept, flip, np.zeros(3, np.float32), np.ones(3, np.float32), out)
+    region = np.ascontiguousarray(picture[corner[0] : rows, corner[1] :])
+    place = Region(region, corner, picture.shape[:2])
+    resample(place, kept, flip, np.zeros(3, np.float32), np.ones(3, np.float32), out)
     return out
 
 
@@ -152,10 +161,7 @@ def test_a_region_that_is_too_small_is_refused() -> None:
         with pytest.raises(ValueError, match="lacks pixels"):
             resize(picture, kept, corner=corner)
     with pytest.raises(ValueError, match="lacks pixels"):
-        resample(
-            np.zeros((40, 90, 3), np.uint8), (0, 0), (90, 90), kept, False, np.zeros(3, np.float32),
-            np.ones(3, np.float32), np.empty((30, 30, 3), np.uint8),
-        )  # fmt: skip
+        resize(picture, kept, rows=40)
 
 
 def test_all_kinds_of_pictures(odd_images: Path, threads: Executor) -> None:

@@ -178,7 +178,7 @@ def test_pictures_decoded_once_give_the_same_batches(
 ) -> None:
     """From regions within the chroma at their borders, which the decoder may make otherwise; else bit for bit."""
     device, engine = torch.device("cuda", 0), replace(GPU, decode=decode)
-    (decoded,) = open_cache(choice, [pictures], engine, Ranks(), lambda _: None, lambda _: lambda done, total: None)
+    (decoded,) = open_cache(choice, [(pictures, None)], engine, Ranks(), lambda _: None, lambda _: lambda *_: None)
     assert decoded
     assert decoded.place == ("gpu" if choice == "gpu" else "cpu")
     for view in (View(128, "random"), View(128)):
@@ -196,7 +196,7 @@ def test_pictures_decoded_once_give_the_same_batches(
 
 def test_an_epoch_of_decoded_pictures_that_is_left_early_leaves_the_loader_usable(pictures: Records) -> None:
     device = torch.device("cuda", 0)
-    (decoded,) = open_cache("gpu", [pictures], GPU, Ranks(), lambda _: None, lambda _: lambda done, total: None)
+    (decoded,) = open_cache("gpu", [(pictures, None)], GPU, Ranks(), lambda _: None, lambda _: lambda *_: None)
     for prefetch in (1, 2, 4):
         loading = Loading(IMAGENET, replace(GPU, prefetch=prefetch), device)
         cached = Loader(pictures, View(128, "random"), BATCH, loading, decoded)
