@@ -17,7 +17,7 @@ from fastflower.arrays import Bytes, Ints
 from fastflower.data.converted import UnreadableError
 from fastflower.data.pieces import pieces
 from fastflower.data.records import LEAVE_OUT, Records, read_image
-from fastflower.data.soundness import convert, size_of
+from fastflower.data.soundness import convert, header_shape, size_of
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
 

@@ -7,7 +7,7 @@ depend on its piece.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from threading import Event
@@ -20,6 +20,7 @@ from nvidia.dali.backend import TensorCPU
 from fastflower.arrays import Bytes, Ints
 from fastflower.data import pipeline as graph
 from fastflower.data.decoding import first_undecodable, undecodable
+from fastflower.data.geometry import Frame
 from fastflower.data.pieces import pieces
 from fastflower.data.reading import Reader
 from fastflower.data.records import Records
@@ -114,7 +115,7 @@ class CpuBatches:
             making = self._resampler.begin(request)
             if self._decoded:
                 regions = [self._decoded.region(index) for index in request.indices.tolist()]
-                tasks = making.add(np.arange(len(request)), _shapes(regions), regions.__getitem__, threads)
+                tasks = making.add(np.arange(len(request)), _shapes(regions), _one_of(regions), threads)
                 yield _Piece(making, np.empty(0, np.int64), True, None, tasks)
                 continue
             for part in pieces(self._reader.sizes(request.indices), self._engine.piece):
@@ -163,10 +164,10 @@ class CpuBatches:
         if ways:
             others = places[~by_dali]
 
-            def region_of(i: int) -> Region:
+            def region_of(i: int, frame: Frame) -> Region:
                 way, data = ways[i]
                 try:
-                    return way.region(way.decode(data))
+                    return way.region(way.decode(data, frame))
                 except ValueError as error:
                     raise undecodable((self._records, int(request.indices[others[i]]))) from error
 
@@ -185,7 +186,7 @@ class CpuBatches:
             corner, shape = (np.asarray(numbers.as_tensor()) for numbers in (corners, shapes))
             corners_and_shapes = zip(corner.tolist(), shape.tolist(), strict=True)
             regions = [Region(np.asarray(pixels[i]), tuple(c), tuple(s)) for i, (c, s) in enumerate(corners_and_shapes)]
-            piece.tasks += piece.making.add(piece.places, shape.astype(np.int64), regions.__getitem__, threads)
+            piece.tasks += piece.making.add(piece.places, shape.astype(np.int64), _one_of(regions), threads)
         for task in piece.tasks:
             task.result()
         if piece.last:
@@ -197,6 +198,10 @@ class CpuBatches:
             return first_undecodable(self._records, piece.making.request.indices[piece.places]) or error
         except UserError as unreadable:  # by now
             return unreadable
+
+
+def _one_of(regions: Sequence[Region]) -> Callable[[int, Frame], Region]:
+    return lambda i, _: regions[i]
 
 
 def _shapes(regions: Sequence[Region]) -> Ints:

@@ -70,7 +70,7 @@ class Making:
         self,
         places: Ints,
         shapes: Ints,
-        region_of: Callable[[int], Region],
+        region_of: Callable[[int, Frame], Region],
         threads: Executor,
         at_once: int = AT_ONCE,
     ) -> list[Future[None]]:
@@ -79,7 +79,7 @@ class Making:
         Args:
             places: of the pictures in the request, [m].
             shapes: their heights and widths, [m, 2].
-            region_of: gives of each, by its number below m, at least what the view keeps of it; called by the threads.
+            region_of: gives of each, by its number below m, at least what its frame keeps; called by the threads.
             threads: for the work.
             at_once: pictures of a thread's task.
 
@@ -96,7 +96,7 @@ class Making:
 
         def work(start: int) -> None:
             for i in range(start, min(start + at_once, len(kept))):
-                resample(region_of(i), kept[i], flips[i], means[i], resampler.std, room[i])
+                resample(region_of(i, kept[i]), kept[i], flips[i], means[i], resampler.std, room[i])
 
         return [threads.submit(work, start) for start in range(0, len(kept), at_once)]
 

@@ -25,6 +25,7 @@ from PIL.ExifTags import Base
 from fastflower.arrays import Bytes, Ints
 from fastflower.config import DataConfig
 from fastflower.data import pipeline as graph
+from fastflower.data.geometry import Frame
 from fastflower.data.loader import Batch, Loader, Loading, normalize
 from fastflower.data.memory import Memory
 from fastflower.data.records import Records, read_image
@@ -72,8 +73,8 @@ def test_pictures_are_not_copied_between_decoder_and_resampler(small: Path, monk
     owners: list[bool] = []
     original = Making.add
 
-    def spy(self: Making, places: Ints, shapes: Ints, region_of: Callable[[int], Region], *others: Any) -> Any:
-        owners.extend(region_of(i).pixels.flags.owndata for i in range(len(places)))
+    def spy(self: Making, places: Ints, shapes: Ints, region_of: Callable[[int, Frame], Region], *others: Any) -> Any:
+        owners.extend(region_of(i, Frame(0, 0, 0, 0, 0, 0)).pixels.flags.owndata for i in range(len(places)))
         return original(self, places, shapes, region_of, *others)
 
     monkeypatch.setattr(Making, "add", spy)
@@ -288,13 +289,13 @@ class Wiped(Memory):
 
 def test_one_iteration_after_another_uses_one_pipeline(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
-    original = graph.build_decoder
+    original = graph.Decoder
 
     def build(*arguments: Any) -> Any:
         built.append(1)
         return original(*arguments)
 
-    monkeypatch.setattr(graph, "build_decoder", build)
+    monkeypatch.setattr(graph, "Decoder", build)
     made = loader(load_split(small, "train"), View(32, "random"), 8)
     for number in range(3):
         epoch(made, number)

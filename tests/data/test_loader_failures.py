@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastflower.data.resample import Resampler
+from fastflower.data.pipeline import Decoder
 from fastflower.data.sampler import evaluation_requests
 from fastflower.data.sources.kaggle import load_split
 from fastflower.data.sources.tfrecord import write_tfrecord
@@ -29,8 +29,8 @@ def test_a_file_that_goes_while_a_failure_is_looked_into_is_a_sentence(
         os.truncate(records.files[0], 10)
         raise RuntimeError("the decoder failed")
 
-    monkeypatch.setattr(Resampler, "batches", fail)
-    with pytest.raises(UserError, match="record 2 .* has changed since it was indexed"):
+    monkeypatch.setattr(Decoder, "take", fail)
+    with pytest.raises(UserError, match="record 0 .* has changed since it was indexed"):
         list(made.batches(evaluation_requests(8, shorter=36, batch=2)))
 
 

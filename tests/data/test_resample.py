@@ -68,7 +68,7 @@ def resampled(
     pictures: dict[int, Bytes] = {}
     making = Resampler(view, normalization).begin(request)
     shapes = np.array([region.shape for region in regions])
-    for task in making.add(np.arange(len(regions)), shapes, regions.__getitem__, threads):
+    for task in making.add(np.arange(len(regions)), shapes, lambda i, _: regions[i], threads):
         task.result()
     for images, alike in making.finish():
         pictures |= dict(zip(alike.tolist(), images, strict=True))
