@@ -81,7 +81,8 @@ class DataConfig:
     What does not fit is decoded anew each epoch. The batches are the same; on a GPU bit for bit if whole pictures are
     decoded (data.decode) and not by the hardware decoder (data.hw_decoder_load 0)."""
     prefetch: PositiveInt = 2
-    """Batches that DALI keeps in work, and as many finished ones that wait for the training step."""
+    """Batches that DALI keeps in work (on a CPU: pieces of them, where pictures are large), and as many finished ones
+    that wait for the training step."""
     hw_decoder_load: Share | None = None
     """Share of the JPEGs given to the hardware decoder of GPUs that have one (A100, H100 and later), whose levels may
     differ from the other decoder's by one; a picture's place in its batch says which it is given to. None = 0.65, or 0
