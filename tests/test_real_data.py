@@ -36,12 +36,12 @@ def test_each_test_id_once_from_its_largest_record(runs: list[Path], flowers5: P
     for views in ((), ("--crops", 10), ("--scales", "36,48")):
         probabilities = {}
         for sizes in ((), ("--sizes", 512), ("--sizes", 192)):
-            out, handed = tmp_path / "p", tmp_path / "s.csv"
+            out, handed = tmp_path / "p.parquet", tmp_path / "s.csv"
             options = ("--out", out, "--submission", handed, "--sample", sample, *views, *sizes)
             result = fastflower("predict", runs[0], *options)
             assert result.code == 0, result.err
             with handed.open(newline="") as file:
-                assert [row[0] for row in csv.reader(file)] == ["id", *ids]
+                assert [row[0] for row in csv.reader(file)] == ["id", *ids[::-1]]  # in the order of the sample
             probabilities[sizes] = read_predictions(out).probabilities
         np.testing.assert_array_equal(probabilities[()], probabilities["--sizes", 512])
         assert np.abs(probabilities[()] - probabilities["--sizes", 192]).max() > 1e-3

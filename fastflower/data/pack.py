@@ -101,7 +101,7 @@ def _load(root: Path, largest: int, seed: int, progress: Progress) -> tuple[dict
 
 def _identity(splits: dict[str, Records], classes: list[str] | None) -> str:
     """Changes when a file, the division into splits or a class does."""
-    parts = [json.dumps(classes).encode()]
+    parts = [to_json(classes).encode()]
     for name, records in splits.items():
         parts += [name.encode(), *file_keys(records.files, records.stamps)]
         parts += [np.ascontiguousarray(column).tobytes() for column in (records.file, records.offset, records.labels)]

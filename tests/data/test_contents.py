@@ -286,8 +286,9 @@ def test_a_start_looks_each_record_up_once(
         return keys(records)
 
     monkeypatch.setattr(module, "_keys", spy)
-    command, option, _, *settings = train_arguments(roots[0], run)
-    trained = fastflower(command, option, *roots, *settings, "--train.epochs", 1, *options)
+    command, *config, option, _ = train_arguments(roots[0], run)[:5]
+    settings = train_arguments(roots[0], run)[5:]
+    trained = fastflower(command, *config, option, *roots, *settings, "--train.epochs", 1, *options)
     assert trained.code == 0, trained.err
     assert len(asked) == len(set(asked)) == count
     asked.clear()

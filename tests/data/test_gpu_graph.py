@@ -152,8 +152,8 @@ def test_what_lies_in_host_memory_is_taken_where_it_is(monkeypatch: pytest.Monke
     monkeypatch.setattr(fn, "external_source", noted)
     resources = {"batch_size": 4, "num_threads": 1, "device_id": None}
     view = View(224, "random")
-    graph._decoder(lambda: None, view, Engine(), **resources)
-    assert asked == [True]
+    graph.Decoder(view, Engine(), 4)
+    assert set(asked) == {True}
     for decoded, wanted in ((None, [True]), ("cpu", [True]), ("gpu", [False, False])):
         asked.clear()
         graph._definition(lambda: None, view, Engine("gpu"), IMAGENET, decoded, **resources)

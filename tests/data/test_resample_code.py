@@ -33,7 +33,7 @@ from tests.data.test_resample import resize
 def test_vectors_are_the_plain_loop_to_the_bit(size: int, resized: int, part: tuple[float, float], seed: int) -> None:
     """Of any part of a row, before anything is rounded."""
     start, end = sorted(round(share * (resized - 1)) for share in part)
-    begin, stop, first, weights = _taps(size, resized, start, end - start + 1)
+    begin, stop, first, weights = _taps(size, 0.0, resized, start, end - start + 1)
     columns = 3 * len(first)
     line = np.zeros((1, 3 * (stop - begin) + 3 * weights.shape[1] + 1), np.float32)
     line[0, : 3 * (stop - begin)] = np.random.default_rng(seed).uniform(0, 255, 3 * (stop - begin))

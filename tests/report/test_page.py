@@ -331,7 +331,7 @@ def test_settings_that_differ_are_shown(tmp_path: Path) -> None:
 def test_no_run_at_all_is_a_sentence(tmp_path: Path) -> None:
     result = fastflower("report", "--out", tmp_path / "out")
     assert result.code == 2
-    assert "no run is named: give folders of runs, or one that they lie in, such as runs" in result.err
+    assert "fastflower report needs RUNS" in result.err
 
 
 def test_folders_of_runs_and_of_cross_validation_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from tests.conftest import ROOT
 GPU = torch.device("cuda", 1)
 # Functions of torch.cuda that are about no GPU, or about all; an event is on the GPU of the stream that records it.
 OF_NONE = {"is_available", "is_initialized", "device_count", "get_rng_state_all", "set_rng_state_all", "Event"}
+OF_NONE |= {"empty_cache"}  # of all GPUs that this process has memory of
 
 Call = tuple[str, tuple[Any, ...]]  # what was called, and with what
 

@@ -87,7 +87,7 @@ def test_a_terminal_that_closes_stops_and_saves(small: Path, tmp_path: Path) -> 
     )
     os.close(theirs)
     shown = b""
-    while b"val loss" not in shown:  # the header above the first epoch's figures
+    while b"validation" not in shown:  # the header above the first epoch's figures
         shown += os.read(ours, 4096)
     os.close(ours)
     assert process.wait(120) == 128 + signal.SIGHUP

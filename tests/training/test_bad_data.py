@@ -27,7 +27,7 @@ def test_bad_pictures_of_both_splits_are_named_before_anything_is_computed(
     assert result.code == 2
     folder = root / "tfrecords-jpeg-40x40"
     assert (
-        "error: 2 records cannot be decoded as pictures: replace them, or leave them out with data.skip" in result.err
+        "error: 2 records cannot be decoded as pictures: replace them, or leave them out by --data.skip" in result.err
     )
     places = "{0}/train/09-bad.tfrec, record 5 (id 000005) (300 bytes); {0}/val/09-bad.tfrec, record 2 (id 000002) (4"
     assert places.format(folder) in result.err

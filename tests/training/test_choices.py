@@ -190,7 +190,7 @@ def test_a_profile_records_steps_and_lists_the_heaviest_operations(small: Path, 
     ("options", "sentence"),
     [
         ("--train.accumulate 3", "train.batch_size is 8, no multiple of train.accumulate (3)"),
-        ("--data.train_on train+val", "train.schedule plateau needs a validation loss"),
+        ("--data.train_on train+val --train.schedule plateau", "train.schedule plateau needs a validation loss"),
         ("--data.train_on train+val --train.schedule step --train.early_stop 2", "train.early_stop needs"),
         ("--train.epochs 3 --train.freeze_epochs 3", "train.freeze_epochs is 3, not below train.epochs (3)"),
         ("--train.nesterov --train.momentum 0", "train.nesterov needs a train.momentum above 0"),

@@ -158,7 +158,7 @@ def test_a_folder_is_named_when_it_is_missing_or_no_data(tmp_path: Path) -> None
     for arguments, part in (
         ([tmp_path / "none"], f"--data.root {tmp_path / 'none'} is not a folder: a data folder holds"),
         ([tmp_path / "empty"], f"{tmp_path / 'empty'} holds no pictures"),
-        ([], "--data.root names no folder"),
+        ([], "--data.root has no value"),
     ):
         result = fastflower("train", "--run", tmp_path / "run", "--data.root", *arguments)
         assert result.code == 2
