@@ -159,8 +159,9 @@ class TrainConfig:
     """Length of the warm-up of cosine and onecycle (epochs; fractions allowed)."""
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the target that is spread evenly over all classes."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """balanced = a record's loss counts in inverse proportion to the size of its class."""
+    class_weights: Literal["none", "balanced"] | Share = "none"
+    """A power p from 0 to 1: a record's loss counts in proportion to the size of its class to the power -p; none = 0,
+    all records count alike; balanced = 1, all classes do."""
     mixup: NonNegativeFloat = 0.0
     """Alpha of mixup's Beta distribution; 0 = off. With cutmix too, each batch gets one of them."""
     cutmix: NonNegativeFloat = 0.0

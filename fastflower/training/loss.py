@@ -57,10 +57,11 @@ class Criterion:
         ).mean()
 
 
-def balanced_weights(labels: Ints, classes: int) -> torch.Tensor:
-    """Weights [classes] float32 in inverse proportion to the classes' sizes, 1 on average over `labels` [n]."""
+def power_weights(labels: Ints, classes: int, power: float) -> torch.Tensor:
+    """Weights [classes] float32 in proportion to size**-power of each class, 1 on average over `labels` [n]."""
     sizes = np.bincount(labels, minlength=classes)
-    weights = len(labels) / (np.count_nonzero(sizes) * np.maximum(sizes, 1))
+    mass = (sizes[sizes > 0] ** (1 - power)).sum()
+    weights = len(labels) / (mass * np.maximum(sizes, 1) ** power)
     return torch.from_numpy(weights.astype(np.float32))
 
 

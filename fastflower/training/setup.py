@@ -18,7 +18,7 @@ from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.entries import Checkpoint
 from fastflower.runtime.progress import Display
 from fastflower.training.largest_batch import with_batch_size
-from fastflower.training.loss import Criterion, balanced_weights
+from fastflower.training.loss import Criterion, power_weights
 from fastflower.training.network import build_network
 from fastflower.training.pretrained import load_pretrained, open_pretrained
 from fastflower.training.provenance import provenance_of
@@ -109,10 +109,12 @@ def require_two_values(config: Config, train: TrainingBatches) -> None:
 
 
 def _build_criterion(train: TrainConfig, dataset: Dataset, device: torch.device) -> Criterion:
-    weights = None
-    if train.class_weights == "balanced":
-        weights = balanced_weights(dataset.train.labels, len(dataset.classes)).to(device)
-    return Criterion(train.label_smoothing, weights)
+    named = {"none": 0.0, "balanced": 1.0}
+    power = named[train.class_weights] if isinstance(train.class_weights, str) else train.class_weights
+    if not power:
+        return Criterion(train.label_smoothing)
+    weights = power_weights(dataset.train.labels, len(dataset.classes), power)
+    return Criterion(train.label_smoothing, weights.to(device))
 
 
 def _introduce(setup: Setup, network: torch.nn.Module, dataset: Dataset, display: Display) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fastflower.config import TrainConfig
-from fastflower.training.loss import Criterion, Targets, _neighbors, balanced_weights, mix
+from fastflower.training.loss import Criterion, Targets, _neighbors, mix, power_weights
 
 LABELS = torch.tensor([0, 2, 2, 1, 2])
 LOGITS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
@@ -35,11 +37,29 @@ def test_without_choices_it_is_cross_entropy() -> None:
     assert torch.equal(Criterion()(LOGITS, Targets(LABELS)), F.cross_entropy(LOGITS, LABELS))
 
 
-def test_balanced_weights_are_inverse_sizes_with_mean_one() -> None:
-    weights = balanced_weights(np.array([0, 0, 0, 0, 0, 0, 2, 2]), 4)  # two classes have no record
+def test_weights_of_power_one_are_inverse_sizes_with_mean_one() -> None:
+    weights = power_weights(np.array([0, 0, 0, 0, 0, 0, 2, 2]), 4, 1.0)  # two classes have no record
     torch.testing.assert_close(weights[[0, 2]], torch.tensor([8 / 12, 8 / 4]))
     assert weights[[0] * 6 + [2] * 2].mean() == 1
     assert torch.isfinite(weights).all()
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60), st.floats(0, 1))
+def test_weights_fall_with_a_power_of_the_size(classes: list[int], power: float) -> None:
+    weights = power_weights(np.array(classes), 9, power).tolist()
+    assert sum(weights[c] for c in classes) / len(classes) == pytest.approx(1, rel=1e-5)
+    for a in classes:
+        ratio = (classes.count(a) / classes.count(classes[0])) ** -power
+        assert weights[a] == pytest.approx(weights[classes[0]] * ratio, rel=1e-5)
+    assert np.isfinite(weights).all()
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=60))
+def test_the_ends_of_the_power_are_plain_and_balanced(classes: list[int]) -> None:
+    assert power_weights(np.array(classes), 9, 0.0).tolist() == [1.0] * 9
+    sizes = np.bincount(classes, minlength=9)
+    balanced = np.float32(len(classes) / (np.count_nonzero(sizes) * np.maximum(sizes, 1)))
+    assert power_weights(np.array(classes), 9, 1.0).tolist() == balanced.tolist()  # bit for bit
 
 
 def pictures(n: int = 5, side: int = 32) -> torch.Tensor:
