@@ -17,7 +17,7 @@ from fastflower.data.cache import Decoded, open_cache
 from fastflower.data.dataset import Dataset, look_over, open_dataset
 from fastflower.data.loader import Iteration, Loader, Loading
 from fastflower.data.records import Records
-from fastflower.data.sampler import evaluation_requests, training_requests, whole_requests
+from fastflower.data.sampler import KEYED_ABOVE, evaluation_requests, training_requests, whole_requests
 from fastflower.data.splits import require_two_classes
 from fastflower.data.stats import PixelStatistics, pixel_statistics
 from fastflower.data.view import MOST_THREADS, Engine, Normalization, View
@@ -84,6 +84,7 @@ class TrainingBatches:
     global_batch: int
     kept: Bools  # [n], which records of the whole table these are; it decides the order
     balanced: bool = False
+    keyed: bool = False  # whether the order is `fastflower.data.sampler.keyed_order`
     lighting: Floats | None = None
 
     @property
@@ -114,6 +115,7 @@ class TrainingBatches:
             rank=ranks.rank,
             world_size=ranks.world_size,
             kept=self.kept,
+            keyed=self.keyed,
             labels=self.loader.records.labels if self.balanced else None,
             lighting=self.lighting,
         )
@@ -188,6 +190,7 @@ def open_batches(
     batch_size: int,
     seed: int,
     inherited: Normalization | None = None,
+    keyed: bool | None = None,
 ) -> Batches:
     """Index the data, look it over, measure its pixels where needed, and make this process's batches of it.
 
@@ -199,6 +202,7 @@ def open_batches(
         batch_size: pictures of a batch, over all ranks.
         seed: of the order, of augmentation, and of what validates.
         inherited: normalization where the settings give none; None measures the training split.
+        keyed: whether the order is `fastflower.data.sampler.keyed_order`; None = for more than `KEYED_ABOVE` records.
 
     Raises:
         UserError: bad data, or settings that do not fit it or this machine.
@@ -228,6 +232,7 @@ def open_batches(
         batch_size=batch_size,
         seed=seed,
         kept=dataset.kept,
+        keyed=keyed,
         lighting=lighting,
         decoded=decoded[0],
     )
@@ -245,12 +250,14 @@ def training_batches(
     batch_size: int,
     seed: int,
     kept: Bools | None = None,
+    keyed: bool | None = None,
     lighting: Floats | None = None,
     decoded: Decoded | None = None,
 ) -> TrainingBatches:
     """Random scale, crop and flip, and the color shift of `choose_lighting`, in an order that changes each epoch.
 
-    `kept` ([n]) says which of a larger table the records are; `decoded` has their pixels, if they are in memory.
+    `kept` ([n]) says which of a larger table the records are, and `keyed` which order it has (as of `open_batches`);
+    `decoded` has their pixels, if they are in memory.
 
     A split smaller than `batch_size` (over all ranks) is trained in one batch of its size.
 
@@ -268,8 +275,9 @@ def training_batches(
     view = View(data.crop, "random", data.scale[1])
     loader = Loader(records, view, share, loading, decoded)
     kept = np.ones(len(records), bool) if kept is None else kept
+    keyed = len(kept) > KEYED_ABOVE if keyed is None else keyed
     balanced = data.sampling == "balanced"
-    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, kept, balanced, lighting)
+    return TrainingBatches(loader, data.scale, seed, share * ranks.world_size, kept, balanced, keyed, lighting)
 
 
 def evaluation_batches(

@@ -6,16 +6,19 @@ mid-epoch is starting at another position, and ranks split one stream.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from fastflower.arrays import Bools, Floats, Hashes, Int32s, Ints, Singles
 from fastflower.data.geometry import resized
+from fastflower.data.shuffle import ROUNDS, KeptOrder, KeyedOrder
 
 # The highest word of Philox's 256-bit counter separates uses of one key, so that no two share random numbers.
-_ORDER, _AUGMENT, _LIGHTING, _CLASSES, _MIX = 0, 1, 2, 3, 4
+_ORDER, _AUGMENT, _LIGHTING, _CLASSES, _MIX, _KEYS = 0, 1, 2, 3, 4, 5
+
+KEYED_ABOVE = 2**20  # records of a table; the order of a larger one is computed where it is asked for, not sorted
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ def training_requests(
     rank: int = 0,
     world_size: int = 1,
     kept: Bools | None = None,
+    keyed: bool = False,
     labels: Ints | None = None,
     lighting: Floats | None = None,
 ) -> Iterator[Request]:
@@ -66,16 +70,19 @@ def training_requests(
         rank: whose batches.
         world_size: ranks.
         kept: [n], which of a larger table these records are; None = it is theirs alone.
+        keyed: take the order from `keyed_order`, which needs no memory, instead of `permutation`.
         labels: [count] classes, for an order in which all classes come equally often; None = each record once.
         lighting: [3, 3], a column for each independent direction of the color shift, as long as its standard deviation
             in RGB of [0, 1]; None = colors as they are.
     """
+    kept = np.ones(count, bool) if kept is None else kept
     if labels is not None:
-        order = balanced_order(labels, seed=seed, epoch=epoch)
-    elif kept is not None:
-        order = kept_order(kept, seed=seed, epoch=epoch)
+        part = _parts_of(balanced_order(labels, seed=seed, epoch=epoch))
+    elif keyed:
+        whole = keyed_order(len(kept), seed=seed, epoch=epoch)
+        part = whole.part if kept.all() else KeptOrder(whole, kept).part
     else:
-        order = permutation(count, seed=seed, epoch=epoch)
+        part = _parts_of(kept_order(kept, seed=seed, epoch=epoch))
     share = global_batch // world_size
     for position in range(start, count - global_batch + 1, global_batch):
         first = position + rank * share
@@ -83,7 +90,11 @@ def training_requests(
         shift = None
         if lighting is not None:
             shift = (normals(first, first + share, seed=seed, epoch=epoch) @ lighting.T).astype(np.float32)
-        yield Request(order[first : first + share], shorter, crop_yx, mirror, shift)
+        yield Request(part(first, first + share), shorter, crop_yx, mirror, shift)
+
+
+def _parts_of(order: Ints) -> Callable[[int, int], Ints]:
+    return lambda start, stop: order[start:stop]
 
 
 def evaluation_requests(
@@ -136,6 +147,11 @@ def permutation(count: int, *, seed: int, epoch: int) -> Ints:
     return np.argsort(_raw(count, seed=seed, epoch=epoch, use=_ORDER), kind="stable")
 
 
+def keyed_order(count: int, *, seed: int, epoch: int) -> KeyedOrder:
+    """Another order of an epoch than `permutation`, as even, any part of which is had without the rest."""
+    return KeyedOrder(count, _raw(ROUNDS, seed=seed, epoch=epoch, use=_KEYS))
+
+
 def kept_order(kept: Bools, *, seed: int, epoch: int) -> Ints:
     """The order of an epoch of those records of a table that are `kept` ([n]): their numbers among themselves.
 
@@ -145,11 +161,14 @@ def kept_order(kept: Bools, *, seed: int, epoch: int) -> Ints:
     return (np.cumsum(kept) - 1)[order[kept[order]]]
 
 
-def moved_position(position: int, before: Bools, now: Bools, *, seed: int, epoch: int) -> int:
+def moved_position(position: int, before: Bools, now: Bools, *, seed: int, epoch: int, keyed: bool = False) -> int:
     """Where an epoch goes on, in which other records of a table are kept `now` than were `before` (both [n]).
 
     What had come does not come again, and the rest of the whole table's order does, as far as it is kept now.
     """
+    if keyed:
+        whole = keyed_order(len(before), seed=seed, epoch=epoch)
+        return KeptOrder(whole, now).before(KeptOrder(whole, before).turn(position))
     order = permutation(len(before), seed=seed, epoch=epoch)
     done = int(np.searchsorted(np.cumsum(before[order]), position)) + 1 if position else 0
     return int(now[order[:done]].sum())

@@ -61,6 +61,7 @@ class TrainRecords(TypedDict):
     content: NotRequired[str]
     whole: NotRequired[str]  # digest of the ids and classes with those that are left out
     left_out: NotRequired[list[Count]]  # their places among all
+    keyed: NotRequired[bool]  # whether the order of an epoch is computed, not sorted; where it is not noted, it is not
 
 
 class MeanAndStd(TypedDict):

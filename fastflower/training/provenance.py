@@ -24,8 +24,10 @@ class Provenance:
     val_records: Identity | None  # None in a final fit
 
 
-def provenance_of(dataset: Dataset, normalization: Normalization, ranks: Ranks, display: Display) -> Provenance:
-    """That of a run on a data set, each record of which is read for it.
+def provenance_of(
+    dataset: Dataset, normalization: Normalization, ranks: Ranks, display: Display, *, keyed: bool = False
+) -> Provenance:
+    """That of a run on a data set, each record of which is read for it; `keyed` as of `TrainRecords`.
 
     Raises:
         UserError: a record cannot be read.
@@ -35,4 +37,6 @@ def provenance_of(dataset: Dataset, normalization: Normalization, ranks: Ranks, 
         val = identity(dataset.val, display.follow("read records for validation")) if dataset.val else None
     left_out = np.flatnonzero(~dataset.kept).tolist()
     records: TrainRecords = {**train, "whole": names_digest(dataset.whole), "left_out": left_out}
+    if keyed:
+        records["keyed"] = True
     return Provenance(dataset.classes, normalization, records, val)

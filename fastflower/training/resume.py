@@ -119,7 +119,8 @@ def _follow_records(saved: Checkpoint, setup: Setup, sentences: list[str]) -> Ch
             return saved
         sentences.append(f"Trains on {now['count']} records; there were {old['count']} before.")
         kept = ~np.isin(np.arange(len(setup.train.kept)), old["left_out"])
-        moved = moved_position(position, kept, setup.train.kept, seed=config.seed, epoch=epoch)
+        train = setup.train
+        moved = moved_position(position, kept, train.kept, seed=config.seed, epoch=epoch, keyed=train.keyed)
         return {**saved, "position": moved}
     if not position or not setup.train.left(position):
         return saved

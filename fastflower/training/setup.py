@@ -54,7 +54,16 @@ def prepare(
         display.say(precision.note)
     config = with_batch_size(config, device, precision, ranks, display)
     size, seed = config.train.pictures, config.seed
-    batches = open_batches(config.data, device, ranks, display, batch_size=size, seed=seed, inherited=inherited)
+    batches = open_batches(
+        config.data,
+        device,
+        ranks,
+        display,
+        batch_size=size,
+        seed=seed,
+        inherited=inherited,
+        keyed=resumed["train_records"].get("keyed", False) if resumed else None,
+    )
     require_two_values(config, batches.train)
     if batches.train.global_batch < size:
         display.say(
@@ -74,7 +83,7 @@ def prepare(
         criterion=_build_criterion(config.train, batches.dataset, device),
         train=batches.train,
         val=batches.val,
-        provenance=provenance_of(batches.dataset, batches.normalization, ranks, display),
+        provenance=provenance_of(batches.dataset, batches.normalization, ranks, display, keyed=batches.train.keyed),
     )
     _introduce(setup, network, batches.dataset, display)
     return setup, state
