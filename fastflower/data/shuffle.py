@@ -60,7 +60,8 @@ class KeptOrder:
         records = self._block(first - 1, last)[start - int(self._turns[first - 1]) :][: stop - start]
         firsts = records - records % _BLOCK
         within = [np.count_nonzero(self.kept[first:record]) for first, record in zip(firsts, records, strict=True)]
-        return self._numbers[firsts // _BLOCK] + np.array(within, np.int64)
+        numbers: Ints = self._numbers[firsts // _BLOCK] + np.array(within, np.int64)
+        return numbers
 
     def turn(self, position: int) -> int:
         """How many positions of the whole table's order are past when `position` records that are kept have come."""
@@ -86,7 +87,7 @@ class KeptOrder:
     def _numbers(self) -> Ints:
         """Records that are kept before each block of the table: [blocks]."""
         counts = [np.count_nonzero(self.kept[first : first + _BLOCK]) for first in range(0, len(self.kept), _BLOCK)]
-        return np.cumsum([0, *counts[:-1]], dtype=np.int64)
+        return np.cumsum(np.array([0, *counts[:-1]], np.int64))
 
     def _block(self, first: int, last: int) -> Ints:
         """Those of the order's blocks first..last-1 that are kept, as numbers in the table."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from fastflower.data import batches
@@ -21,7 +20,7 @@ COUNT = 50  # six batches of 8
 
 def expected(epoch: int, *, keyed: bool) -> list[int]:
     order = keyed_order(COUNT, seed=0, epoch=epoch).part(0, COUNT) if keyed else permutation(COUNT, seed=0, epoch=epoch)
-    return np.asarray(order)[:48].tolist()
+    return [int(index) for index in order[:48]]
 
 
 @pytest.mark.parametrize("began_keyed", [True, False])
