@@ -36,7 +36,13 @@ def provenance_of(
         train = identity(dataset.train, display.follow("read records for training"))
         val = identity(dataset.val, display.follow("read records for validation")) if dataset.val else None
     left_out = np.flatnonzero(~dataset.kept).tolist()
-    records: TrainRecords = {**train, "whole": names_digest(dataset.whole), "left_out": left_out}
+    records = TrainRecords(
+        count=train["count"],
+        names=train["names"],
+        content=train["content"],
+        whole=names_digest(dataset.whole),
+        left_out=left_out,
+    )
     if keyed:
         records["keyed"] = True
     return Provenance(dataset.classes, normalization, records, val)

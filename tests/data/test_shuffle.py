@@ -109,7 +109,8 @@ def test_fixed_points_are_one_on_average_and_poisson(kind: str, count: int) -> N
 def _standardized_bits(numbers: Ints) -> Floats:
     """[18, n], each with mean 0 and variance 1."""
     bits = (numbers >> np.arange(18)[:, None] & 1).astype(float)
-    return (bits - bits.mean(axis=1, keepdims=True)) / bits.std(axis=1, keepdims=True)
+    standardized: Floats = (bits - bits.mean(axis=1, keepdims=True)) / bits.std(axis=1, keepdims=True)
+    return standardized
 
 
 @both

@@ -56,10 +56,10 @@ def test_weights_fall_with_a_power_of_the_size(classes: list[int], power: float)
 
 @given(st.lists(st.integers(0, 6), min_size=1, max_size=60))
 def test_the_ends_of_the_power_are_plain_and_balanced(classes: list[int]) -> None:
-    assert power_weights(np.array(classes), 9, 0.0).tolist() == [1.0] * 9
+    assert bool((power_weights(np.array(classes), 9, 0.0) == 1).all())
     sizes = np.bincount(classes, minlength=9)
     balanced = np.float32(len(classes) / (np.count_nonzero(sizes) * np.maximum(sizes, 1)))
-    assert power_weights(np.array(classes), 9, 1.0).tolist() == balanced.tolist()  # bit for bit
+    assert power_weights(np.array(classes), 9, 1.0).numpy().tolist() == balanced.tolist()  # bit for bit
 
 
 def pictures(n: int = 5, side: int = 32) -> torch.Tensor:

@@ -119,7 +119,10 @@ def test_a_runs_own_is_of_its_records(small: Path, final: bool) -> None:
     data = DataConfig(root=(small,), train_on="train+val" if final else "train")
     dataset = open_dataset(data, 0)
     provenance = provenance_of(dataset, IMAGENET, Ranks(), Display(Console(quiet=True), shown=False))
-    train: TrainRecords = {**identity(dataset.train), "whole": names_digest(dataset.whole), "left_out": []}
+    its = identity(dataset.train)
+    train = TrainRecords(
+        count=its["count"], names=its["names"], content=its["content"], whole=names_digest(dataset.whole), left_out=[]
+    )
     val = identity(dataset.val) if dataset.val else None
     assert provenance == Provenance(dataset.classes, IMAGENET, train, val)
     assert (provenance.val_records is None) == final
