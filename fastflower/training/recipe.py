@@ -31,7 +31,7 @@ DEEPER_FROM = 10_000  # pictures from which on a GPU trains more layers from scr
 # How often pictures are looked at, all epochs together, and the range of epochs that makes.
 LOOKS = {("scratch", "cpu"): 100_000, ("scratch", "cuda"): 1_000_000, ("finetune", "cpu"): 20_000}
 LOOKS |= {("finetune", "cuda"): 100_000}
-EPOCHS = {"scratch": (15, 60), "finetune": (5, 20)}
+EPOCHS = {"scratch": (15, 150), "finetune": (5, 20)}
 # Networks that have weights for ImageNet, the first that can be had. On a CPU the smaller ones.
 PRETRAINED = {"cuda": ("resnet50", "resnet34", "resnet18"), "cpu": ("resnet18", "resnet34", "resnet50")}
 WEIGHTS = "IMAGENET1K_V1"
