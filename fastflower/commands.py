@@ -16,7 +16,7 @@ import yaml
 from fastflower import machine
 from fastflower.completion import script
 from fastflower.config import DataConfig
-from fastflower.files import to_json
+from fastflower.files import as_word, to_json
 from fastflower.options import (
     COMMANDS,
     CheckCommand,
@@ -368,7 +368,7 @@ def _pack(command: PackCommand) -> int:
     for sentence in packed.unreadable:
         _say(f"left out: {sentence}")
     counts = ", ".join(f"{count:,} of {split}" for split, count in packed.pictures.items())
-    _say(f"Packed {counts}: train with --data.root {command.out}")
+    _say(f"Packed {counts}: train with --data.root {as_word(command.out)}")
     return 1 if packed.unreadable else 0
 
 

@@ -6,7 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 
-_RESUME = re.compile(r"--resume ([^\s,;:]+)")
+_RESUME = re.compile(r"--resume ('[^']*'|[^\s,;:]+)")
 # An option's name, and its value where that is a number, several, or one of few words.
 _OPTION = re.compile(r"--([a-z][\w-]*(?:\.[a-z]\w*)*)(?: (\d+(?:,\d+)*|auto|cpu|cuda)\b)?")
 _SWITCHES = ("overwrite", "mix_views")  # which are given alone
@@ -38,7 +38,8 @@ def in_python(sentence: str) -> str:
 
 
 def _call(resume: re.Match[str]) -> str:
-    return f'fastflower.resume("{resume[1]}")'
+    path = resume[1].strip("'")
+    return f'fastflower.resume("{path}")'
 
 
 def _argument(option: re.Match[str]) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import secrets
+import shlex
 import stat
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -48,6 +49,11 @@ def home_cache() -> Path | None:
     except RuntimeError:  # neither a variable nor the system knows a home
         return None
     return folder if is_writable(folder) else None
+
+
+def as_word(path: str | Path) -> str:
+    """A path as it is written in a shell's command, also where there are spaces in it."""
+    return shlex.quote(str(path))
 
 
 def is_writable(folder: Path) -> bool:

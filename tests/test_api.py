@@ -200,6 +200,7 @@ def test_splits_ensembles_and_folds_are_the_commands(tmp_path: Path, tiny_net: N
     [
         ("give --overwrite or another --run.", "give overwrite=True or another run."),
         ("give --resume runs/a, --overwrite or", 'give fastflower.resume("runs/a"), overwrite=True or'),
+        ("give --resume 'my runs/a', or", 'give fastflower.resume("my runs/a"), or'),
         ("--crops 10 and --scales 224,256 differ: --crops 1.", "crops=10 and scales=(224, 256) differ: crops=1."),
         ("give a larger --train.epochs, or --device cpu.", 'give a larger train.epochs, or device="cpu".'),
         ("(--mix-views) or --batch-size 3; --sizes.", "(mix_views=True) or batch_size=3; sizes."),

@@ -28,6 +28,7 @@ from fastflower.data.sources.layout import Inventory, Kind, Loaded, Problem
 from fastflower.data.splits import require_two_classes
 from fastflower.data.view import Engine
 from fastflower.errors import UserError
+from fastflower.files import as_word
 from fastflower.tables import NOTHING, new_table
 
 MAX_ASPECT = 8  # a square crop of anything longer shows less than an eighth of it
@@ -308,6 +309,6 @@ def sentences(report: Report) -> Iterator[str]:
     yield f"{total}: {', '.join(f'{n} {kind}' for kind, n in kinds.most_common())}" if kinds else "No problems."
     if any(problem.record is not None and problem.kind != "no id" for problem in report.problems):
         yield (
-            f"To train without these records: `fastflower data check {report.root} --json > bad.json`, then "
+            f"To train without these records: `fastflower data check {as_word(report.root)} --json > bad.json`, then "
             "`--data.skip bad.json`."
         )

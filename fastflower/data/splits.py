@@ -249,6 +249,11 @@ def _settled(path: Path) -> Path:
     return path.parent.resolve() / path.name
 
 
+def has_split(data: DataConfig, split: str) -> bool:
+    """Whether each folder of the data has a split, which may still be empty; the built-in flowers have all."""
+    return all(split in layout_of(root).splits(root) for root in data.root or ())
+
+
 def _roots(data: DataConfig) -> tuple[Path, ...]:
     if not data.root:
         raise UserError("--data.root names no folder: give one or more.")

@@ -31,7 +31,7 @@ from fastflower.evaluation.predictions import write_predictions
 from fastflower.evaluation.session import SHOWN, EvaluationSettings, Session
 from fastflower.evaluation.trained_run import Planned, Trained, open_trained
 from fastflower.evaluation.views import Views
-from fastflower.files import atomic_write, remove_temporaries, require_writable, to_json
+from fastflower.files import as_word, atomic_write, remove_temporaries, require_writable, to_json
 from fastflower.layers import Layer, Layers
 from fastflower.runtime.checkpoint import load_checkpoint, load_trained
 from fastflower.runtime.device import choose_device
@@ -151,7 +151,7 @@ def cross_validate(
             try:
                 _train(fold, device, ranks, console)
             except Stopped:
-                display.say(f"Go on with the same command and --run {whole.path}")
+                display.say(f"Go on with the same command and --run {as_word(whole.path)}")
                 raise
         with Signals() as signals, display:
             session = Session(device, ranks, signals, display)

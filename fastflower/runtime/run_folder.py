@@ -15,7 +15,7 @@ from typing import Any
 
 from fastflower.config import SPLITS, Config
 from fastflower.errors import UserError
-from fastflower.files import atomic_write, remove_temporaries, to_json
+from fastflower.files import as_word, atomic_write, remove_temporaries, to_json
 from fastflower.runtime.events import EventFile
 from fastflower.settings import flattened, to_plain, to_yaml
 
@@ -147,7 +147,7 @@ class RunFolder:
             yield
         except OSError as error:
             kept = "what was saved before is whole" if self.checkpoint else "nothing was saved before"
-            then = f"go on with --resume {self.path}" if self.checkpoint else "start again"
+            then = f"go on with --resume {as_word(self.path)}" if self.checkpoint else "start again"
             reason = f"{error.filename or self.path} cannot be written ({error.strerror or error})"
             raise UserError(f"{reason}; {kept}. Make room and {then}.") from error
 
@@ -192,7 +192,8 @@ def find_checkpoint(given: str, run: Path | None, name: str) -> Path | None:
     checkpoint = path.absolute() if path.is_file() else folder.checkpoint
     if not checkpoint and folder.config.is_file() and not folder.exists:
         raise UserError(
-            f"--resume {given}: nothing was saved there yet; start again with --config {folder.config} --run {given}."
+            f"--resume {as_word(given)}: nothing was saved there yet; start again with "
+            f"--config {as_word(folder.config)} --run {as_word(given)}."
         )
     if not checkpoint:
         raise UserError(f"--resume {given}: there is no {folder.last}; give a run folder, a checkpoint file or auto.")

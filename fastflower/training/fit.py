@@ -43,6 +43,7 @@ def settings_of(layers: Layers, device: torch.device, ranks: Ranks, console: Con
     """
     display = Display(console, shown=ranks.is_main)
     if layers.recipe:
+        layers.compose()  # two that are named and do not fit are refused before data are read for them
         with display:
             fitted = _fit(layers.recipe, layers, device, ranks, display)
         for sentence in (*fitted.notes, fitted.reasons):

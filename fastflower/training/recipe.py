@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
-from fastflower.config import Config, ModelConfig
+from fastflower.config import Config, ModelConfig, resolve
 from fastflower.errors import UserError
 from fastflower.flops import count
 from fastflower.layers import Recipe
@@ -88,7 +88,7 @@ def fit(recipe: Recipe, facts: Facts, config: Config, named: set[str]) -> Fitted
 
     kind, network, notes = _start(recipe, facts, config, named)
     name = choose("model.name", network)
-    choose("model.pretrained", WEIGHTS if kind == "finetune" else None)
+    weights = choose("model.pretrained", WEIGHTS if kind == "finetune" else None)
     # Each residual branch starts at zero (Goyal et al. 2017), so that the first steps at a high rate stay tame.
     choose("model.zero_init_gamma", kind == "scratch" and find_network(name).shortcuts)
 
@@ -96,13 +96,16 @@ def fit(recipe: Recipe, facts: Facts, config: Config, named: set[str]) -> Fitted
     adaptive = config.train.optimizer == "adamw"
     pictures = batch if isinstance(batch, int) else LARGEST_BATCH * facts.ranks  # until it is found
     lr = choose("train.lr", learning_rate(kind, name, pictures, adaptive=adaptive))
+    if lr is None:  # which somebody has named
+        lr = resolve(replace(config, model=ModelConfig(name, pretrained=weights))).train.lr
     schedule = choose("train.schedule", "onecycle")
     choose("train.label_smoothing", 0.1)  # few pictures are soon known by heart; it keeps the outputs modest
     choose("train.nesterov", not adaptive and config.train.momentum > 0)
 
     crops = [config.data.crop] if "data.crop" in named else _crops(kind, name, facts, config, named)
-    named_epochs = config.train.epochs if "train.epochs" in named else None
-    timed = config.train.hours is not None and not named_epochs  # then train.hours says how long
+    hours = config.train.hours
+    named_epochs = resolve(config).train.epochs if "train.epochs" in named else None
+    timed = hours is not None and not named_epochs  # then train.hours says how long
     if named_epochs:
         epochs = named_epochs
     else:
@@ -128,18 +131,35 @@ def fit(recipe: Recipe, facts: Facts, config: Config, named: set[str]) -> Fitted
     if 3 * facts.pixels <= CACHED:
         choose("data.cache", "ram")
 
-    steps = max(1, facts.train // pictures)
-    start = f"{name} from ImageNet's weights" if kind == "finetune" else f"{name} from scratch"
-    length = f"{config.train.hours:g} h" if timed else f"{epochs} {'epoch' if epochs == 1 else 'epochs'}"
+    length = f"{hours:g} h" if timed else _counted(epochs, "epoch") + (f" (at most {hours:g} h)" if hours else "")
     reasons = (
-        f"Recipe: {start}, {facts.train:,} pictures of {facts.classes} classes in batches of {batch} ({steps} steps an "
-        f"epoch), {length} of {schedule} at lr {lr:.2g}"
+        f"Recipe: {name} from {_origin(weights, name)}, {_counted(facts.train, 'picture')} of "
+        f"{_counted(facts.classes, 'class', 'classes')} in {_batches(batch, facts.train)}, "
+        f"{length} of {schedule} at lr {lr:.2g}"
         + (f" with {warmup:g} of warm-up" if schedule not in LOW_RATES else "")
-        + f", {crop} pixels (stored: {facts.side})"
-        + (f", at most an hour at {facts.rate / 1e9:,.0f} G multiply-adds/s as measured" if facts.rate else "")
-        + "."
+        + f", {_counted(crop, 'pixel')} (stored: {facts.side})"
     )
-    return Fitted(nested(chosen), reasons, tuple(notes), doubtful)
+    if facts.rate:
+        took = seconds(name, crop, epochs, facts, facts.rate) / HOUR_S
+        reasons += f", about {took:.2g} h at {facts.rate / 1e9:,.0f} G multiply-adds/s as measured"
+    return Fitted(nested(chosen), f"{reasons}.", tuple(notes), doubtful)
+
+
+def _origin(weights: str | None, network: str) -> str:
+    """From what training starts, for the line that says it."""
+    if weights is None:
+        return "scratch"
+    return "ImageNet's weights" if weights in find_network(network).weights else f"the weights of {weights}"
+
+
+def _batches(batch: int | float | str, pictures: int) -> str:
+    if not isinstance(batch, int):
+        return f"batches to be found (train.batch_size {batch})"
+    return f"batches of {batch} ({_counted(max(1, pictures // batch), 'step')} an epoch)"
+
+
+def _counted(number: int, one: str, several: str = "") -> str:
+    return f"{number:,} {one if number == 1 else several or one + 's'}"
 
 
 def candidates(recipe: Recipe, device: str, config: Config, named: set[str]) -> tuple[str, ...]:
@@ -218,5 +238,5 @@ def seconds(network: str, crop: int, epochs: int, facts: Facts, rate: float) -> 
 @cache
 def macs(network: str, crop: int) -> int:
     """Multiply-adds of a forward pass for one picture."""
-    work: int = count(network, crop).macs
+    work: int = count(network, max(crop, find_network(network).min_size)).macs  # a smaller one is refused later
     return work

@@ -8,8 +8,10 @@ import torch
 from rich.console import Console
 
 from fastflower.config import Config, resolve
+from fastflower.data.splits import has_split
 from fastflower.environment import environment
 from fastflower.errors import UserError
+from fastflower.files import as_word
 from fastflower.layers import Layers
 from fastflower.runtime.checkpoint import load_checkpoint
 from fastflower.runtime.clock import Clock
@@ -90,13 +92,13 @@ def train_run(
                 folder.require_own()
             if ranks.is_main and folder.exists and not (checkpoint or overwrite):
                 content = "a run" if folder.checkpoint else "a run, but none of its checkpoints"
-                resume = f"--resume {folder.path}, " if folder.checkpoint else ""
+                resume = f"--resume {as_word(folder.path)}, " if folder.checkpoint else ""
                 raise UserError(f"{folder.path} already holds {content}: give {resume}--overwrite or another --run.")
         config = settings_of(layers, device, ranks, console)
         try:
             train_into(folder, config, checkpoint, device, ranks, console)
         except Stopped:
-            Display(console, shown=ranks.is_main).say(f"Go on with: fastflower train --resume {folder.path}")
+            Display(console, shown=ranks.is_main).say(f"Go on with: fastflower train --resume {as_word(folder.path)}")
             raise
         return folder.path
 
@@ -145,16 +147,19 @@ def train_into(
 
 def _outcome(setup: Setup, state: State, folder: RunFolder) -> tuple[str, str]:
     """What a run has come to, and what may follow."""
-    figure, spent = setup.config.train.best, f"{clock(state.clock.agreed_s)} in all"
+    figure, spent, run = setup.config.train.best, f"{clock(state.clock.agreed_s)} in all", as_word(folder.path)
     if state.best_epoch < 0:
-        return f"Done. Stopped before an epoch's end, {spent}.", f"Go on with: fastflower train --resume {folder.path}"
+        follows = f"Go on with: fastflower train --resume {run} --train.max-steps none"  # which ended it
+        return f"Done. Stopped before an epoch's end, {spent}.", follows
     if state.best is None:
-        return f"Done. Trained for {state.epoch} epochs, {spent}.", f"Next: fastflower predict {folder.path}"
+        epochs = f"{state.epoch} {'epoch' if state.epoch == 1 else 'epochs'}"
+        pictures = "" if has_split(setup.config.data, "test") else " NEWPICTURES --out names.csv"
+        return f"Done. Trained for {epochs}, {spent}.", f"Next: fastflower predict {run}{pictures}"
     rows = read_rows(folder.metrics) if setup.ranks.is_main else []
     best = next((row for row in rows if row["epoch"] == state.best_epoch + 1), {f"val_{figure}": state.best})
     names = (figure, *({"accuracy"} - {figure}))
     figures = ", ".join(f"{TITLES[name]} {written(name, best.get(f'val_{name}'))}" for name in names)
     return (
         f"Done. Best validation {figures}, in epoch {state.best_epoch + 1} of {state.epoch}; {spent}.",
-        f"Next: fastflower eval {folder.path}",
+        f"Next: fastflower eval {run}",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -181,8 +182,34 @@ def test_hours_take_the_place_of_epochs_that_nobody_named(facts: Facts, hours: f
 
 
 @settings(deadline=None)
+@given(SOME_FACTS, st.sampled_from([{}, {"train.epochs": 3}, {"train.epochs": None}, {"train.lr": None}]))
+def test_what_is_said_is_what_happens(facts: Facts, named: dict[str, Any]) -> None:
+    chosen, config = fitted(facts, named, "auto")
+    train = config.train
+    said = re.search(
+        r"in batches of (\d+) \(([\d,]+) steps? an epoch\), (\d+) epochs? of \w+ at lr ([\de.-]+)", chosen.reasons
+    )
+    assert said, chosen.reasons
+    assert [int(said[k]) for k in (1, 3)] == [train.batch_size, train.epochs]
+    assert float(said[4]) == pytest.approx(train.peak_lr, rel=0.05)
+    assert not re.search(r"\b1 (steps|epochs|pictures|pixels|classes)\b", chosen.reasons)
+    if facts.rate is not None:
+        hours = recipe.seconds(config.model.name, config.data.crop, train.epochs or 0, facts, facts.rate) / HOUR_S
+        assert f"about {hours:.2g} h at" in chosen.reasons
+
+
+def test_the_origin_of_weights_and_the_limit_of_time_are_said() -> None:
+    facts = Facts(train=220, val=50, classes=5, side=64)
+    line = fitted(facts, {"model.name": "resnet18", "model.pretrained": "runs/other"})[0].reasons
+    assert "resnet18 from the weights of runs/other" in line
+    line = fitted(facts, {"train.hours": 0.5, "train.epochs": 9})[0].reasons
+    assert "9 epochs (at most 0.5 h) of onecycle" in line
+
+
+@settings(deadline=None)
 @given(SOME_FACTS, st.sampled_from(["auto", 0.9]))
 def test_a_batch_that_is_still_to_be_found_stays(facts: Facts, asked: Any) -> None:
-    config = fitted(facts, {"train.batch_size": asked}, "auto")[1]
+    chosen, config = fitted(facts, {"train.batch_size": asked}, "auto")
+    assert f"in batches to be found (train.batch_size {asked}), " in chosen.reasons
     assert config.train.batch_size == asked
     assert config.train.peak_lr > 0

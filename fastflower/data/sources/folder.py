@@ -33,6 +33,7 @@ from fastflower.data.sources.naming import (
 )
 from fastflower.data.stamp import Stamp
 from fastflower.errors import UserError
+from fastflower.files import as_word
 
 FORM = "pictures as train/CLASS/*.jpg, val/CLASS/*.jpg and test/*.jpg, or as CLASS/*.jpg alone"
 
@@ -86,7 +87,7 @@ class ClassFolders(Layout):
         *_, inner = _inward(outer)
         if inner == outer or len(folders_in(inner)) < 2:
             return None
-        move = f"move its folders into {outer}" if len(folders) > 1 else f"give --data.root {inner}"
+        move = f"move its folders into {outer}" if len(folders) > 1 else f"give --data.root {as_word(inner)}"
         return f"its classes seem to be in {inner}: {move}"
 
     def inspect(self, root: Path, follow: Callable[[str], Progress]) -> tuple[dict[str, Loaded], list[Problem]]:
@@ -116,7 +117,8 @@ class ClassFolders(Layout):
             held = [folder for folder in near if any(layout.holds(folder) for layout in self.besides)]
             likely = held[0] if held else wrapped[-1]
             if held or (likely != root and len(folders_in(likely)) > 1):
-                raise UserError(f"{error} Its data seem to be in {likely}: give --data.root {likely}.") from error
+                mend = f"give --data.root {as_word(likely)}"
+                raise UserError(f"{error} Its data seem to be in {likely}: {mend}.") from error
             raise
 
 
@@ -239,7 +241,7 @@ def _splits_beside(root: Path) -> list[str]:
         path.name for split, paths in folders_by_split(place.parent).items() if split != "train" for path in paths
     ]
     said = f"{', '.join(others)} beside {root} {'is' if len(others) == 1 else 'are'} not used"
-    return [f"{said}: --data.root {place.parent} takes all of it."] if others else []
+    return [f"{said}: --data.root {as_word(place.parent)} takes all of it."] if others else []
 
 
 def _outside(root: Path, folder: Path, loose: str, expected: str) -> str:
@@ -253,7 +255,8 @@ def _outside(root: Path, folder: Path, loose: str, expected: str) -> str:
         names = _some(sorted([place.name, *with_pictures]))
         return (
             f"{folder / loose} is in no class's folder: if {place.name} is a class itself, give --data.root "
-            f"{place.parent}, whose folders ({names}) are then the classes; else move it into one ({expected})."
+            f"{as_word(place.parent)}, whose folders ({names}) are then the classes; else move it into one "
+            f"({expected})."
         )
     return f"{folder / loose} is in no class's folder: move it into one ({expected})."
 
@@ -311,7 +314,7 @@ def _depth_notes(folder: Path, paths: Sequence[str]) -> list[str]:
         splits = [within for within in sorted(folders) if split_meant(within)]
         if len({split_meant(within) for within in splits}) > 1:
             place = folder / name
-            mend = f"give --data.root {place}"
+            mend = f"give --data.root {as_word(place)}"
             if len({path.partition("/")[0] for path in paths}) > 1:
                 mend = f"move what they hold into {folder / splits[0] / name} and so on"
             raise UserError(f"{place} holds splits ({', '.join(splits)}) in the place of a class: {mend}.")
