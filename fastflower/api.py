@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -38,7 +38,7 @@ from fastflower.runtime.distributed import Ranks
 from fastflower.runtime.output import Console, Tolerant, without_decoders
 from fastflower.runtime.progress import Display
 from fastflower.runtime.run_folder import find_checkpoint
-from fastflower.settings import find_config, load_yaml, merge, nested, to_plain
+from fastflower.settings import find_config, flattened, load_yaml, merge, nested, to_plain
 from fastflower.training.metrics import Evaluation
 from fastflower.training.network import build_network
 from fastflower.training.pretrained import load_pretrained, open_pretrained
@@ -64,8 +64,6 @@ def load_config(source: StrPath | None = None, settings: Settings | None = None)
     """
     if not isinstance(source, str | os.PathLike | None):
         raise UserError(f"source is {type(source).__name__}: give a file or a name, and your own settings as settings.")
-    if not isinstance(settings, Mapping | None):
-        raise UserError(f"settings is {type(settings).__name__}: give a dict, such as {{'train.epochs': 10}}.")
     named = []
     if source is not None:
         path = find_config(Path(source))
@@ -73,8 +71,7 @@ def load_config(source: StrPath | None = None, settings: Settings | None = None)
         if recipe:
             raise UserError(f"{path} is a recipe, which needs pictures: call fit_config(root, recipe={recipe!r}).")
         named.append(Layer(str(path), of_file))
-    own = Layer(SETTINGS, nested(settings or {}, SETTINGS))
-    config, sentences = Layers((*named, own)).compose()
+    config, sentences = Layers((*named, Layer(SETTINGS, _named(settings)))).compose()
     for sentence in sentences:
         warnings.warn(sentence, stacklevel=3)
     return resolve(config)
@@ -93,10 +90,14 @@ def fit_config(
         quiet: do not show what is chosen and why.
 
     Raises:
-        UserError: bad data, a bad setting, or finetune without weights.
+        UserError: bad data, a bad setting, no such recipe, or finetune without weights.
     """
-    folders = [str(folder) for folder in _paths(root) or ()]
-    named = merge(nested(settings or {}, SETTINGS), {"data": {"root": folders}})
+    if recipe not in get_args(Recipe):
+        raise UserError(f"recipe is {recipe!r}: choose one of {', '.join(get_args(Recipe))}.")
+    folders, own = [str(folder) for folder in _paths(root) or ()], _named(settings)
+    if "data.root" in flattened(own):
+        raise UserError(f"{SETTINGS}: data.root names pictures beside root: leave it out.")
+    named = merge(own, {"data": {"root": folders}})
     return settings_alone(Layers((Layer(SETTINGS, named),), recipe), _console(quiet))
 
 
@@ -141,7 +142,8 @@ def train(config: Config | Settings, run: StrPath, *, overwrite: bool = False, q
     """Train as `fastflower train` does; the run folder, with checkpoints, metrics.jsonl and TensorBoard's events.
 
     Args:
-        config: the settings: a configuration, or a dict as `load_config` takes it.
+        config: a configuration; or settings as `load_config` takes them, of which what they do not name is fitted to
+            the pictures in data.root, where they name those, as by `fit_config`.
         run: folder for the results.
         overwrite: replace a run that is already there.
         quiet: show no progress.
@@ -150,8 +152,9 @@ def train(config: Config | Settings, run: StrPath, *, overwrite: bool = False, q
         UserError: the folder holds a run, bad data, settings that do not fit it, or a loss that is not finite.
         KeyboardInterrupt: by Ctrl-C or another signal to stop; all steps until then are saved.
     """
-    layers = Layers((Layer("config", to_plain(_configured(config))),))
-    return train_run(layers, name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=_console(quiet))
+    return train_run(
+        _layers(config), name="", run=Path(run), checkpoint=None, overwrite=overwrite, console=_console(quiet)
+    )
 
 
 @naming_arguments()
@@ -172,7 +175,7 @@ def resume(run: StrPath, settings: Settings | None = None, *, quiet: bool = Fals
     if checkpoint is None:
         raise UserError(f"{run} is no run: give a run folder or a checkpoint file.")
     before: dict[str, Any] = load_trained(checkpoint)["config"]
-    layers = Layers((Layer(str(checkpoint), before), Layer(SETTINGS, nested(settings or {}, SETTINGS))))
+    layers = Layers((Layer(str(checkpoint), before), Layer(SETTINGS, _named(settings))))
     layers.compose()  # what is wrong is said before anything is begun
     return train_run(layers, name="", run=None, checkpoint=checkpoint, overwrite=False, console=_console(quiet))
 
@@ -381,11 +384,11 @@ def cross_validate(
         UserError: as `train`; or the folder holds folds of other settings.
         KeyboardInterrupt: as of `train`.
     """
-    settings = _configured(config)
-    folds = (settings.data.folds or 5) if folds is None else folds
-    settings = replace(settings, data=replace(settings.data, folds=folds, fold=0))
+    layers = _layers(config)
+    folds = (layers.typed().data.folds or 5) if folds is None else folds
+    divided = Layer("config", {"data": {"folds": folds, "fold": 0}})
     return crossval.cross_validate(
-        Layers((Layer("config", to_plain(settings)),)),
+        replace(layers, named=(*layers.named, divided)),
         name="",
         run=Path(run),
         overwrite=overwrite,
@@ -403,6 +406,19 @@ def _configured(config: Any) -> Config:
     if isinstance(config, Mapping):
         return load_config(settings=config)
     raise UserError(f"config is {type(config).__name__}: give what load_config returns, or a dict of settings.")
+
+
+def _layers(config: Any) -> Layers:
+    """What is to be trained: a configuration as it is, and a dict that names pictures with the recipe's rest."""
+    if isinstance(config, Mapping) and flattened(named := _named(config)).get("data.root"):
+        return Layers((Layer("config", named),), recipe="auto")
+    return Layers((Layer("config", to_plain(_configured(config))),))
+
+
+def _named(settings: Settings | None) -> dict[str, Any]:
+    if not isinstance(settings, Mapping | None):
+        raise UserError(f"settings is {type(settings).__name__}: give a dict, such as {{'train.epochs': 10}}.")
+    return nested(settings or {}, SETTINGS)
 
 
 def _text(given: StrPath | None) -> str | None:

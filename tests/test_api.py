@@ -122,6 +122,31 @@ def test_what_is_wrong_is_blamed_on_where_it_is(tmp_path: Path) -> None:
             fastflower.load_config(source, given_settings)  # type: ignore[arg-type]
 
 
+def test_a_dict_that_names_pictures_is_fitted_to_them_as_by_the_command(
+    small: Path, tmp_path: Path, tiny_net: None
+) -> None:
+    named = {"data.root": str(small), "train.epochs": 1}
+    fitted = fastflower.fit_config(small, {"train.epochs": 1}, quiet=True)
+    assert fitted != fastflower.load_config(settings=named)
+    run = fastflower.train(named, tmp_path / "run", quiet=True)
+    assert fastflower.load_config(run / "config.yaml") == fitted
+    folds = fastflower.cross_validate(named, tmp_path / "cv", folds=2, quiet=True)
+    assert len(folds.folds) == 2
+    fold = fastflower.load_config(tmp_path / "cv/fold-0/config.yaml")
+    assert (fold.model, fold.train.batch_size, fold.data.folds) == (fitted.model, fitted.train.batch_size, 2)
+
+
+def test_fit_config_refuses_what_it_would_not_heed(small: Path) -> None:
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: fastflower.fit_config(small, recipe="finetuned"), "^recipe is 'finetuned': choose one of auto, fin"),  # type: ignore[arg-type]
+        (lambda: fastflower.fit_config(small, {"data.root": "other"}), "^settings: data.root names pictures beside"),
+        (lambda: fastflower.fit_config(small, "train.epochs=1"), "^settings is str: give a dict"),  # type: ignore[arg-type]
+    ]
+    for function, words in refused:
+        with pytest.raises(fastflower.UserError, match=words):
+            function()
+
+
 def test_a_dict_is_a_configuration(small: Path, tmp_path: Path, tiny_net: None) -> None:
     run = fastflower.train(settings(small), tmp_path / "run", quiet=True)
     assert (run / "config.yaml").is_file()
