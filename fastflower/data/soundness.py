@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 
+import numpy as np
 from nvidia import nvimgcodec
 
 from fastflower.arrays import Bytes
@@ -17,14 +19,15 @@ from fastflower.data import converted
 from fastflower.data.converted import UnreadableError
 
 _BARE_MARKERS = (0x01, *range(0xD0, 0xD9))  # of JPEG, without a length: TEM, RST0 to RST7, SOI
-_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
+_START_OF_SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
+_EXIF = b"Exif\0\0"
 _NUMBER = rb"(?:\s|#[^\n]*\n)+(\d{1,9})"
 _RASTER = re.compile(rb"P(?:4%(n)b%(n)b|[56]%(n)b%(n)b%(n)b)\s" % {b"n": _NUMBER})
 
 
 def is_sound(encoded: Bytes) -> bool:
     """Whether encoded image bytes ([length] uint8) have a picture's header and are not cut off."""
-    if needs_conversion(encoded):
+    if _is_pillows(encoded):
         return converted.why_not(encoded) is None and not is_cut_off(encoded)
     return has_header(encoded) and not is_cut_off(encoded)
 
@@ -44,7 +47,12 @@ def header_shape(encoded: Bytes) -> tuple[int, int]:
 
 
 def needs_conversion(encoded: Bytes) -> bool:
-    """Whether encoded image bytes ([length] uint8) are of a kind that DALI does not read, and Pillow may.
+    """Whether DALI does not read encoded image bytes ([length] uint8) as they are, but what `convert` makes of them."""
+    return _is_pillows(encoded) or bool(_later_exif(encoded))
+
+
+def _is_pillows(encoded: Bytes) -> bool:
+    """Whether encoded image bytes are of a kind that DALI does not read, and Pillow may.
 
     Those are GIF, AVIF and HEIC, some of TIFF, and WebP with an odd chunk before another, whose padding DALI 2.4 takes
     for a chunk. JPEG 2000 is one too, since damaged ones end the process in DALI 2.4.
@@ -62,16 +70,20 @@ def needs_conversion(encoded: Bytes) -> bool:
 def convert(encoded: Bytes) -> Bytes:
     """What DALI reads of a picture's encoded bytes, [length] uint8: these, or what `converted.to_pixmap` makes of them.
 
+    Of several EXIF blocks in a JPEG the first stays, by which Pillow turns it too: DALI 2.4 takes the size by some and
+    turns by others, and writes beyond its memory.
+
     Raises:
         UnreadableError: they are no whole picture, or of a kind that nothing here reads; says why, where it is known.
     """
-    if needs_conversion(encoded):
+    if _is_pillows(encoded):
         if is_cut_off(encoded):
             raise UnreadableError("it is cut off")
         return converted.to_pixmap(encoded)
     if not is_sound(encoded):
         raise UnreadableError("")
-    return encoded
+    later = _later_exif(encoded)
+    return np.delete(encoded, np.r_[tuple(later)]) if later else encoded
 
 
 def size_of(encoded: Bytes) -> tuple[int, int]:
@@ -80,7 +92,7 @@ def size_of(encoded: Bytes) -> tuple[int, int]:
     Raises:
         UnreadableError: see `convert`.
     """
-    if needs_conversion(encoded):
+    if _is_pillows(encoded):
         return converted.size_of(encoded)
     if not is_sound(encoded):
         raise UnreadableError("")
@@ -122,22 +134,44 @@ def _number(encoded: Bytes, offset: int, kind: str = "<I") -> int:
     return int(number)
 
 
-def _jpeg_is_cut_off(encoded: Bytes) -> bool:
-    """Segments up to the first scan have their lengths. From there on only a marker follows 0xFF, or a stuffed zero."""
-    position = 2
-    while True:
+def _segments(encoded: Bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, beginning and end of a JPEG's segments, up to the first scan's header or the picture's end.
+
+    Raises:
+        IndexError, struct.error: the bytes end before.
+    """
+    position, marker = 2, 0
+    while marker not in (_START_OF_SCAN, _END_OF_IMAGE):
         while encoded[position] != 0xFF or encoded[position + 1] in (0x00, 0xFF):  # decoders pass over what is between
             position += 1
-        marker = encoded[position + 1]
+        start, marker = position, int(encoded[position + 1])
         position += 2
-        if marker == _END_OF_IMAGE:
-            return True  # before there was any picture
-        if marker in _BARE_MARKERS:
-            continue
-        position += _number(encoded, position, ">H")
-        if marker == _START_OF_SCAN:
-            ended = position <= len(encoded) - 2 and bytes(encoded[-2:]) == b"\xff\xd9"  # as nearly all do
-            return not ended and b"\xff\xd9" not in encoded[position:].tobytes()
+        if marker not in (_END_OF_IMAGE, *_BARE_MARKERS):
+            position += _number(encoded, position, ">H")
+        yield marker, start, position
+
+
+def _jpeg_is_cut_off(encoded: Bytes) -> bool:
+    """Segments up to the first scan have their lengths. From there on only a marker follows 0xFF, or a stuffed zero."""
+    *_, (marker, _, end) = _segments(encoded)
+    if marker == _END_OF_IMAGE:
+        return True  # before there was any picture
+    ended = end <= len(encoded) - 2 and bytes(encoded[-2:]) == b"\xff\xd9"  # as nearly all do
+    return not ended and b"\xff\xd9" not in encoded[end:].tobytes()
+
+
+def _later_exif(encoded: Bytes) -> list[slice]:
+    """Where the EXIF blocks of a JPEG are but for its first; none where it ends before its first scan."""
+    if bytes(encoded[:2]) != b"\xff\xd8":
+        return []
+    try:
+        return [
+            slice(start, end)
+            for marker, start, end in _segments(encoded)
+            if marker == _APP1 and bytes(encoded[start + 4 : start + 10]) == _EXIF
+        ][1:]
+    except (IndexError, struct.error):
+        return []
 
 
 def _png_is_cut_off(encoded: Bytes) -> bool:

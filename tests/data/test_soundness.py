@@ -8,7 +8,7 @@ from io import BytesIO
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastflower.arrays import Bytes
 from fastflower.data.converted import UnreadableError
@@ -108,3 +108,35 @@ def test_damaged_pictures_are_read_or_refused_but_nothing_else(name: str) -> Non
         readable = decodable(data)
         if readable:
             assert is_sound(data)
+
+
+def exif_block(orientation: int, more: int) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = orientation, "c" * more
+    return exif.tobytes()
+
+
+def test_of_several_exif_blocks_the_first_says_how_a_jpeg_is_turned() -> None:
+    """As Pillow has it; DALI 2.4 corrupts its memory where one block turns a picture and another does not."""
+    rng, picture = np.random.default_rng(0), noise(48, 32)
+    plain = encode(picture, "JPEG")
+    for _ in range(40):
+        orientations = rng.integers(1, 9, int(rng.integers(2, 4))).tolist()
+        data = plain
+        for orientation in orientations[::-1]:
+            data = with_segment(data, 0xE1, exif_block(orientation, int(rng.integers(1, 400))))
+        whole = as_bytes(data)
+        assert is_sound(whole)
+        assert needs_conversion(whole)
+        assert size_of(whole) == (32, 48)
+        expected = as_bytes(with_segment(plain, 0xE1, exif_block(orientations[0], 1)))
+        pixels = [
+            np.asarray(ImageOps.exif_transpose(Image.open(BytesIO(one.tobytes()))))
+            for one in (whole, convert(whole), expected)
+        ]
+        np.testing.assert_array_equal(pixels[0], pixels[2])
+        np.testing.assert_array_equal(pixels[1], pixels[2])
+        assert not needs_conversion(convert(whole))
+        assert decodable(whole)
+        with pytest.raises(UnreadableError):
+            convert(whole[: -len(plain) // 4])
