@@ -48,7 +48,7 @@ def header_shape(encoded: Bytes) -> tuple[int, int]:
 
 def needs_conversion(encoded: Bytes) -> bool:
     """Whether DALI does not read encoded image bytes ([length] uint8) as they are, but what `convert` makes of them."""
-    return _is_pillows(encoded) or bool(_later_exif(encoded))
+    return _is_pillows(encoded) or bool(_spare_exif(encoded))
 
 
 def _is_pillows(encoded: Bytes) -> bool:
@@ -70,8 +70,8 @@ def _is_pillows(encoded: Bytes) -> bool:
 def convert(encoded: Bytes) -> Bytes:
     """What DALI reads of a picture's encoded bytes, [length] uint8: these, or what `converted.to_pixmap` makes of them.
 
-    Of several EXIF blocks in a JPEG the first stays, by which Pillow turns it too: DALI 2.4 takes the size by some and
-    turns by others, and writes beyond its memory.
+    Of several EXIF blocks one stays, by which Pillow turns the picture too: DALI 2.4 takes the size by one and turns
+    by another, and writes beyond its memory.
 
     Raises:
         UnreadableError: they are no whole picture, or of a kind that nothing here reads; says why, where it is known.
@@ -82,8 +82,8 @@ def convert(encoded: Bytes) -> Bytes:
         return converted.to_pixmap(encoded)
     if not is_sound(encoded):
         raise UnreadableError("")
-    later = _later_exif(encoded)
-    return np.delete(encoded, np.r_[tuple(later)]) if later else encoded
+    spare = _spare_exif(encoded)
+    return np.delete(encoded, np.r_[tuple(spare)]) if spare else encoded
 
 
 def size_of(encoded: Bytes) -> tuple[int, int]:
@@ -160,29 +160,42 @@ def _jpeg_is_cut_off(encoded: Bytes) -> bool:
     return not ended and b"\xff\xd9" not in encoded[end:].tobytes()
 
 
-def _later_exif(encoded: Bytes) -> list[slice]:
-    """Where the EXIF blocks of a JPEG are but for its first; none where it ends before its first scan."""
-    if bytes(encoded[:2]) != b"\xff\xd8":
-        return []
-    try:
-        return [
-            slice(start, end)
-            for marker, start, end in _segments(encoded)
-            if marker == _APP1 and bytes(encoded[start + 4 : start + 10]) == _EXIF
-        ][1:]
-    except (IndexError, struct.error):
-        return []
+def _chunks(encoded: Bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Type, beginning and end of a PNG's chunks, with length and checksum, up to the last; any may end beyond the file.
+
+    Raises:
+        struct.error: the bytes end before.
+    """
+    kind, end = b"", 8
+    while kind != b"IEND":
+        start, end = end, end + 12 + _number(encoded, end, ">I")
+        kind = bytes(encoded[start + 4 : start + 8])
+        yield kind, start, end
 
 
 def _png_is_cut_off(encoded: Bytes) -> bool:
-    position = 8
-    while True:
-        end = position + 12 + _number(encoded, position, ">I")  # with length, type and checksum
-        if end > len(encoded):
-            return True
-        if bytes(encoded[position + 4 : position + 8]) == b"IEND":
-            return False
-        position = end
+    return any(end > len(encoded) for _, _, end in _chunks(encoded))
+
+
+def _spare_exif(encoded: Bytes) -> list[slice]:
+    """Where the EXIF blocks are by which a picture is not turned: of a JPEG all but the first, of a PNG but the last.
+
+    There is no telling where the file is cut off.
+    """
+    start_of_file = bytes(encoded[:4])
+    try:
+        if start_of_file.startswith(b"\xff\xd8"):
+            return [slice(start, end) for kind, start, end in _segments(encoded) if _is_exif(encoded, kind, start)][1:]
+        if start_of_file == b"\x89PNG":
+            return [slice(start, end) for kind, start, end in _chunks(encoded) if kind == b"eXIf"][:-1]
+    except (IndexError, struct.error):
+        pass
+    return []
+
+
+def _is_exif(encoded: Bytes, marker: int, start: int) -> bool:
+    """Whether a JPEG's segment is."""
+    return marker == _APP1 and bytes(encoded[start + 4 : start + 10]) == _EXIF
 
 
 def _has_padding_inside(encoded: Bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator
 from io import BytesIO
 
@@ -116,20 +117,30 @@ def exif_block(orientation: int, more: int) -> bytes:
     return exif.tobytes()
 
 
-def test_of_several_exif_blocks_the_first_says_how_a_jpeg_is_turned() -> None:
+def with_exif(encoded: bytes, block: bytes) -> bytes:
+    """A JPEG, or a PNG after whose header it goes, with one more EXIF block before the others."""
+    if encoded.startswith(b"\xff\xd8"):
+        return with_segment(encoded, 0xE1, block)
+    chunk = b"eXIf" + block.removeprefix(b"Exif\0\0")
+    framed = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return encoded[:33] + framed + encoded[33:]
+
+
+@pytest.mark.parametrize(("kind", "chosen"), [("JPEG", 0), ("PNG", -1)])
+def test_one_of_several_exif_blocks_says_how_a_picture_is_turned(kind: str, chosen: int) -> None:
     """As Pillow has it; DALI 2.4 corrupts its memory where one block turns a picture and another does not."""
     rng, picture = np.random.default_rng(0), noise(48, 32)
-    plain = encode(picture, "JPEG")
+    plain = encode(picture, kind)
     for _ in range(40):
         orientations = rng.integers(1, 9, int(rng.integers(2, 4))).tolist()
         data = plain
         for orientation in orientations[::-1]:
-            data = with_segment(data, 0xE1, exif_block(orientation, int(rng.integers(1, 400))))
+            data = with_exif(data, exif_block(orientation, int(rng.integers(1, 400))))
         whole = as_bytes(data)
         assert is_sound(whole)
         assert needs_conversion(whole)
         assert size_of(whole) == (32, 48)
-        expected = as_bytes(with_segment(plain, 0xE1, exif_block(orientations[0], 1)))
+        expected = as_bytes(with_exif(plain, exif_block(orientations[chosen], 1)))
         pixels = [
             np.asarray(ImageOps.exif_transpose(Image.open(BytesIO(one.tobytes()))))
             for one in (whole, convert(whole), expected)
