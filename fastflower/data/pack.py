@@ -55,7 +55,7 @@ def pack(
 
     Args:
         root: the data set's folder.
-        out: a new or empty folder, or one that the same pack was writing.
+        out: a new or empty folder outside of `root`, or one that the same pack was writing.
         sizes: pixels, of the shorter sides.
         quality: of JPEG, from 1 to 100.
         seed: chooses what validates, as in training.
@@ -71,6 +71,8 @@ def pack(
     if not 1 <= quality <= 100:
         raise UserError(f"--quality is {quality}: give a number from 1 to 100.")
     root, out = root.absolute(), out.absolute()
+    if out.resolve().is_relative_to(root.resolve()):  # where it may be taken for a class
+        raise UserError(f"{out} lies in the data folder {root}: name a folder outside of it.")
     splits, classes = _load(root, sizes[-1], seed, follow("look for copies"))
     made = {"sizes": sizes, "quality": quality, "data": _identity(splits, classes)}
     try:

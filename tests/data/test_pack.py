@@ -185,9 +185,12 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     noise(20, 20).save(root / "train/rose/new.png")
     assert pack(root, out).code == 2
     assert contents(out) == written
-    done = pack(root, root)
-    assert done.code == 2
-    assert f"{root} is not empty" in done.err
+    (tmp_path / "link").symlink_to(root)
+    for place in (root, root / "packed", root / "train/packed", tmp_path / "link/packed"):
+        done = pack(root, place)
+        assert done.code == 2
+        assert f"{place} lies in the data folder {root}: name a folder outside of it" in done.err
+        assert not (root / "packed").exists()
     for options in (("--quality", 0), ("--sizes", 8)):
         assert pack(root, tmp_path / "new", *options).code == 2
     assert not (tmp_path / "new").exists()
