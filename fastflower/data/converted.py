@@ -103,7 +103,7 @@ def to_pixmap(encoded: Bytes) -> Bytes:
         orientation = _orientation(picture)
         picture.load()
         upright = picture.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else picture
-        pixels = _rgb(upright)
+        pixels = rgb(upright)
     header = b"P6\n%d %d\n255\n" % (pixels.shape[1], pixels.shape[0])
     return np.concatenate([np.frombuffer(header, np.uint8), pixels.reshape(-1)])
 
@@ -122,10 +122,10 @@ def upright(encoded: Bytes, *, at_least: int) -> Upright:
         picture.load()
         plain = picture.format in ("JPEG", "MPO") and orientation == 1
         if orientation in _UPRIGHT:
-            pixels = _rgb(picture.transpose(_UPRIGHT[orientation]))
+            pixels = rgb(picture.transpose(_UPRIGHT[orientation]))
             size = size[::-1] if orientation >= 5 else size
         else:
-            pixels = _rgb(picture)
+            pixels = rgb(picture)
     return Upright(Image.fromarray(pixels), size, plain)
 
 
@@ -202,8 +202,12 @@ def _orientation(picture: Image.Image) -> int:
         return 1
 
 
-def _rgb(picture: Image.Image) -> Bytes:
-    """Pixels, [H, W, 3]."""
+def rgb(picture: Image.Image) -> Bytes:
+    """A picture's pixels as DALI decodes them: [H, W, 3] uint8, without alpha, and 16 bits rounded to 8.
+
+    Raises:
+        UnreadableError: they are of another kind.
+    """
     if picture.mode.startswith("I;16"):
         gray = (np.asarray(picture).astype(np.int64) + 128) // 257
         return np.repeat(gray.astype(np.uint8)[:, :, None], 3, axis=2)

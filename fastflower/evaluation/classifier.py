@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fastflower.arrays import Bytes, Singles
 from fastflower.data.cache import Decoded
+from fastflower.data.converted import UnreadableError, rgb
 from fastflower.data.decoding import shapes_of
 from fastflower.data.names import display_names
 from fastflower.data.records import NO_LABEL, Records
@@ -28,6 +29,7 @@ from fastflower.evaluation.predictions import Predictions
 from fastflower.evaluation.score import Scoring, ready_network, require_crops, softmax
 from fastflower.evaluation.session import EvaluationSettings, Session, open_session, source
 from fastflower.evaluation.trained_run import Trained, open_trained
+from fastflower.runtime.output import without_decoders
 
 KEY = "file"  # what the ids of pictures are called where they are written
 AT_ONCE = 1024  # pictures of which a loader is made, and that are scored again where one turns out to be bad
@@ -49,6 +51,7 @@ class Classifier:
         return f"Classifier({str(self.trained.checkpoint)!r}, {len(self.classes)} classes)"
 
     @naming_arguments()
+    @without_decoders()
     def predict(self, pictures: Picture | Iterable[Picture]) -> Predictions:
         """Class probabilities of pictures.
 
@@ -280,7 +283,7 @@ def joined(predicted: Sequence[Predictions], classes: list[str], unreadable: dic
     """
     if unreadable:
         reasons = "; ".join(f"{name}: {why}" for name, why in unreadable.items())
-        warnings.warn(f"{len(unreadable)} cannot be read as pictures: {reasons}.", stacklevel=4)
+        warnings.warn(f"{len(unreadable)} cannot be read as pictures: {reasons}.", stacklevel=5)
     return replace(
         predicted[0],
         classes=classes,
@@ -293,7 +296,7 @@ def joined(predicted: Sequence[Predictions], classes: list[str], unreadable: dic
 
 def _told_apart(pictures: Picture | Iterable[Picture]) -> tuple[list[Path], list[Bytes]]:
     """Paths or pixels, one of the two lists being empty; UserError where neither or both are given."""
-    single = isinstance(pictures, str | os.PathLike | Image.Image) or getattr(pictures, "ndim", None) == 3
+    single = isinstance(pictures, str | os.PathLike | Image.Image) or getattr(pictures, "ndim", None) in (2, 3)
     try:
         given: list[Any] = [pictures] if single else list(pictures)  # type: ignore[arg-type]
     except TypeError:
@@ -309,7 +312,12 @@ def _told_apart(pictures: Picture | Iterable[Picture]) -> tuple[list[Path], list
 def _pixels(picture: Any) -> Bytes:
     """A picture's pixels, uint8 RGB [H, W, 3]; UserError where it is no picture."""
     if isinstance(picture, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        try:
+            return rgb(ImageOps.exif_transpose(picture))
+        except UnreadableError as error:
+            raise UserError(f"a picture of PIL's mode {picture.mode} has no colors ({error}): convert it.") from error
+        except OSError as error:  # its file is read only now
+            raise UserError(f"a picture of PIL's cannot be decoded ({error}): leave it out.") from error
     if not isinstance(picture, np.ndarray):
         raise UserError(f"{type(picture).__name__} is no picture: give a path, an array uint8 [H, W, 3] or PIL's.")
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:

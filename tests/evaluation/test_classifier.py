@@ -264,6 +264,23 @@ def test_pictures_of_pil_are_upright_and_rgb(run: Path, odd_images: Path) -> Non
     np.testing.assert_allclose(opened.probabilities, files.probabilities, atol=0.05)
 
 
+def test_deep_gray_of_pil_is_what_the_file_is(run: Path, tmp_path: Path) -> None:
+    """PIL's own conversion to RGB would cut all levels above 255 off."""
+    path = tmp_path / "deep.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (40, 40), np.uint16)).save(path)
+    network = fastflower.load(run)
+    opened = network.predict(Image.open(path)).probabilities
+    np.testing.assert_allclose(opened, network.predict(path).probabilities, atol=1e-3)
+
+
+def test_decoders_are_quiet_in_python_too(run: Path, bad: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    network = fastflower.load(run)
+    with pytest.warns(UserWarning, match="cannot be read as pictures") as caught:
+        network.predict(Path(bad[0]).parent)
+    assert caught[0].filename == __file__
+    assert "parser" not in capfd.readouterr().err
+
+
 def test_the_network_is_ready_for_a_loop_of_ones_own(run: Path) -> None:
     network = fastflower.load(run / "checkpoints/best.pt")
     assert not network.network.training
@@ -293,6 +310,8 @@ def test_what_is_left_out_is_in_the_result(run: Path, photos: Path, bad: list[st
         ([None], "NoneType is no picture"),
         (["a.jpg", np.zeros((4, 4, 3), np.uint8)], "pictures has both paths and pixels"),
         (np.zeros((4, 4, 3)), r"float64 \[4, 4, 3\] is no picture: give uint8 RGB"),
+        (np.zeros((4, 4), np.uint8), r"uint8 \[4, 4\] is no picture"),
+        (Image.new("F", (4, 4)), "mode F has no colors"),
         ([np.zeros((4, 4), np.uint8)], r"uint8 \[4, 4\] is no picture"),
         (np.zeros((3, 4, 4), np.uint8), r"uint8 \[3, 4, 4\] is no picture"),
         (np.zeros((2, 4, 4, 4), np.uint8), r"uint8 \[4, 4, 4\] is no picture"),
