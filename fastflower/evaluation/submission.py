@@ -54,7 +54,8 @@ def form_of(classes: Sequence[str], ids: Collection[str], sample: Path | None = 
         classes: their names.
         ids: what is handed in.
         sample: a sample submission: with one column beside its ids, whose labels decide whether names or places are
-            written (all 0, or empty, they decide nothing), or with a column for each class.
+            written (all 0, or empty, they decide nothing), or with a column for each class, or for one that its header
+            names.
 
     Raises:
         UserError: the sample cannot be read, has other ids, labels that are neither names nor places, or columns that
@@ -66,6 +67,8 @@ def form_of(classes: Sequence[str], ids: Collection[str], sample: Path | None = 
     if len(shown.columns) > 1:
         columns = _classes_of_columns(sample, shown, classes)
         return Form(_usual_labels(classes), shown.ids, columns, shown.header, shown.id_column, shown.dialect)
+    if (alone := _class_alone(shown, classes)) is not None:
+        return Form(_usual_labels(classes), shown.ids, [alone], shown.header, shown.id_column, shown.dialect)
     labels = _labels(sample, shown, classes)
     header = shown.header if shown.columns else HEADER
     return Form(labels, shown.ids, None, header, shown.id_column, shown.dialect)
@@ -118,6 +121,14 @@ def _classes_of_columns(path: Path, sample: Sample, classes: Sequence[str]) -> l
         if strange is not None:
             raise UserError(f"{path} has {strange!r} in the column {name}, where a probability belongs: give another.")
     return [place_of[name] for name in headers]
+
+
+def _class_alone(sample: Sample, classes: Sequence[str]) -> int | None:
+    """The place of the class whose probability a sample's only column is for, as of dog,0.5 for cats and dogs."""
+    headers = [_plain(name) for name in sample.columns]
+    matches = [place for place, name in enumerate(classes) if [_plain(name)] == headers]
+    numbers = len(matches) == 1 and sample.columns != HEADER[1:] and all(map(_is_number, sample.cells(0)))
+    return matches[0] if numbers else None
 
 
 def _plain(name: str) -> str:

@@ -232,6 +232,7 @@ def test_what_is_handed_in_has_the_samples_form_as_pandas_reads_it(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     others = set(",;\t") - {separator}
+    assume(header[1].strip().casefold() not in [name.casefold() for name in classes])  # whose probability it would be
     assume(header[0] not in stems and not any(is_numeric(name) for name in classes))
     assume(not any(others & set(text) for text in (*header, *classes)))
     rng, folder = np.random.default_rng(seed), tmp_path_factory.mktemp("sample")
@@ -299,6 +300,17 @@ def test_columns_are_classes_by_name_in_any_capitals_or_by_number(headers: list[
     (tmp_path / "sample.csv").write_text(f"id,{','.join(headers)}\n0,0,0,0\n1,0,0,0\n2,0,0,0\n")
     form = form_of(FLOWERS, ["0", "1", "2"], tmp_path / "sample.csv")
     assert (form.columns, form.header) == ([1, 0, 2], ["id", *headers])
+
+
+@pytest.mark.parametrize("cell", ["0", "0.5", ""])
+def test_a_column_that_one_class_names_is_for_its_probability(cell: str, tmp_path: Path) -> None:
+    """A label there, 0 of the first class, would be read as the probability 0 of the very same class."""
+    sample, predictions = tmp_path / "sample.csv", made(["dog", "cat"], seed=1)
+    sample.write_text("id,Dog\n" + "".join(f"{name},{cell}\n" for name in predictions.ids))
+    hand_in(predictions, submission=tmp_path / "s.csv", sample=sample)
+    read = pandas.read_csv(tmp_path / "s.csv", dtype={"id": str})
+    assert list(read.columns) == ["id", "Dog"]
+    np.testing.assert_array_equal(read["Dog"].astype(np.float32), predictions.probabilities[:, 0])
 
 
 def test_only_places_are_explained() -> None:
