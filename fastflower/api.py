@@ -31,6 +31,7 @@ from fastflower.evaluation.predictions import Predictions
 from fastflower.evaluation.session import EvaluationSettings
 from fastflower.evaluation.trained_run import StoredSizes
 from fastflower.evaluation.views import Views
+from fastflower.given import Count, Sizes, StrPath, reading_arguments
 from fastflower.layers import Layer, Layers, Recipe, split_recipe
 from fastflower.runtime.checkpoint import load_trained
 from fastflower.runtime.device import choose_device
@@ -45,7 +46,6 @@ from fastflower.training.pretrained import load_pretrained, open_pretrained
 from fastflower.training.run import settings_alone, train_run
 from fastflower.training.setup import require_two_values
 
-StrPath = str | os.PathLike[str]
 Settings = Mapping[str, Any]  # nested, as in a file, or by dotted keys
 Paths = StrPath | Sequence[StrPath]
 SETTINGS = "settings"  # what messages call those that are given as an argument
@@ -78,6 +78,7 @@ def load_config(source: StrPath | None = None, settings: Settings | None = None)
 
 
 @naming_arguments()
+@reading_arguments
 def fit_config(
     root: Paths, settings: Settings | None = None, *, recipe: Recipe = "auto", quiet: bool = False
 ) -> Config:
@@ -103,6 +104,7 @@ def fit_config(
 
 @naming_arguments()
 @without_decoders()
+@reading_arguments
 def load_data(config: Config | Settings) -> Batches:
     """Both splits: classes in `dataset.classes`, training batches of an epoch by `train.epoch(number)`, validation's by
     `val.once()`. A batch has `images` [N, 3, S, S], normalized and channels-last, `labels` [N] and `indices` [N].
@@ -122,7 +124,8 @@ def load_data(config: Config | Settings) -> Batches:
 
 
 @naming_arguments()
-def build_model(config: Config | Settings, classes: int) -> torch.nn.Module:
+@reading_arguments
+def build_model(config: Config | Settings, classes: Count) -> torch.nn.Module:
     """The configured network: logits [N, classes] for images [N, 3, H, W], with seeded or pretrained weights.
 
     Raises:
@@ -138,6 +141,7 @@ def build_model(config: Config | Settings, classes: int) -> torch.nn.Module:
 
 @naming_arguments()
 @without_decoders()
+@reading_arguments
 def train(config: Config | Settings, run: StrPath, *, overwrite: bool = False, quiet: bool = False) -> Path:
     """Train as `fastflower train` does; the run folder, with checkpoints, metrics.jsonl and TensorBoard's events.
 
@@ -159,6 +163,7 @@ def train(config: Config | Settings, run: StrPath, *, overwrite: bool = False, q
 
 @naming_arguments()
 @without_decoders()
+@reading_arguments
 def resume(run: StrPath, settings: Settings | None = None, *, quiet: bool = False) -> Path:
     """Go on with a run as `fastflower train --resume` does; the run folder.
 
@@ -182,13 +187,14 @@ def resume(run: StrPath, settings: Settings | None = None, *, quiet: bool = Fals
 
 @naming_arguments()
 @without_decoders()
+@reading_arguments
 def evaluate(
     run: StrPath,
     *,
     root: Paths | None = None,
     split: Split = "val",
     crops: int = 1,
-    scales: Sequence[int] = (),
+    scales: Sizes = (),
 ) -> Evaluation:
     """The figures of a run's best checkpoint (or of a checkpoint file) on a split with classes.
 
@@ -207,14 +213,15 @@ def evaluate(
 
 
 @naming_arguments()
+@reading_arguments
 def load(
     run: StrPath,
     *,
     crops: int = 1,
-    scales: Sequence[int] = (),
+    scales: Sizes = (),
     names: StrPath | None = None,
     device: Literal["run", "auto", "cpu", "cuda"] = "run",
-    batch_size: int | None = None,
+    batch_size: Count | None = None,
 ) -> Classifier:
     """A run's network (of its best checkpoint, or of a checkpoint file) that is ready for pictures.
 
@@ -238,17 +245,18 @@ def load(
 
 @naming_arguments()
 @without_decoders()
+@reading_arguments
 def predict(
     run: StrPath,
-    pictures: Paths = (),
+    pictures: Paths | None = None,
     *,
     split: Split | None = None,
     root: Paths | None = None,
     sizes: StoredSizes | None = None,
     crops: int = 1,
-    scales: Sequence[int] = (),
+    scales: Sizes = (),
     out: StrPath | None = None,
-    top: int = TOP,
+    top: Count = TOP,
     submission: StrPath | None = None,
     sample: StrPath | None = None,
     names: StrPath | None = None,
@@ -257,7 +265,7 @@ def predict(
 
     Args:
         run: a run folder or a checkpoint file.
-        pictures: a file, a folder, a pattern, or several of them; empty = a split is predicted.
+        pictures: a file, a folder, a pattern, or several of them; None = a split is predicted.
         split: train, val or test; None = test, where no pictures are given.
         root: the split's data folder, or several; None = the run's.
         sizes: stored sizes of the split to take (pixels), or "all"; None = see `fastflower predict --help`.
@@ -280,8 +288,10 @@ def predict(
     """
     settings = EvaluationSettings(_paths(root), sizes, Views(crops, tuple(scales)))
     console, shown = _console(quiet=True), _text(names)
-    given, of_split = _paths(pictures) or (), (split, root, sizes, submission, sample)
-    if given:
+    given, of_split = _paths(pictures), (split, root, sizes, submission, sample)
+    if given is not None:
+        if not given:
+            raise UserError("pictures is empty: give paths, or none at all to predict a split.")
         classifier.refuse_split(*of_split)
         return classifier.collect_pictures(Path(run), given, settings, console, names=shown, out=_path(out), top=top)
     predictions, classes = predict_run(
@@ -300,6 +310,7 @@ def predict(
 
 @naming_arguments()
 @without_decoders()
+@reading_arguments
 def ensemble(
     members: Sequence[StrPath],
     method: Method = "vote",
@@ -307,7 +318,7 @@ def ensemble(
     split: Split = "test",
     root: Paths | None = None,
     crops: int = 1,
-    scales: Sequence[int] = (),
+    scales: Sizes = (),
     mix_views: bool = False,
     fit_on: Sequence[StrPath] = (),
     out: StrPath | None = None,
@@ -352,14 +363,15 @@ def ensemble(
 
 @naming_arguments()
 @without_decoders()
+@reading_arguments
 def cross_validate(
     config: Config | Settings,
     run: StrPath,
     *,
-    folds: int | None = None,
+    folds: Count | None = None,
     overwrite: bool = False,
     crops: int = 1,
-    scales: Sequence[int] = (),
+    scales: Sizes = (),
     test: bool = False,
     submission: StrPath | None = None,
     quiet: bool = False,
@@ -433,7 +445,10 @@ def _paths(given: Paths | None) -> tuple[Path, ...] | None:
     """One path or several."""
     if given is None:
         return None
-    return tuple(map(Path, [given] if isinstance(given, str | os.PathLike) else given))
+    try:
+        return tuple(map(Path, [given] if isinstance(given, str | os.PathLike) else given))
+    except TypeError as error:
+        raise UserError(f"{type(given).__name__} is no path: give a path, or a list of paths.") from error
 
 
 def _console(quiet: bool) -> Console:

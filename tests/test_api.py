@@ -17,6 +17,7 @@ import torch
 import fastflower
 from fastflower.errors import in_python
 from fastflower.evaluation.predictions import read_predictions
+from fastflower.given import Count, Sizes, StrPath, reading_arguments
 from fastflower.runtime.checkpoint import load_checkpoint
 from tests.conftest import ROOT, train_arguments, write_dataset
 from tests.conftest import fastflower as command
@@ -248,6 +249,38 @@ def test_no_sentence_keeps_an_option_in_python() -> None:
     for text in literals:
         outside = "".join(in_python(text).split("`")[::2]) if text.count("`") % 2 == 0 else ""
         assert not re.search("--[a-z]", outside), text
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda: fastflower.load(None), "run is None: it takes a path"),  # type: ignore[arg-type]
+        (lambda: fastflower.load("r", device="gpu"), "device is gpu: it takes run, auto, cpu or cuda"),  # type: ignore[arg-type]
+        (lambda: fastflower.load("r", batch_size=0), "batch_size is 0: it takes a whole number above 0 or none"),
+        (lambda: fastflower.load("r", batch_size=2.5), "batch_size is 2.5: it takes"),  # type: ignore[arg-type]
+        (lambda: fastflower.evaluate("r", split="vall"), "split is vall: .*did you mean val"),  # type: ignore[arg-type]
+        (lambda: fastflower.evaluate("r", scales=(64, 0)), "scales is .64, 0.: it takes one or more whole numbers"),
+        (lambda: fastflower.evaluate("r", root=3), "int is no path"),  # type: ignore[arg-type]
+        (lambda: fastflower.predict("r", []), "pictures is empty"),
+        (lambda: fastflower.predict("r", 3), "int is no path"),  # type: ignore[arg-type]
+        (lambda: fastflower.predict("r", "a.jpg", top=0), "top is 0: it takes a whole number above 0"),
+        (lambda: fastflower.ensemble(["a", "b"], "max"), "method is max: it takes vote, mean or weighted"),  # type: ignore[arg-type]
+        (lambda: fastflower.cross_validate({}, "r", folds=0), "folds is 0: it takes"),
+        (lambda: fastflower.build_model({}, 0), "classes is 0: it takes a whole number above 0"),
+    ],
+)
+def test_an_argument_of_another_kind_is_one_sentence(call: Callable[[], Any], words: str) -> None:
+    with pytest.raises(fastflower.UserError, match=words):
+        call()
+
+
+def test_one_scale_needs_no_list_and_arrays_are_lists() -> None:
+    @reading_arguments
+    def taken(run: StrPath, scales: Sizes = (), batch_size: Count | None = None) -> tuple[Any, ...]:
+        return run, scales, batch_size
+
+    assert taken("~/r", 64) == (Path.home() / "r", (64,), None)  # type: ignore[arg-type]
+    assert taken("r", np.array([64, 80]), batch_size=np.int64(3)) == (Path("r"), (64, 80), 3)  # type: ignore[arg-type]
 
 
 def test_all_functions_are_listed() -> None:

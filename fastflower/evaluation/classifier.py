@@ -78,7 +78,7 @@ class Classifier:
                 predicted = [
                     *self.of_files(records, found, session, source_of(self.trained, records, self.settings, session))
                 ]
-        return joined(predicted, self.classes, found.unreadable)
+        return joined(predicted, self.classes, found.unreadable, above=4)
 
     def of_files(
         self, records: Records, pictures: Pictures, session: Session, made_from: dict[str, Any]
@@ -265,7 +265,7 @@ def collect_pictures(
         classes[:] = shown
 
     pictures = predict_pictures(run, given, settings, console, take=take, names=names, out=out, top=top)
-    return joined(parts, classes, pictures.unreadable)
+    return joined(parts, classes, pictures.unreadable, above=6)
 
 
 def refuse_split(*given: object) -> None:
@@ -277,13 +277,15 @@ def refuse_split(*given: object) -> None:
         )
 
 
-def joined(predicted: Sequence[Predictions], classes: list[str], unreadable: dict[str, str]) -> Predictions:
+def joined(
+    predicted: Sequence[Predictions], classes: list[str], unreadable: dict[str, str], *, above: int
+) -> Predictions:
     """Parts, of which there is at least one, as a whole, with other names for the classes; a warning names files that
-    are not among them.
+    are not among them, in the frame that is so many `above` this one.
     """
     if unreadable:
         reasons = "; ".join(f"{name}: {why}" for name, why in unreadable.items())
-        warnings.warn(f"{len(unreadable)} cannot be read as pictures: {reasons}.", stacklevel=5)
+        warnings.warn(f"{len(unreadable)} cannot be read as pictures: {reasons}.", stacklevel=1 + above)
     return replace(
         predicted[0],
         classes=classes,

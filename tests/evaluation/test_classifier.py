@@ -294,8 +294,9 @@ def test_the_network_is_ready_for_a_loop_of_ones_own(run: Path) -> None:
 def test_what_is_left_out_is_in_the_result(run: Path, photos: Path, bad: list[str]) -> None:
     network = fastflower.load(run)
     for predict in (network.predict, lambda pictures: fastflower.predict(run, pictures)):
-        with pytest.warns(UserWarning, match="5 cannot be read as pictures: .*none.png: cannot be decoded"):
+        with pytest.warns(UserWarning, match="5 cannot be read as pictures: .*none.png: cannot be decoded") as caught:
             predictions = predict(photos)
+        assert caught[0].filename == __file__
         assert set(predictions.unreadable) == set(bad)
         assert len(predictions) == len(predictions.names) == 7
         assert "Predictions of 7 pictures, 3 classes" in repr(predictions)
