@@ -446,9 +446,12 @@ def _paths(given: Paths | None) -> tuple[Path, ...] | None:
     if given is None:
         return None
     try:
-        return tuple(map(Path, [given] if isinstance(given, str | os.PathLike) else given))
+        paths = [os.fspath(path) for path in ([given] if isinstance(given, str | os.PathLike) else given)]
     except TypeError as error:
         raise UserError(f"{type(given).__name__} is no path: give a path, or a list of paths.") from error
+    if "" in paths:
+        raise UserError("a path is empty: name the folder, or a dot for the one you are in.")
+    return tuple(map(Path, paths))
 
 
 def _console(quiet: bool) -> Console:

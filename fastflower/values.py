@@ -47,7 +47,8 @@ def meant(annotation: Any, value: object) -> Any:
     """The value in the form that the type has, where it was written in another; its bounds are not looked at.
 
     Raises:
-        ValueError: on and off, where the type has no switch: Python would count them as 1 and 0.
+        ValueError: on and off, where the type has no switch: Python would count them as 1 and 0; or an empty path,
+            which it would take for the folder that one is in.
     """
     kinds = [kind for kind, _ in alternatives(annotation)]
     choices = {str(choice): choice for kind in kinds for choice in _choices(kind)}
@@ -61,6 +62,8 @@ def meant(annotation: Any, value: object) -> Any:
             return SWITCH[word.lower()]
         if word.lower() in NOTHING or (word.lower() == "auto" and is_switch(annotation)):
             value = None if NoneType in kinds or "none" in choices else value
+    if Path in kinds and isinstance(value, str) and not value.strip():
+        raise ValueError("it is empty")
     if value is None:
         return "none" if NoneType not in kinds and "none" in choices else None
     several = next((kind for kind in kinds if get_origin(kind) is tuple), None)

@@ -262,6 +262,8 @@ def test_no_sentence_keeps_an_option_in_python() -> None:
         (lambda: fastflower.evaluate("r", scales=(64, 0)), "scales is .64, 0.: it takes one or more whole numbers"),
         (lambda: fastflower.evaluate("r", root=3), "int is no path"),  # type: ignore[arg-type]
         (lambda: fastflower.predict("r", []), "pictures is empty"),
+        (lambda: fastflower.predict("r", ""), "a path is empty"),
+        (lambda: fastflower.load(""), "run is empty: it takes a path"),
         (lambda: fastflower.predict("r", 3), "int is no path"),  # type: ignore[arg-type]
         (lambda: fastflower.predict("r", "a.jpg", top=0), "top is 0: it takes a whole number above 0"),
         (lambda: fastflower.ensemble(["a", "b"], "max"), "method is max: it takes vote, mean or weighted"),  # type: ignore[arg-type]

@@ -305,6 +305,8 @@ def _told_apart(pictures: Picture | Iterable[Picture]) -> tuple[list[Path], list
         given = [pictures]
     paths = [Path(picture) for picture in given if isinstance(picture, str | os.PathLike)]
     pixels = [_pixels(picture) for picture in given if not isinstance(picture, str | os.PathLike)]
+    if any(isinstance(picture, str) and not picture for picture in given):
+        raise UserError("a path is empty: name the pictures, or a dot for the folder you are in.")
     if bool(paths) == bool(pixels):
         what = "both paths and pixels" if paths else "no pictures"
         raise UserError(f"pictures has {what}: give paths, or arrays, in a list.")

@@ -319,6 +319,7 @@ def test_what_is_left_out_is_in_the_result(run: Path, photos: Path, bad: list[st
         (np.zeros((0, 4, 3), np.uint8), r"uint8 \[0, 4, 3\] is no picture"),
         (torch.zeros(4, 4, 3, dtype=torch.uint8), "Tensor is no picture"),
         ("none.jpg", "none.jpg does not exist"),
+        (["none.jpg", ""], "a path is empty"),
     ],
 )
 def test_what_is_no_picture_is_a_sentence(run: Path, pictures: Any, words: str) -> None:
