@@ -149,11 +149,16 @@ def read_words(words: Sequence[str], command: str, options: Sequence[Option]) ->
             continue
         name, attached, value = word.partition("=")
         option, switched = _find(name, command, options)
-        if switched is not None and not attached:
+        if switched is not None:
+            if attached:
+                raise UserError(f"{name} takes no value: give {name}, or {option.flag} with on or off.")
             given[option] = switched
             continue
         taken = [value] if attached else _following(waiting, option, _wanted(positional, unnamed))
-        given[option] = _read(option, taken, name)
+        read = _read(option, taken, name)
+        if values.most(option.annotation) is None and given.get(option, read) != read:
+            raise UserError(f"{name} stands twice, with different values: give all of them after one.")
+        given[option] = read
     return given | _placed(unnamed, positional, command)
 
 
@@ -214,6 +219,8 @@ def _read(option: Option, words: Sequence[str], flag: str) -> Any:
         return True
     if not words:
         raise UserError(f"{flag} has no value: it takes {values.takes(annotation)}.")
+    if not all(map(str.strip, words)):  # a variable of the shell that is not set; none is a word
+        raise UserError(values.refusal(flag, "", annotation))
     try:
         return values.read(annotation, words[0] if len(words) == 1 else list(words))
     except ValueError as error:

@@ -108,7 +108,7 @@ def parse(argv: Sequence[str]) -> Options:
     if kind is LrCommand:
         settings, layers = _over(below, named)
         return LrCommand(**own | {"settings": settings, "layers": layers})
-    folds = (named.get("data.folds", below.typed().data.folds) or 5) if own.get("folds") is None else own["folds"]
+    folds = _folds(own, named) or below.typed().data.folds or 5
     settings, layers = _over(below, named | {"data.folds": folds, "data.fold": 0})
     return CvCommand(**own | {"settings": settings, "layers": layers})
 
@@ -158,6 +158,20 @@ def _named(given: Mapping[Option, Any], own: Mapping[str, Any]) -> dict[str, Any
         if root != pictures:
             raise UserError(f"{written(pictures)} and --data.root {written(root)} both name the pictures: give one.")
     return named
+
+
+def _folds(own: Mapping[str, Any], named: Mapping[str, Any]) -> int | None:
+    """How many folds the command line of cv names.
+
+    Raises:
+        UserError: it names two numbers of them, or a single fold.
+    """
+    if "data.fold" in named:
+        raise UserError("cv trains all folds: leave --data.fold out, or train one by fastflower train --data.fold.")
+    given = [number for number in (own.get("folds"), named.get("data.folds")) if number is not None]
+    if len(set(given)) > 1:
+        raise UserError(f"--folds {given[0]} and --data.folds {given[1]} both name the number of folds: give one.")
+    return given[0] if given else None
 
 
 def _below(own: Mapping[str, Any], named: Mapping[str, Any]) -> tuple[Layers, Path | None]:

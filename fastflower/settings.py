@@ -39,9 +39,9 @@ def find_config(given: str | Path) -> Path:
         raise UserError(f"there is no file {path}; the configuration that comes with fastflower is called {path.stem}.")
     if not path.suffix and path.name == str(given):
         near = difflib.get_close_matches(path.name, names, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise UserError(
-            f"there is no configuration {given}; {hint}With fastflower come {', '.join(names)}; "
+            f"there is no configuration {given}{hint} With fastflower come {', '.join(names)}; "
             "of your own give the file, such as mine.yaml."
         )
     return path

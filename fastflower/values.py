@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType, UnionType
@@ -47,13 +48,15 @@ def meant(annotation: Any, value: object) -> Any:
     """The value in the form that the type has, where it was written in another; its bounds are not looked at.
 
     Raises:
-        ValueError: on and off, where the type has no switch: Python would count them as 1 and 0; or an empty path,
-            which it would take for the folder that one is in.
+        ValueError: on and off, where the type has no switch: Python would count them as 1 and 0; 1.0, where it has whole
+            numbers and shares; or an empty path, which Python would take for the folder that one is in.
     """
     kinds = [kind for kind, _ in alternatives(annotation)]
     choices = {str(choice): choice for kind in kinds for choice in _choices(kind)}
     if isinstance(value, bool) and bool not in kinds and value not in choices.values():
         raise ValueError("it is no switch")
+    if {int, float} <= set(kinds) and re.fullmatch(r"\s*\+?\d+\.0*\s*", str(value)):
+        raise ValueError("1.0 may be meant as a share, of all, but would be read as the number 1")
     if isinstance(value, str):
         word = value.strip()
         if word in choices:

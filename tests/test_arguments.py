@@ -160,6 +160,12 @@ def test_values_end_where_the_next_word_is_none(words: str, wanted: dict[str, An
         (["train", "--data.cache", "rom"], "--data.cache is rom: it takes off, ram, gpu or auto; did you mean ram?"),
         (["train", "--amp=perhaps"], "--amp is perhaps: it takes on or off."),
         (["train", "--train.compile=perhaps"], "--train.compile is perhaps: it takes on, off or auto."),
+        (["train", "--no-amp=on"], "--no-amp takes no value: give --no-amp, or --amp with on or off."),
+        (["train", "--train.no-compile=off"], "--train.no-compile takes no value: "),
+        (["train", "--data.root", "a", "--data.root=b"], "--data.root stands twice, with different values: "),
+        (["train", "--train.batch-size", "1.0"], "--train.batch-size is 1.0: it takes a whole number above 0, "),
+        (["cv", "a", "--folds", "3", "--data.folds", "4"], "--folds 3 and --data.folds 4 both name the number of "),
+        (["cv", "a", "--data.fold", "1"], "cv trains all folds: leave --data.fold out"),
         (["train", "--data.mean", "1", "2"], "--data.mean is 1 2: it takes 3 numbers or none."),
         (
             ["train", "--data.sizes", "some"],
@@ -178,6 +184,7 @@ def test_values_end_where_the_next_word_is_none(words: str, wanted: dict[str, An
         (["train", "--xyzzy"], "there is no option --xyzzy; fastflower train --help lists all."),
         (["train", "--train.lrr", "1"], "there is no option --train.lrr; did you mean --train.lr?"),
         (["train", "--config", "resnet43"], "there is no configuration resnet43; did you mean resnet34?"),
+        (["train", "--config", "xyzzy"], "there is no configuration xyzzy. With fastflower come demo, "),
         (["train", "--config", "demo.yaml"], "the configuration that comes with fastflower is called demo."),
     ],
 )
@@ -186,6 +193,15 @@ def test_a_mistake_is_one_sentence_on_standard_error(words: list[str], sentence:
     assert (result.code, result.out) == (2, "")
     assert result.err.startswith(f"error: {sentence}") or sentence in result.err
     assert len(result.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("word", ["", " "])
+def test_a_variable_of_the_shell_that_is_not_set_is_no_value(word: str) -> None:
+    for kind in COMMANDS.values():
+        for option in options_of(kind):
+            for words in [[word]] if option.is_positional else [[option.flag, word], [f"{option.flag}={word}"]]:
+                with pytest.raises(UserError, match=r"^\S+ is empty: it takes |^there is no place for "):
+                    read_words(words, "x", [option])
 
 
 @pytest.mark.parametrize(
