@@ -10,7 +10,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
@@ -22,8 +22,10 @@ from fastflower.data.shuffle import KeptOrder
 BATCH = 256
 
 
-def main(kind: str, count: int) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     """Measure one kind in this process."""
+    kind, number = sys.argv[1:] if argv is None else argv
+    count = int(number)
     rng = np.random.default_rng(0)
     kept = np.ones(count if kind == "left_out" else 0, bool)
     kept[::10] = False
@@ -45,6 +47,7 @@ def main(kind: str, count: int) -> None:
         f"{kind}, {count} records: first batch after {first_batch:.3f} s, a batch of {BATCH} in "
         f"{statistics.median(times) * 1e6:.0f} us, {_peak() - before:.1f} MB"
     )
+    return 0
 
 
 def _copied(order: Ints, start: int, stop: int) -> Ints:
@@ -56,4 +59,4 @@ def _peak() -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    sys.exit(main())
