@@ -40,7 +40,6 @@ setup(
         "numba>=0.60",
         "numpy>=1.26",
         "rich>=13",
-        "tyro>=1.0",
         "pydantic>=2.7",
         "typing-extensions>=4.6",  # TypedDict in the form that pydantic reads
         "pyyaml>=6",
@@ -53,7 +52,7 @@ setup(
     ],
     extras_require={
         "heif": ["pillow-heif>=0.13"],  # what phones write as .heic
-        "bench": ["torchvision", "timm"],  # what `bench/throughput.py --peers` measures beside fastflower
+        "bench": ["tyro>=1.0", "torchvision", "timm"],  # options of bench/, and what its --peers are
         "test": [
             "pandas",
             "pillow-heif>=0.13",
@@ -63,6 +62,7 @@ setup(
             "hypothesis",
             "torchvision",
             "tfrecord",
+            "tyro>=1.0",
             "scikit-learn",
             "ruff==0.17.6",
             "mypy==2.4.1",

@@ -30,7 +30,6 @@ if __name__ == "__main__":
 import torch
 from rich.console import Console
 from rich.progress import track
-from tyro.conf import arg
 
 from bench.batch_norm import report
 from bench.batch_norm.layers import DTYPES, Problem, find_layers
@@ -38,6 +37,7 @@ from bench.batch_norm.measure import judge, measure, report_row
 from bench.batch_norm.peers import all_contenders
 from bench.harness.common import append, circumstances, require_positive, start
 from bench.harness.compute import cache_bytes, copy_gb_per_s
+from bench.harness.words import arg
 from fastflower.environment import package_versions
 from fastflower.errors import UserError
 from fastflower.runtime.device import choose_device

@@ -33,13 +33,13 @@ if __name__ == "__main__":
 
 import torch
 from rich.console import Console
-from tyro.conf import arg, subcommand
 
 from bench.contenders import launches, loaders, loops, networks
 from bench.contenders.loops import Place
 from bench.harness.common import append, circumstances, start
 from bench.harness.compute import matmul_flops_per_s
 from bench.harness.timing import Contender, Make, measure
+from bench.harness.words import arg, subcommand
 from bench.rates import bottleneck
 from bench.rates.accuracy import accuracy_here, accuracy_of_a_run, best_accuracy
 from bench.rates.compare import compare

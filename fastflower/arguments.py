@@ -16,14 +16,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from tyro.conf import Fixed, Positional, arg
-
 from fastflower import hints, values
 from fastflower.errors import UserError
-
-_NAMING: Any = type(arg())
-_POSITIONAL = get_args(Positional[int])[1]
-_FIXED = get_args(Fixed[int])[1]
+from fastflower.options import FIXED, POSITIONAL, Named
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,6 @@ class Option:
     default: Any  # MISSING where it must be given
     text: str
     is_positional: bool
-    said_default: Any = None  # what help says of the default, or a function of its text; None = the default itself
 
     @property
     def flag(self) -> str:
@@ -77,19 +71,17 @@ def _options(kind: type, path: tuple[str, ...], prefix: str) -> Iterable[Option]
     for field in fields(kind):
         annotation = annotations[field.name]
         metadata = get_args(annotation)[1:] if get_origin(annotation) is Annotated else ()
-        if _FIXED in metadata:  # no option, but what the command line as a whole says
+        if FIXED in metadata:
             continue
-        naming = next((one for one in metadata if isinstance(one, _NAMING)), None)
-        name = field.name if naming is None or naming.name is None else naming.name.replace("-", "_")
+        naming = next((one for one in metadata if isinstance(one, Named)), Named())
+        name = field.name if naming.name is None else naming.name
         inner = get_args(annotation)[0] if metadata else annotation
         if is_dataclass(inner) and isinstance(inner, type):
             yield from _options(inner, (*path, field.name), f"{prefix}{name}." if name else prefix)
             continue
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        others = tuple(other.lstrip("-").replace("-", "_") for other in (naming and naming.aliases) or ())
-        text, positional = texts.get(field.name, ""), _POSITIONAL in metadata
-        said = naming and naming.help_behavior_hint
-        yield Option((*path, field.name), prefix + name, others, annotation, default, text, positional, said)
+        text, positional = texts.get(field.name, ""), POSITIONAL in metadata
+        yield Option((*path, field.name), prefix + name, naming.others, annotation, default, text, positional)
 
 
 @functools.cache

@@ -100,9 +100,6 @@ def explained(option: Option, default: Any, *, fitted: bool = False) -> str:
     text = re.sub(NONE, "default: " if default is None else "none = ", text)
     text = re.sub(r"([.)]) default: ", r"\1 Default: ", text)
     text += _choices(option)
-    if option.said_default:
-        said = option.said_default
-        return f"{text} {said(written(default)) if callable(said) else said}"
     if default is MISSING or default == () or (default is False and not option.is_setting):
         return text
     if default is None:

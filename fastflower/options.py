@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
-
-from tyro.conf import Fixed, Positional, SuppressFixed, arg
+from typing import Annotated, Literal, TypeVar
 
 from fastflower.config import Config, PositiveInt, Split
 from fastflower.layers import Layers
+
+POSITIONAL, FIXED = "positional", "fixed"
+T = TypeVar("T")
+Positional = Annotated[T, POSITIONAL]  # a word that stands without a name
+Fixed = Annotated[T, FIXED]  # no option, but what the command line as a whole says
+
+
+@dataclass(frozen=True)
+class Named:
+    """How an option is named, where it is not by its field."""
+
+    name: str | None = None  # in place of the field's; "" = settings' own names, with nothing before them
+    others: tuple[str, ...] = ()  # are accepted too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +47,8 @@ class TrainCommand(Options):
 
     pictures: Positional[tuple[Path, ...]] = ()
     """Folder of the pictures, or several: the same as --data.root."""
-    settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
-    layers: SuppressFixed[Fixed[Layers]] = field(default_factory=Layers)
+    settings: Annotated[Config, Named("")] = field(default_factory=Config)
+    layers: Fixed[Layers] = field(default_factory=Layers)
     config: Path | None = None
     """YAML file of settings, or the name of one that comes with fastflower (demo, finetune, flowers102_64, paper,
     plain34, resnet34, resnet50, resnet50_pretrained, scratch)."""
@@ -59,11 +70,9 @@ class TrainCommand(Options):
 class EvaluationOptions(Options):
     """What to test on, and how."""
 
-    root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
+    root: Annotated[tuple[Path, ...] | None, Named("data.root")] = None
     """Data folder, or several that are taken together; None = the run's."""
-    sizes: Annotated[Literal["all"] | tuple[PositiveInt, ...] | None, arg(name="data.sizes", aliases=["--sizes"])] = (
-        None
-    )
+    sizes: Annotated[Literal["all"] | tuple[PositiveInt, ...] | None, Named("data.sizes", ("sizes",))] = None
     """Stored sizes to take (pixels); None = training's to evaluate by one or ten crops, and where data.val_resize is
     none; else all. Predictions and scales take each picture once, from the largest of them."""
     crops: Literal[1, 10] = 1
@@ -71,7 +80,7 @@ class EvaluationOptions(Options):
     scales: tuple[PositiveInt, ...] = ()
     """Shorter sides (pixels) at which all positions of each picture and of its mirror image are averaged, such as
     224,256,384,480,640."""
-    batch_size: Annotated[PositiveInt | None, arg(aliases=["--train.batch-size"])] = None
+    batch_size: Annotated[PositiveInt | None, Named(others=("train.batch_size",))] = None
     """Crops at once, over all processes together; None = as in training."""
     device: Literal["run", "auto", "cpu", "cuda"] = "run"
     """Where the network runs; run = as in training."""
@@ -148,7 +157,7 @@ class EnsembleCommand(Options):
     probabilities; weighted = with weights that make validation's classes the likeliest."""
     split: Split = "test"
     """The split to combine predictions of."""
-    root: Annotated[tuple[Path, ...] | None, arg(name="data.root")] = None
+    root: Annotated[tuple[Path, ...] | None, Named("data.root")] = None
     """Data folder, or several, for what is predicted now; None = each run's."""
     crops: Literal[1, 10] = 1
     """1 = runs are predicted by the center of each picture; 10 = by corners and center and their mirror images."""
@@ -180,8 +189,8 @@ class CvCommand(Options):
 
     pictures: Positional[tuple[Path, ...]] = ()
     """Folder of the pictures, or several: the same as --data.root."""
-    settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
-    layers: SuppressFixed[Fixed[Layers]] = field(default_factory=Layers)
+    settings: Annotated[Config, Named("")] = field(default_factory=Config)
+    layers: Fixed[Layers] = field(default_factory=Layers)
     config: Path | None = None
     """YAML file of settings, or the name of one that comes with fastflower."""
     folds: int | None = None
@@ -211,8 +220,8 @@ class LrCommand(Options):
 
     pictures: Positional[tuple[Path, ...]] = ()
     """Folder of the pictures, or several: the same as --data.root; or a run folder, whose settings are tried."""
-    settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
-    layers: SuppressFixed[Fixed[Layers]] = field(default_factory=Layers)
+    settings: Annotated[Config, Named("")] = field(default_factory=Config)
+    layers: Fixed[Layers] = field(default_factory=Layers)
     config: Path | None = None
     """YAML file of settings, or the name of one that comes with fastflower."""
     low: float = 1e-5

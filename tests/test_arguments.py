@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tyro.conf import Positional
 
 from fastflower import values
 from fastflower.arguments import Option, options_of, read_words
@@ -20,7 +19,7 @@ from fastflower.cli import parse
 from fastflower.config import Config
 from fastflower.errors import UserError
 from fastflower.hints import MEANT
-from fastflower.options import COMMANDS, EvalCommand, Options, TrainCommand
+from fastflower.options import COMMANDS, EvalCommand, Options, Positional, TrainCommand
 from fastflower.settings import keys
 from tests.conftest import fastflower
 

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
-from tyro.conf import Positional, arg
 
 from fastflower.arguments import options_of
 from fastflower.config import Config
 from fastflower.helptext import MOST_USED, command_help, program_help
 from fastflower.layers import FITTED
-from fastflower.options import COMMANDS, Options
+from fastflower.options import COMMANDS, Named, Options, Positional
 from fastflower.settings import build, keys
 from tests.conftest import fastflower
 
@@ -42,9 +41,9 @@ class Bake(Options):
     """Its form."""
     layers: tuple[int, ...] = (1, 2)
     """Layers; None = none at all."""
-    sugar: Annotated[float, arg(name="taste.sugar_share", help_behavior_hint=lambda text: f"(sweet: {text})")] = 0.5
+    sugar: Annotated[float, Named("taste.sugar_share")] = 0.5
     """Sugar."""
-    settings: Annotated[Config, arg(name="")] = field(default_factory=Config)
+    settings: Annotated[Config, Named("")] = field(default_factory=Config)
 
 
 def test_help_is_made_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +69,7 @@ def test_help_is_made_of_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
         "                              many as train.hours leaves time for. (default: 3)",
     ):
         assert f"\n{line}\n" in text
-    assert "\n  --taste.sugar-share NUMBER  Sugar. (sweet: 0.5)\n" in text
+    assert "\n  --taste.sugar-share NUMBER  Sugar. (default: 0.5)\n" in text
 
 
 @pytest.mark.parametrize("columns", [60, 80, 110, 200])

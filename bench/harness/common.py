@@ -75,9 +75,9 @@ def start(
 ) -> int:
     """Parse the command line and run it; the exit code, 2 for a user's mistake."""
     # imported here: what is measured by gpu_check.py needs torch alone
-    import tyro
     from rich.console import Console
-    from tyro.conf import FlagCreatePairsOff, OmitSubcommandPrefixes
+
+    from bench.harness.words import FlagCreatePairsOff, OmitSubcommandPrefixes, tyro
 
     conf = (OmitSubcommandPrefixes, FlagCreatePairsOff)
     try:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from tyro.conf import arg
-
 from bench.harness.common import require_positive
+from bench.harness.words import arg
 from fastflower.config import Config, resolve
 from fastflower.errors import UserError
 from fastflower.models import NormChoice
