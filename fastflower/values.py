@@ -48,8 +48,8 @@ def meant(annotation: Any, value: object) -> Any:
     """The value in the form that the type has, where it was written in another; its bounds are not looked at.
 
     Raises:
-        ValueError: on and off, where the type has no switch: Python would count them as 1 and 0; 1.0, where it has whole
-            numbers and shares; or an empty path, which Python would take for the folder that one is in.
+        ValueError: on and off, where the type has no switch: Python would count them as 1 and 0; 1.0, where it has
+            whole numbers and shares; or an empty path, which Python would take for the folder that one is in.
     """
     kinds = [kind for kind, _ in alternatives(annotation)]
     choices = {str(choice): choice for kind in kinds for choice in _choices(kind)}
