@@ -108,7 +108,9 @@ def parse(argv: Sequence[str]) -> Options:
     if kind is LrCommand:
         settings, layers = _over(below, named)
         return LrCommand(**own | {"settings": settings, "layers": layers})
-    folds = _folds(own, named) or below.typed().data.folds or 5
+    folds = _folds(own, named)
+    if folds is None:
+        folds = below.typed().data.folds or 5
     settings, layers = _over(below, named | {"data.folds": folds, "data.fold": 0})
     return CvCommand(**own | {"settings": settings, "layers": layers})
 

@@ -178,8 +178,8 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
     root, out = photographs(tmp_path / "root"), tmp_path / "out"
     assert pack(root, out).code == 0
     written = contents(out)
-    for options in (("--quality", 80), ("--sizes", 24, 56)):
-        done = pack(root, out, *options)
+    for options in (("--sizes", *SIZES, "--quality", 80), ("--sizes", 24, 56)):
+        done = fastflower("data", "pack", root, out, *options)
         assert done.code == 2
         assert "holds a pack of other pictures or settings" in done.err
     noise(20, 20).save(root / "train/rose/new.png")
@@ -191,8 +191,8 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         assert done.code == 2
         assert f"{place} lies in the data folder {root}: name a folder outside of it" in done.err
         assert not (root / "packed").exists()
-    for options in (("--quality", 0), ("--sizes", 8)):
-        assert pack(root, tmp_path / "new", *options).code == 2
+    for options in (("--sizes", *SIZES, "--quality", 0), ("--sizes", 8)):
+        assert fastflower("data", "pack", root, tmp_path / "new", *options).code == 2
     assert not (tmp_path / "new").exists()
 
 

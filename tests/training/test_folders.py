@@ -104,8 +104,9 @@ def test_several_folders_train_and_are_evaluated(
     records, run = write_dataset(tmp_path / "records", {"train": 12, "val": 6}, first=100), tmp_path / "run"
     (records / "class_names.json").write_text(json.dumps(["tulip", "lily", "rose"]))
     monkeypatch.chdir(tmp_path)
-    given = ["--data.root", "folders", "records"]
-    result = fastflower(*train_arguments(folders, run), *given, *ONE_EPOCH)
+    *before, root = (arguments := train_arguments(folders, run))[:5]
+    assert root == folders
+    result = fastflower(*before, "folders", "records", *arguments[5:], *ONE_EPOCH)
     assert result.code == 0, result.err
     assert "train: 48 pictures, 48 records (40x40)\n" in result.out
     saved = load_checkpoint(run / "checkpoints/last.pt")
