@@ -191,8 +191,8 @@ def test_other_folders_are_refused(tmp_path: Path) -> None:
         assert done.code == 2
         assert f"{place} lies in the data folder {root}: name a folder outside of it" in done.err
         assert not (root / "packed").exists()
-    for options in (("--sizes", *SIZES, "--quality", 0), ("--sizes", 8)):
-        assert fastflower("data", "pack", root, tmp_path / "new", *options).code == 2
+    for wrong in (("--sizes", *SIZES, "--quality", 0), ("--sizes", 8)):
+        assert fastflower("data", "pack", root, tmp_path / "new", *wrong).code == 2
     assert not (tmp_path / "new").exists()
 
 

@@ -51,7 +51,9 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
         choose_device("auto", 2)
 
 
-def test_a_cpu_decodes_what_is_needed_and_a_gpu_all_of_a_picture_unless_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_decodes_what_is_needed_and_a_gpu_all_of_a_picture_unless_one_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(backend, "GetCUDADeviceCount", lambda: 1)
     for device, decoder, auto in ((CPU, "auto", "scaled"), (GPU, "auto", "whole"), (GPU, "cpu", "scaled")):
         for setting, wanted in (("auto", auto), ("region", "region"), ("whole", "whole")):
