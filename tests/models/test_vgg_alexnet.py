@@ -23,7 +23,7 @@ from fastflower.settings import build
 from fastflower.training.network import build_network
 from fastflower.training.optimizer import LR_SCALE, freeze, parameter_groups
 from fastflower.training.pretrained import load_pretrained
-from tests.conftest import fastflower
+from tests.conftest import PLAIN, fastflower
 from tests.models.test_pretrained import Weights, opened
 
 # torchvision's published counts, 1000 classes.
@@ -210,7 +210,8 @@ def test_alexnet_trains_resumes_and_is_evaluated_as_commands(small: Path, tmp_pa
     def train(run: Path, *options: object) -> None:
         geometry = ["--data.crop", 64, "--data.scale", 64, 72, "--data.val_resize", 66]
         training = ["--model.name", "alexnet", "--train.batch_size", 16, "--train.ema", 0.9]
-        result = fastflower("train", "--data.root", small, "--run", run, *geometry, *training, *options)
+        folders = ["--config", PLAIN, "--data.root", small, "--run", run]  # no recipe
+        result = fastflower("train", *folders, *geometry, *training, *options)
         assert result.code == 0, result.err
 
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
