@@ -17,7 +17,7 @@ Recipe = Literal["auto", "finetune", "scratch"]
 # What a recipe chooses (`fastflower.training.recipe`), where nobody has named it.
 FITTED = (
     *("data.crop", "data.scale", "data.val_resize", "data.cache"),
-    *("model.name", "model.pretrained", "model.zero_init_gamma"),
+    *("model.name", "model.pretrained"),
     *("train.epochs", "train.batch_size", "train.lr", "train.schedule", "train.warmup_epochs", "train.milestones"),
     *("train.label_smoothing", "train.nesterov"),
 )

@@ -89,8 +89,6 @@ def fit(recipe: Recipe, facts: Facts, config: Config, named: set[str]) -> Fitted
     kind, network, notes = _start(recipe, facts, config, named)
     name = choose("model.name", network)
     weights = choose("model.pretrained", WEIGHTS if kind == "finetune" else None)
-    # Each residual branch starts at zero (Goyal et al. 2017), so that the first steps at a high rate stay tame.
-    choose("model.zero_init_gamma", kind == "scratch" and find_network(name).shortcuts)
 
     batch = choose("train.batch_size", batch_size(facts.train, facts.ranks, config.train.accumulate))
     adaptive = config.train.optimizer == "adamw"

@@ -149,7 +149,6 @@ def test_weights_are_taken_from_the_folder_that_is_named_once_they_are_whole(
     assert "Recipe: resnet18 from ImageNet's weights" in result.out
     assert f"Starting from {file}" in result.out
     assert recorded(run)["model"]["pretrained"] == "IMAGENET1K_V1"
-    assert recorded(run)["model"]["zero_init_gamma"] is False
     assert printed(folders, "--config", "scratch")["model"]["pretrained"] is None
     assert printed(folders, "--model.name", "plain18")["model"]["pretrained"] is None
     file.write_bytes(file.read_bytes()[:-1])
