@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 
@@ -31,7 +31,7 @@ from fastflower.evaluation.predictions import Predictions
 from fastflower.evaluation.session import EvaluationSettings
 from fastflower.evaluation.trained_run import StoredSizes
 from fastflower.evaluation.views import Views
-from fastflower.given import Count, Sizes, StrPath, reading_arguments
+from fastflower.given import Count, Paths, Sizes, StrPath, path_of, paths_of, reading_arguments, text_of
 from fastflower.layers import Layer, Layers, Recipe, split_recipe
 from fastflower.runtime.checkpoint import load_trained
 from fastflower.runtime.device import choose_device
@@ -47,7 +47,6 @@ from fastflower.training.run import settings_alone, train_run
 from fastflower.training.setup import require_two_values
 
 Settings = Mapping[str, Any]  # nested, as in a file, or by dotted keys
-Paths = StrPath | Sequence[StrPath]
 SETTINGS = "settings"  # what messages call those that are given as an argument
 
 
@@ -93,9 +92,7 @@ def fit_config(
     Raises:
         UserError: bad data, a bad setting, no such recipe, or finetune without weights.
     """
-    if recipe not in get_args(Recipe):
-        raise UserError(f"recipe is {recipe!r}: choose one of {', '.join(get_args(Recipe))}.")
-    folders, own = [str(folder) for folder in _paths(root) or ()], _named(settings)
+    folders, own = [str(folder) for folder in paths_of(root) or ()], _named(settings)
     if "data.root" in flattened(own):
         raise UserError(f"{SETTINGS}: data.root names pictures beside root: leave it out.")
     named = merge(own, {"data": {"root": folders}})
@@ -208,7 +205,7 @@ def evaluate(
     Raises:
         UserError: no such run, or data or views that do not fit it.
     """
-    settings = EvaluationSettings(_paths(root), views=Views(crops, tuple(scales)))
+    settings = EvaluationSettings(paths_of(root), views=Views(crops, tuple(scales)))
     return evaluate_run(Path(run), split, settings, _console(quiet=True)).metrics
 
 
@@ -240,7 +237,7 @@ def load(
         UserError: no such run, views that do not fit it, or names that are not the classes'.
     """
     settings = EvaluationSettings(views=Views(crops, tuple(scales)), device=device, batch_size=batch_size)
-    return classifier.load(Path(run), settings, _text(names))
+    return classifier.load(Path(run), settings, text_of(names))
 
 
 @naming_arguments()
@@ -286,22 +283,22 @@ def predict(
         UserError: no such run, pictures, data or views that do not fit it, or a file that cannot be written.
         KeyboardInterrupt: by Ctrl-C.
     """
-    settings = EvaluationSettings(_paths(root), sizes, Views(crops, tuple(scales)))
-    console, shown = _console(quiet=True), _text(names)
-    given, of_split = _paths(pictures), (split, root, sizes, submission, sample)
+    settings = EvaluationSettings(paths_of(root), sizes, Views(crops, tuple(scales)))
+    console, shown = _console(quiet=True), text_of(names)
+    given, of_split = paths_of(pictures), (split, root, sizes, submission, sample)
     if given is not None:
         if not given:
             raise UserError("pictures is empty: give paths, or none at all to predict a split.")
         classifier.refuse_split(*of_split)
-        return classifier.collect_pictures(Path(run), given, settings, console, names=shown, out=_path(out), top=top)
+        return classifier.collect_pictures(Path(run), given, settings, console, names=shown, out=path_of(out), top=top)
     predictions, classes = predict_run(
         Path(run),
         split or "test",
         settings,
         console,
-        out=_path(out),
-        submission=_path(submission),
-        sample=_path(sample),
+        out=path_of(out),
+        submission=path_of(submission),
+        sample=path_of(sample),
         names=shown,
         top=top,
     )
@@ -347,17 +344,17 @@ def ensemble(
         UserError: members that cannot be had or combined, or a file that cannot be written.
     """
     return ensemble_runs(
-        _paths(members) or (),
+        paths_of(members) or (),
         method,
         split,
         _console(quiet=True),
-        roots=_paths(root),
+        roots=paths_of(root),
         views=Views(crops, tuple(scales)),
         mix_views=mix_views,
-        fit_on=_paths(fit_on) or (),
-        out=_path(out),
-        submission=_path(submission),
-        sample=_path(sample),
+        fit_on=paths_of(fit_on) or (),
+        out=path_of(out),
+        submission=path_of(submission),
+        sample=path_of(sample),
     )
 
 
@@ -406,7 +403,7 @@ def cross_validate(
         overwrite=overwrite,
         views=Views(crops, tuple(scales)),
         test=test,
-        submission=_path(submission),
+        submission=path_of(submission),
         console=_console(quiet),
     )
 
@@ -431,27 +428,6 @@ def _named(settings: Settings | None) -> dict[str, Any]:
     if not isinstance(settings, Mapping | None):
         raise UserError(f"settings is {type(settings).__name__}: give a dict, such as {{'train.epochs': 10}}.")
     return nested(settings or {}, SETTINGS)
-
-
-def _text(given: StrPath | None) -> str | None:
-    return None if given is None else os.fspath(given)
-
-
-def _path(given: StrPath | None) -> Path | None:
-    return None if given is None else Path(given)
-
-
-def _paths(given: Paths | None) -> tuple[Path, ...] | None:
-    """One path or several."""
-    if given is None:
-        return None
-    try:
-        paths = [os.fspath(path) for path in ([given] if isinstance(given, str | os.PathLike) else given)]
-    except TypeError as error:
-        raise UserError(f"{type(given).__name__} is no path: give a path, or a list of paths.") from error
-    if "" in paths:
-        raise UserError("a path is empty: name the folder, or a dot for the one you are in.")
-    return tuple(map(Path, paths))
 
 
 def _console(quiet: bool) -> Console:

@@ -19,6 +19,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 StrPath = str | os.PathLike[str]
+Paths = StrPath | Sequence[StrPath]
 Count = Annotated[int, Field(gt=0)]
 Sizes = Sequence[int]  # pixels; one stands for a list of it
 _AS = {StrPath: Path, StrPath | None: Path | None, Sizes: tuple[Count, ...]}  # what is read as settings of other types
@@ -55,3 +56,30 @@ def _read(name: str, value: object, kind: Any) -> Any:
         return read(kind, value.tolist() if hasattr(value, "tolist") else value)
     except ValueError as error:
         raise UserError(refusal(name, value, kind)) from error
+
+
+def text_of(given: StrPath | None) -> str | None:
+    """A name or a file, which may be given as a path."""
+    return None if given is None else os.fspath(given)
+
+
+def path_of(given: StrPath | None) -> Path | None:
+    """A path, if one is given."""
+    return None if given is None else Path(given)
+
+
+def paths_of(given: Paths | None) -> tuple[Path, ...] | None:
+    """One path or several.
+
+    Raises:
+        UserError: it is none, or an empty one.
+    """
+    if given is None:
+        return None
+    try:
+        paths = [os.fspath(path) for path in ([given] if isinstance(given, str | os.PathLike) else given)]
+    except TypeError as error:
+        raise UserError(f"{type(given).__name__} is no path: give a path, or a list of paths.") from error
+    if "" in paths:
+        raise UserError("a path is empty: name the folder, or a dot for the one you are in.")
+    return tuple(map(Path, paths))
